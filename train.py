@@ -1,0 +1,273 @@
+"""Train a motion autoencoder on a folder of features.
+
+In: a folder of .pt, .pth or .npy files, each the feature [T, N, C] or [T, H, W, C] of a clip (vfm_feature.py's).
+Out: <save_dir>/motion_ae_epoch{N}.pt after each epoch, for encode.py and `MotionFeatureAutoencoder.from_checkpoint`.
+
+    python train.py --feature_dir ../dataset/vfm_features_motion_top100/VideoMAEv2 --use_token
+    python train.py --feature_dir features --input_dim 352 --latent_dim 88 --epochs 100 --use_token
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from losses import motion_autoencoder_loss
+from model import MotionFeatureAutoencoder, UserError, find_features, load_feature, run_script, save_atomically
+
+IN_MEMORY_BYTES = 2 * 1024**3  # feature sets up to this size are read once and kept
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FeatureFolder(Dataset):
+    """The features of `paths`, each [T, N, C] in the dtype of its file; small sets are kept in memory.
+
+    Opening it looks at every file's shape, and raises `UserError` for the first that is no feature of `input_dim`.
+    """
+
+    def __init__(self, paths: list[Path], input_dim: int) -> None:
+        self.paths = paths
+        self.input_dim = input_dim
+        self.shapes: list[tuple[int, int]] = []  # (T, N) a file
+        total_bytes = 0
+        for path in paths:
+            feature, _ = load_feature(path, input_dim, mmap=True)
+            self.shapes.append((feature.shape[0], feature.shape[1:-1].numel()))
+            total_bytes += feature.numel() * feature.element_size()
+        self.kept = [self.read(path) for path in paths] if total_bytes <= IN_MEMORY_BYTES else None
+
+    def read(self, path: Path) -> Tensor:
+        feature, _ = load_feature(path, self.input_dim)
+        return feature.flatten(1, -2)  # [T, N, C]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        """A file that has gone bad since the first look comes back as its error's text: a `UserError` raised in a
+        loader process would reach the user as that process's traceback."""
+        if self.kept is not None:
+            return self.kept[index]
+        try:
+            return self.read(self.paths[index])
+        except UserError as error:
+            return str(error)
+
+
+class EqualShapeBatches(Sampler[list[int]]):
+    """Batches of indices of files of one (T, N), so that clips of different sizes train together; the last batch of a
+    shape may be smaller. Shuffled by (seed, epoch) alone: any epoch's order can be had again. No seed: in order."""
+
+    def __init__(self, shapes: list[tuple[int, int]], batch_size: int, seed: int | None = None) -> None:
+        self.shapes, self.batch_size, self.seed, self.epoch = shapes, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return sum(-(-self.shapes.count(shape) // self.batch_size) for shape in set(self.shapes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(len(self.shapes)))
+        shuffle = random.Random(f"{self.seed} {self.epoch}").shuffle if self.seed is not None else lambda _: None
+        shuffle(order)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index in order:
+            groups.setdefault(self.shapes[index], []).append(index)
+        batches = [
+            group[start : start + self.batch_size]
+            for group in groups.values()
+            for start in range(0, len(group), self.batch_size)
+        ]
+        shuffle(batches)
+        return iter(batches)
+
+
+def stack_clips(clips: list[Tensor | str]) -> Tensor | str:
+    """Clips [T, N, C] -> a batch [B, T, N, C]; the text of the first error among them instead."""
+    errors = [clip for clip in clips if isinstance(clip, str)]
+    return errors[0] if errors else torch.stack([clip.float() for clip in clips])
+
+
+def make_loader(folder: FeatureFolder, batch_size: int, num_workers: int, seed: int | None = None) -> DataLoader:
+    workers = 0 if folder.kept is not None else num_workers
+    return DataLoader(
+        folder,
+        batch_sampler=EqualShapeBatches(folder.shapes, batch_size, seed),
+        num_workers=workers,
+        collate_fn=stack_clips,
+        persistent_workers=workers > 0,
+    )
+
+
+def batches(loader: DataLoader, device: torch.device) -> Iterator[Tensor]:
+    """The loader's batches on `device`; raises the `UserError` of a file that could not be read."""
+    for batch in loader:
+        if isinstance(batch, str):
+            raise UserError(batch)
+        yield batch.to(device, non_blocking=True)
+
+
+def split_files(paths: list[Path], val_fraction: float, seed: int) -> tuple[list[Path], list[Path]]:
+    """Training and held-out files: the same for the same files, fraction and seed. Below 10 files none is held out."""
+    count = round(len(paths) * val_fraction) if len(paths) >= 10 else 0
+    held_out = set(random.Random(seed).sample(paths, min(count, len(paths) - 1)))
+    return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_epoch(
+    model: MotionFeatureAutoencoder,
+    clips: Iterator[Tensor],
+    weights: tuple[float, float, float],
+    step: Callable[[Tensor], None] | None = None,
+) -> dict[str, float]:
+    """One pass over `clips`: the mean of the loss and its terms over clips. `step` takes each batch's loss; without it
+    the model is only measured."""
+    model.train(step is not None)
+    sums: dict[str, float] = {}
+    count = 0
+    with torch.set_grad_enabled(step is not None):
+        for x in clips:
+            output = model(x)
+            loss, terms = motion_autoencoder_loss(x, output["reconstruction"], output["latent"], *weights)
+            if step is not None:
+                step(loss)
+            for name, term in {"loss": loss.detach(), **terms}.items():
+                sums[name] = sums.get(name, 0.0) + term.item() * len(x)
+            count += len(x)
+    return {name: total / count for name, total in sums.items()}
+
+
+def describe(means: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: an int or float in [low, high], refused in words otherwise."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} must be {f'in [{low}, {high}]' if high < 1e9 else f'>= {low}'}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input_dim", type=number(int, 1), default=768, help="channels C of the features")
+    parser.add_argument("--model_dim", type=number(int, 1), default=384, help="width of encoder and decoder")
+    parser.add_argument("--latent_dim", type=number(int, 1), default=192, help="channels of the latent")
+    parser.add_argument("--num_heads", type=number(int, 1), default=8, help="attention heads")
+    parser.add_argument("--num_layers", type=number(int, 1), default=2, help="transformer layers, each way")
+    parser.add_argument("--dropout", type=number(float, 0, 1), default=0.1, help="dropout while training")
+    parser.add_argument("--use_token", action="store_true", help="the encoder sees [x, delta_x], not delta_x alone")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--feature_dir", type=Path, required=True, help="features, searched recursively")
+    parser.add_argument("--save_dir", type=Path, default=Path("./checkpoints"), help="folder of the checkpoints")
+    add_model_flags(parser)
+    parser.add_argument("--epochs", type=number(int, 1), default=10, help="passes over the training files")
+    parser.add_argument("--batch_size", type=number(int, 1), default=2, help="clips a step")
+    parser.add_argument("--lr", type=number(float, 0), default=2e-4, help="peak learning rate")
+    parser.add_argument("--weight_decay", type=number(float, 0), default=1e-4, help="AdamW's weight decay")
+    parser.add_argument("--num_workers", type=number(int, 0), default=4, help="processes that read ahead")
+    parser.add_argument("--recon_weight", type=number(float, 0), default=1.0, help="weight of the reconstruction")
+    parser.add_argument("--motion_weight", type=number(float, 0), default=1.0, help="weight of temporal differences")
+    parser.add_argument("--smooth_weight", type=number(float, 0), default=0.05, help="weight of latent smoothness")
+    parser.add_argument(
+        "--val_fraction", type=number(float, 0, 0.9), default=0.1, help="files held out, where there are at least 10"
+    )
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of weights, split and order")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1...")
+    return parser.parse_args(argv)
+
+
+def open_device(name: str) -> torch.device:
+    """The torch device of that name; raises `UserError` where this machine does not have it."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name} is not on this machine; take cpu") from None
+    if device.type == "meta":
+        raise UserError("--device meta computes nothing; take cpu")
+    return device
+
+
+def main() -> int:
+    args = parse_args()
+    device = open_device(args.device)
+    torch.manual_seed(args.seed)
+    config = {name: getattr(args, name) for name in MotionFeatureAutoencoder().config}
+    model = MotionFeatureAutoencoder(**config).to(device)
+
+    train_paths, val_paths = split_files(find_features(args.feature_dir), args.val_fraction, args.seed)
+    train_set, val_set = FeatureFolder(train_paths, args.input_dim), FeatureFolder(val_paths, args.input_dim)
+    train_loader = make_loader(train_set, args.batch_size, args.num_workers, args.seed)
+    val_loader = make_loader(val_set, args.batch_size, args.num_workers)
+    print(f"{len(train_set)} training files, {len(val_set)} held out, {len(set(train_set.shapes))} shapes; on {device}")
+    try:
+        args.save_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save_dir {args.save_dir} cannot be made: {error.strerror}") from None
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    weights = (args.recon_weight, args.motion_weight, args.smooth_weight)
+
+    def step(loss: Tensor) -> None:
+        if not loss.isfinite():
+            raise UserError(f"the loss is {loss.item()}; lower --lr (now {args.lr})")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    for epoch in range(1, args.epochs + 1):
+        torch.manual_seed(args.seed + epoch)
+        train_loader.batch_sampler.epoch = epoch
+        progress = tqdm(train_loader, desc=f"epoch {epoch}", unit="batch", leave=False, disable=None)
+        train_mean = run_epoch(model, batches(progress, device), weights, step)
+        val_mean = run_epoch(model, batches(val_loader, device), weights) if val_paths else None
+        print(f"epoch {epoch}: {describe(train_mean)}" + (f" | held out: {describe(val_mean)}" if val_mean else ""))
+        checkpoint = {
+            "model": model.state_dict(),
+            "config": config,
+            "epoch": epoch,
+            "train_mean": train_mean,
+            "val_mean": val_mean,
+            "optimizer": optimizer.state_dict(),
+            "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
+        }
+        save_atomically(checkpoint, args.save_dir / f"motion_ae_epoch{epoch}.pt")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
