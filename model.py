@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -52,8 +53,9 @@ def run_script(main: Callable[[], int]) -> None:
     sys.exit(status)
 
 
-def save_atomically(data: dict[str, Any], path: Path) -> None:
-    """`torch.save` that leaves the whole new file or the old state: written beside `path`, then renamed onto it.
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that is at `path` whole or not at all: written beside it, then renamed onto it.
 
     Raises `OSError` when the disk is full or the folder cannot be written; the half-written file is removed.
     """
@@ -61,12 +63,18 @@ def save_atomically(data: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{os.getpid()}.{path.stem[:50]}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(data, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_atomically(data: dict[str, Any], path: Path) -> None:
+    """`torch.save` into a `whole_file`."""
+    with whole_file(path) as file:
+        torch.save(data, file)
 
 
 def find_features(folder: Path) -> list[Path]:
