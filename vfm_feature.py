@@ -1,0 +1,855 @@
+"""Turn a folder of videos into features of video foundation models (VFMs).
+
+In:  a folder of videos and, if there is one, a CSV of captions.
+Out: `<output_root>/<model>/<video's stem>.pt`, a dict with `feature` [T, H, W, C], `caption`, `video`, `model`,
+     `weights` and `settings`; `<output_root>/vfm_dimensions.txt`; where videos failed, `failed_videos.txt` beside them.
+
+    python vfm_feature.py --video_dir clips --csv_path clips.csv --output_root features
+    python vfm_feature.py --video_dir clips --models VideoMAEv2 DINOv2 --allow_skip_missing
+    python vfm_feature.py --video_dir clips --random_weights          # a dry run: no weights needed
+
+The features are VideoREPA's alignment targets (https://github.com/aHapBean/VideoREPA): the last block's output without
+the final norm for VideoMAEv2, VideoMAE and V-JEPA 2, the normalised patch tokens for DINOv2. A run that was stopped
+goes on where it was: features that exist already, made with the same settings, are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import TimeoutError as DecodeTimeoutError
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from model import ArgumentParser, UserError, run_script, save_atomically, whole_file
+
+REPOSITORY = Path(__file__).resolve().parent
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".wmv")
+# Columns of a caption CSV that name the video, the first one present is used.
+VIDEO_COLUMNS = (
+    *("video", "video_name", "video_path", "video_file", "file", "file_name", "filename", "file_path", "filepath"),
+    *("path", "name", "video_id", "videoid", "clip"),
+)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The four video foundation models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VFM:
+    """What tells one video foundation model from another. All are pre-norm ViTs; the defaults are VideoMAE's."""
+
+    hub: tuple[str, str]  # repository and file of the published weights
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    patch_size: int = 16
+    tubelet_size: int = 2  # frames in a token; 1: an image model, which sees every frame by itself
+    positions: str = "sinusoid"  # a fixed table; "learned": a table in the weights; "rotary": in every attention
+    flags: str = "videomae"  # <flags>_resize_h and <flags>_resize_w set the input size
+
+
+VFMS = {
+    "VideoMAEv2": VFM(hub=("OpenGVLab/VideoMAE2", "distill/vit_b_k710_dl_from_giant.pth")),
+    "VideoMAE": VFM(hub=("MCG-NJU/videomae-base", "model.safetensors")),
+    "DINOv2": VFM(
+        hub=("timm/vit_base_patch14_dinov2.lvd142m", "model.safetensors"),
+        patch_size=14,
+        tubelet_size=1,
+        positions="learned",
+        flags="dinov2",
+    ),
+    "VJEPA2": VFM(
+        hub=("facebook/vjepa2-vitl-fpc64-256", "model.safetensors"),
+        embed_dim=1024,
+        depth=24,
+        num_heads=16,
+        positions="rotary",
+    ),
+}
+
+
+class TubeletEmbed(nn.Module):
+    """Patch embedding of a video: [B, 3, T, H, W] -> [B, (T/t)(H/p)(W/p), C], tubelets of t frames and p x p pixels.
+
+    The weight has the layout of the Conv3d that the models are published with. Tubelets do not overlap, so the
+    convolution is one matrix product, which every device runs at full speed.
+    """
+
+    def __init__(self, embed_dim: int, patch_size: int, tubelet_size: int, device: torch.device | str | None = None):
+        super().__init__()
+        kernel = (tubelet_size, patch_size, patch_size)
+        self.proj = nn.Conv3d(3, embed_dim, kernel_size=kernel, stride=kernel, device=device)
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        t, p, _ = self.proj.kernel_size
+        x = video.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, t))  # [B, 3, T/t, t, H/p, p, W/p, p]
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # [B, T/t, H/p, W/p, 3*t*p*p]
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias).flatten(1, 3)
+
+
+class RotaryPositions(nn.Module):
+    """V-JEPA 2's rotary positions: turns queries or keys [B, heads, N, D] by their tokens' time, height and width.
+
+    A third of the channels (rounded down to an even number) belongs to each axis, the rest is left alone. As in
+    facebookresearch/vjepa2 `src/models/utils/modules.py`: neighbouring channels are rotated together, but the
+    frequencies are laid out for the two halves of the channels. The published weights were trained with that, so it is
+    kept. The tables are made once and shared by all layers.
+    """
+
+    def __init__(self, grid: tuple[int, int, int], head_dim: int):
+        super().__init__()
+        axis_dim = head_dim // 3 // 2 * 2
+        frequencies = 1.0 / 10000 ** (torch.arange(axis_dim // 2) / (axis_dim / 2))
+        angles = torch.zeros(*grid, head_dim)
+        for axis, size in enumerate(grid):
+            angle = torch.arange(size)[:, None] * frequencies.repeat(2)  # [size, axis_dim]
+            shape = [size if i == axis else 1 for i in range(3)]
+            angles[..., axis * axis_dim : (axis + 1) * axis_dim] = angle.view(*shape, axis_dim)
+        self.register_buffer("sin", angles.flatten(0, 2).sin(), persistent=False)  # [N, D]
+        self.register_buffer("cos", angles.flatten(0, 2).cos(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from timm.layers.pos_embed_sincos import apply_rot_embed
+
+        return apply_rot_embed(x, self.sin, self.cos)
+
+
+def sinusoid_positions(grid: tuple[int, int, int], embed_dim: int) -> torch.Tensor:
+    """VideoMAE's fixed position table [1, T*H*W, C] for a grid of T x H x W tokens.
+
+    The table of 8 x 14 x 14 positions that the model was trained with, resized bicubic in space, then trilinear in
+    time, as VideoREPA's `VideoMAEv2.py` does. Computed in float64, like theirs.
+    """
+    position = np.arange(8 * 14 * 14)[:, None]
+    angle = position / 10000 ** (2 * (np.arange(embed_dim) // 2) / embed_dim)
+    table = np.where(np.arange(embed_dim) % 2 == 0, np.sin(angle), np.cos(angle))
+    table = torch.from_numpy(table).float().view(8, 14, 14, embed_dim).permute(0, 3, 1, 2)
+    table = F.interpolate(table, size=grid[1:], mode="bicubic", align_corners=False)  # [8, C, H, W]
+    table = F.interpolate(
+        table.transpose(0, 1)[None], size=grid, mode="trilinear", align_corners=False
+    )  # [1, C, T, H, W]
+    return table.flatten(2).transpose(1, 2).contiguous()
+
+
+def resize_learned_positions(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """DINOv2's position table [1, 1 + 37*37, C] -> [1, 1 + H*W, C], the way its authors resize it at inference.
+
+    Bicubic by the factor (size + 0.1) / 37, without antialiasing: facebookresearch/dinov2 `interpolate_pos_encoding`.
+    """
+    side = int((table.shape[1] - 1) ** 0.5)
+    if grid == (side, side):
+        return table
+    patches = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    scale = tuple((size + 0.1) / side for size in grid)
+    patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+class WeightsDoNotFit(UserError):
+    """Weights that the model needs are missing or of another shape; the text names them."""
+
+
+def build_vit(
+    vfm: VFM, num_frames: int, size: tuple[int, int], weights: dict[str, torch.Tensor] | None = None
+) -> nn.Module:
+    """timm's `VisionTransformer` for clips of `num_frames` frames of `size` = (height, width), in eval mode on the CPU.
+
+    `weights`: a state dict in timm's names (`read_weights` makes it); without it the weights are random, the same every
+    time. Raises `WeightsDoNotFit`; weights that the model does not have, such as heads and decoders, are ignored.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    is_video = vfm.tubelet_size > 1
+    grid = (num_frames // vfm.tubelet_size, size[0] // vfm.patch_size, size[1] // vfm.patch_size)
+    # Without weights to come, memory is not worth filling; with them, random values are not worth drawing.
+    device = "cpu" if weights is None else "meta"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vit = VisionTransformer(
+            img_size=size,
+            patch_size=vfm.patch_size,
+            embed_dim=vfm.embed_dim,
+            depth=vfm.depth,
+            num_heads=vfm.num_heads,
+            num_classes=0,
+            global_pool="",
+            class_token=not is_video,
+            pos_embed="learn" if vfm.positions == "learned" else "none",
+            init_values=None if is_video else 1e-5,  # DINOv2's blocks have LayerScale
+            final_norm=not is_video,
+            device=device,
+        )
+        if is_video:
+            vit.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size, device)
+    if weights is not None:
+        load_weights(vit, weights, grid[1:])
+    if vfm.positions == "sinusoid":
+        vit.pos_embed = nn.Parameter(sinusoid_positions(grid, vfm.embed_dim), requires_grad=False)
+    if vfm.positions == "rotary":
+        rotary = RotaryPositions(grid, vfm.embed_dim // vfm.num_heads)
+        for block in vit.blocks:  # timm's attention sends queries and keys through these two before it compares them
+            block.attn.q_norm = block.attn.k_norm = rotary
+    return vit.eval().requires_grad_(False)
+
+
+def load_weights(vit: nn.Module, weights: dict[str, torch.Tensor], grid: tuple[int, int]) -> None:
+    """Put `weights` into `vit`, in float32."""
+    expected = {name: list(parameter.shape) for name, parameter in vit.state_dict().items()}
+    if "pos_embed" in expected:
+        expected["pos_embed"][1] = 1 + 37 * 37  # the published table, before it is resized
+    missing = [name for name in expected if name not in weights]
+    misshapen = [
+        f"{name} is {list(weights[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in weights and list(weights[name].shape) != shape
+    ]
+    if missing or misshapen:
+        problems = [f"{name} is missing" for name in missing] + misshapen
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise WeightsDoNotFit(f"{', '.join(problems[:4])}{more}")
+    state = {name: weights[name].float() for name in expected}
+    if "pos_embed" in state:
+        state["pos_embed"] = resize_learned_positions(state["pos_embed"], grid)
+        vit.pos_embed = nn.Parameter(state["pos_embed"])
+    vit.load_state_dict(state, assign=True)
+
+
+@torch.inference_mode()
+def extract_features(vit: nn.Module, vfm: VFM, clips: torch.Tensor, chunk: int = 128) -> torch.Tensor:
+    """Clips -> features: uint8 RGB [B, T, H, W, 3] -> float32 [B, T/t, H/p, W/p, C].
+
+    `clips` are on `vit`'s device, of the frames and size that it was built for. `chunk`: frames in one forward pass of
+    an image model.
+    """
+    mean = torch.tensor(IMAGENET_MEAN, device=clips.device)
+    std = torch.tensor(IMAGENET_STD, device=clips.device)
+    batch, frames, height, width, _ = clips.shape
+    pixels = (clips / 255 - mean) / std
+    if vfm.tubelet_size > 1:
+        tokens = vit.forward_features(pixels.permute(0, 4, 1, 2, 3))
+    else:
+        images = pixels.flatten(0, 1).permute(0, 3, 1, 2).split(chunk)
+        tokens = torch.cat([vit.forward_features(image)[:, 1:] for image in images])  # [B*T, N, C], no class token
+    return tokens.reshape(
+        batch, frames // vfm.tubelet_size, height // vfm.patch_size, width // vfm.patch_size, vfm.embed_dim
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights: from the authors' files or from the hub, in timm's names
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The authors' files and the hub's (transformers' names) -> timm's names. Applied in this order.
+RENAMES = [
+    (r"^(?:module\.|backbone\.|videomae\.|encoder\.(?!layer\.))+", ""),
+    (r"^embeddings\.patch_embeddings\.proj(?:ection)?\.", "patch_embed.proj."),
+    (r"^encoder\.layer\.", "blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.attention\.(?:attention\.)?", ".attn."),
+]
+
+
+class MissingModel(UserError):
+    """A model whose weights or packages are not here; `--allow_skip_missing` goes on without it."""
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a published file (.pth, .pt, .bin, .safetensors), in timm's names.
+
+    Tensors and the `argparse.Namespace` that VideoMAE's authors left in theirs are all that is read: no code runs.
+    Raises `UserError` for anything else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                # mmap: V-JEPA 2's file holds five times as much as is needed; files of old torch cannot do it
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a broken file can raise anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: cannot be read as weights ({reason}); is the download complete?") from error
+    for key in ("module", "model", "encoder"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no weights; bring the file that the authors publish")
+    return to_timm_names({str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)})
+
+
+def to_timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename a state dict by `RENAMES`; separate queries, keys and values, and their biases, become one `qkv`."""
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in RENAMES:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = value
+    for key in [key for key in renamed if key.endswith(".attn.query.weight")]:
+        attention = key.removesuffix("query.weight")
+        for kind in ("weight", "bias"):
+            parts = [renamed.get(f"{attention}{part}.{kind}") for part in ("query", "key", "value")]
+            if all(part is not None for part in parts):
+                renamed[f"{attention}qkv.{kind}"] = torch.cat(parts)
+    for key in [key for key in renamed if key.endswith(".attn.q_bias")]:
+        attention = key.removesuffix("q_bias")
+        q_bias, v_bias = renamed[key], renamed.get(f"{attention}v_bias")
+        if v_bias is not None:  # VideoMAE has no key bias
+            renamed[f"{attention}qkv.bias"] = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+    return renamed
+
+
+def find_weights(name: str, given: Path | None, default: Path | None) -> Path:
+    """Where the weights of model `name` are: the path given by hand, the default path if it exists, else from the hub.
+
+    A relative default lies in the repository or beside it. Raises `UserError` when a path given by hand is absent, and
+    `MissingModel` when the hub cannot be reached.
+    """
+    flag = f"--{name.lower()}_ckpt"
+    if given is not None:
+        if not given.is_file():
+            raise UserError(f"{flag} {given}: no such file")
+        return given
+    for folder in (REPOSITORY, REPOSITORY.parent) if default else ():
+        if (folder / default).is_file():
+            return folder / default
+    repository, file = VFMS[name].hub
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:  # the hub's client raises its own errors, those of its HTTP library, and the system's
+        looked = f"no file at {default}, and " if default else ""
+        raise MissingModel(
+            f"{name}: {looked}the hub cannot be reached ({type(error).__name__}); "
+            f"download {file} of {repository} elsewhere and pass it with {flag}"
+        ) from error
+
+
+def fingerprint(weights: dict[str, torch.Tensor]) -> str:
+    """A hash of the weights, so that a feature tells which ones made it wherever their file came from."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().flatten().view(torch.uint8).numpy())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Videos and captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def list_videos(folder: Path) -> list[Path]:
+    """The videos of `folder`, sorted by name, hidden files left out.
+
+    Raises `UserError` if there is none, or if two of them would write the same file.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--video_dir {folder}: no such folder")
+    videos = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    if not videos:
+        raise UserError(
+            f"--video_dir {folder}: no videos in it ({' '.join(VIDEO_SUFFIXES)}; subfolders are not searched)"
+        )
+    by_stem: dict[str, Path] = {}
+    for path in videos:
+        if path.stem in by_stem:
+            raise UserError(f"{by_stem[path.stem].name} and {path.name} would both write {path.stem}.pt; rename one")
+        by_stem[path.stem] = path
+    return videos
+
+
+def read_captions(csv_path: Path) -> Callable[[Path], str]:
+    """The captions of a CSV file as a function from a video's path to its caption, an empty string where there is none.
+
+    A column named as one of `VIDEO_COLUMNS` holds the video's file name, path or stem; without such a column row i
+    belongs to the stem `%04d` of i. Raises `UserError` when the file cannot be read or has no `caption` column.
+    """
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # pandas' own errors and a wrong encoding are ValueErrors
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--csv_path {csv_path}: cannot be read as a CSV in UTF-8 ({reason})") from error
+    columns = {str(column).strip().lower(): column for column in reversed(table.columns)}
+    if "caption" not in columns:
+        raise UserError(f"--csv_path {csv_path}: no column named caption; it has {', '.join(map(str, table.columns))}")
+    captions = table[columns["caption"]]
+    named_by = next((columns[name] for name in VIDEO_COLUMNS if name in columns), None)
+    if named_by is None:
+        by_name = {f"{row:04d}": caption for row, caption in enumerate(captions)}
+    else:
+        names = table[named_by].str.strip().str.replace("\\", "/").str.rsplit("/", n=1).str[-1]
+        by_name = dict(zip(reversed(names), reversed(captions), strict=True))  # the first of equal names wins
+    return lambda video: by_name.get(video.name, by_name.get(video.stem, ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding, in processes of its own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def frame_indices(num_available: int, num_frames: int) -> np.ndarray:
+    """`num_frames` indices spread evenly over 0 .. num_available - 1; when there are too few frames, some repeat."""
+    return np.linspace(0, num_available - 1, num_frames).round().astype(int)
+
+
+def read_decord(path: str, num_frames: int) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+    """The indices to sample, and their frames: uint8 RGB [H, W, 3], each once and in order."""
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    reader = decord.VideoReader(path, num_threads=1)
+    indices = frame_indices(len(reader), num_frames)
+    return indices, (reader[int(index)].asnumpy() for index in np.unique(indices))
+
+
+def read_opencv(path: str, num_frames: int) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+    """As `read_decord`. OpenCV estimates the number of frames and seeks inexactly, so all frames are read in order."""
+    os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"  # what went wrong is in the reason, not on the terminal
+    import cv2
+
+    counter = cv2.VideoCapture(path)
+    num_available = 0
+    while counter.grab():
+        num_available += 1
+    if num_available == 0:
+        raise ValueError("no frame can be read")
+    indices = frame_indices(num_available, num_frames)
+
+    def frames() -> Iterator[np.ndarray]:
+        capture = cv2.VideoCapture(path)
+        wanted = set(indices.tolist())
+        for index in range(max(wanted) + 1):
+            if not capture.grab():
+                raise ValueError(f"frame {index} of {num_available} cannot be read")
+            if index in wanted:
+                yield cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
+
+    return indices, frames()
+
+
+BACKENDS = {"decord": read_decord, "opencv": read_opencv}  # tried in this order
+
+
+def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [height, width, 3]: squashed to `size`, bicubic with antialiasing.
+
+    On bytes, because that is exact to a rounding and many times faster than on a float copy.
+    """
+    if frame.shape[:2] == size:
+        return frame
+    image = torch.from_numpy(frame).permute(2, 0, 1)[None]  # [1, 3, H, W]
+    image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return image[0].permute(1, 2, 0).numpy()
+
+
+def decode_clip(
+    path: str, num_frames: int, sizes: Iterable[tuple[int, int]], backend: str
+) -> dict[tuple[int, int], np.ndarray]:
+    """Sample `num_frames` frames of a video and resize them: {size: uint8 RGB [num_frames, height, width, 3]}.
+
+    The video is decoded once for all sizes, and one full-size frame at a time is held. Raises what the backend raises.
+    """
+    indices, frames = BACKENDS[backend](path, num_frames)
+    clips: dict[tuple[int, int], list[np.ndarray]] = {size: [] for size in sizes}
+    for frame in frames:
+        for size, clip in clips.items():
+            clip.append(resize_frame(frame, size))
+    _, position = np.unique(indices, return_inverse=True)
+    return {size: np.stack(clip)[position] for size, clip in clips.items()}
+
+
+def start_decoder() -> None:
+    """What a decoding process does first: leave Ctrl-C to the parent, and take one core."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def decode_ahead(
+    videos: Iterable[Path], num_frames: int, sizes: list[tuple[int, int]], num_workers: int, timeout: float
+) -> Iterator[tuple[Path, dict[tuple[int, int], np.ndarray] | str]]:
+    """Decode videos in processes, a few ahead of the caller. Yields (video, clips by size) or (video, why it failed).
+
+    A backend that fails, dies or takes longer than `timeout` seconds costs this video's process and nothing else; the
+    next backend has its turn then. The reason holds what each of them said.
+    """
+    from pebble import ProcessExpired, ProcessPool
+
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
+    with ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context) as pool:
+
+        def schedule(video: Path, backend: str):
+            return pool.schedule(decode_clip, args=(str(video), num_frames, sizes, backend), timeout=timeout)
+
+        def result(video: Path, future) -> dict[tuple[int, int], np.ndarray] | str:
+            reasons = []
+            for backend in BACKENDS:
+                try:
+                    return (future if not reasons else schedule(video, backend)).result()
+                except DecodeTimeoutError:
+                    reasons.append(f"{backend}: no end after {timeout:g} s")
+                except ProcessExpired as error:
+                    reasons.append(f"{backend}: the process died ({error.exitcode})")
+                except Exception as error:  # decoders raise their own kinds
+                    reasons.append(f"{backend}: {' '.join(str(error).split()) or type(error).__name__}"[:300])
+            return "; ".join(reasons)
+
+        waiting = deque()
+        videos = iter(videos)
+        try:
+            while True:
+                while len(waiting) < num_workers + 1 and (video := next(videos, None)) is not None:
+                    waiting.append((video, schedule(video, next(iter(BACKENDS)))))
+                if not waiting:
+                    return
+                video, future = waiting.popleft()
+                yield video, result(video, future)
+        finally:
+            pool.stop()  # without it, a caller who leaves early would wait for the clips that were begun
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One model's part of a run: what it makes features with, and what came of it."""
+
+    name: str
+    vit: nn.Module
+    settings: dict[str, int | str]  # a finished feature is kept if it was made with these
+    folder: Path
+    todo: set[Path] = field(default_factory=set)
+    count: Counter = field(default_factory=Counter)
+    failed: dict[str, str] = field(default_factory=dict)  # video -> reason
+    shape: list[int] | None = None
+
+    @property
+    def vfm(self) -> VFM:
+        return VFMS[self.name]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.settings["height"], self.settings["width"]
+
+
+# Relative to the repository, wherever the shell is.
+DEFAULT_VIDEO_DIR = Path("../dataset/motion_top100")
+DEFAULT_CSV = Path("../dataset/motion_top100.csv")
+DEFAULT_OUTPUT = Path("../dataset/vfm_features_motion_top100")
+DEFAULT_WEIGHTS = {  # in the repository or beside it; without them the hub's
+    "VideoMAEv2": Path("VideoREPA/ckpt/VideoMAEv2/vit_b_k710_dl_from_giant.pth"),
+    "VideoMAE": Path(
+        "VideoREPA/ckpt/VideoMAE/k400_videomae_pretrain_base_patch16_224_frame_16x4_tube_mask_ratio_0_9_e1600.pth"
+    ),
+}
+
+
+def default_num_workers() -> int:
+    """Half of the cores that this process may use, at most 8: the models want the rest, and a disk feeds no more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // 2))
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--video_dir", type=Path, default=DEFAULT_VIDEO_DIR, help="folder of videos")
+    add("--csv_path", type=Path, default=DEFAULT_CSV, help="captions: a CSV with a column named caption")
+    add("--output_root", type=Path, default=DEFAULT_OUTPUT, help="features go to <output_root>/<model>/<stem>.pt")
+    add("--models", nargs="+", choices=list(VFMS), default=list(VFMS), metavar="MODEL", help=f"of {', '.join(VFMS)}")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the models run")
+    add("--num_frames", type=positive_int, default=48, help="frames sampled per video")
+    add("--videomae_resize_h", type=positive_int, default=160, help="input height of VideoMAE, VideoMAEv2 and VJEPA2")
+    add("--videomae_resize_w", type=positive_int, default=240, help="input width of VideoMAE, VideoMAEv2 and VJEPA2")
+    add("--dinov2_resize_h", type=positive_int, default=420, help="input height of DINOv2")
+    add("--dinov2_resize_w", type=positive_int, default=630, help="input width of DINOv2")
+    add("--dinov2_chunk", type=positive_int, default=128, help="frames per DINOv2 forward pass")
+    for name in ("VideoMAEv2", "VideoMAE", "DINOv2", "VJEPA2"):
+        add(f"--{name.lower()}_ckpt", type=Path, default=DEFAULT_WEIGHTS.get(name), help=f"published weights of {name}")
+    add("--allow_skip_missing", action="store_true", help="go on without models whose weights or packages are missing")
+    add("--random_weights", action="store_true", help="a dry run without weights: the features mean nothing")
+    add(
+        "--save_dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="dtype of the saved features",
+    )
+    add("--overwrite", action="store_true", help="make features again that are finished")
+    add(
+        "--num_workers",
+        type=positive_int,
+        default=default_num_workers(),
+        help="processes that decode",
+    )
+    add("--decode_timeout", type=positive_int, default=120, help="seconds after which a video counts as undecodable")
+    args = parser.parse_args(argv)
+    args.models = list(dict.fromkeys(args.models))
+    return args
+
+
+def input_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
+    """The (height, width) that model `name` takes; raises `UserError` where its patches or tubelets do not fit."""
+    vfm = VFMS[name]
+    flags = [f"{vfm.flags}_resize_h", f"{vfm.flags}_resize_w"]
+    for flag, step in [("num_frames", vfm.tubelet_size), *((flag, vfm.patch_size) for flag in flags)]:
+        value = getattr(args, flag)
+        if value % step:
+            nearest = max(step, round(value / step) * step)
+            raise UserError(f"--{flag} {value}: {name} needs a multiple of {step}; try --{flag} {nearest}")
+    return getattr(args, flags[0]), getattr(args, flags[1])
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one way to say it
+        raise UserError(f"--device {device}: not available on this machine; use cpu, cuda or cuda:N") from error
+
+
+def find_captions(csv_path: Path) -> Callable[[Path], str]:
+    """As `read_captions`; the default CSV may be absent, then no video has a caption."""
+    if csv_path is not DEFAULT_CSV:
+        if not csv_path.is_file():
+            raise UserError(f"--csv_path {csv_path}: no such file")
+        return read_captions(csv_path)
+    if (REPOSITORY / csv_path).is_file():
+        return read_captions(REPOSITORY / csv_path)
+    warn(f"no captions: {csv_path} does not exist; --csv_path names another file")
+    return lambda video: ""
+
+
+def warn(message: str) -> None:
+    tqdm.write(f"vfm_feature.py: warning: {message}", file=sys.stderr)
+
+
+def start_run(name: str, args: argparse.Namespace, output_root: Path) -> Run:
+    """Load model `name` onto the device. Raises `MissingModel` if its weights or packages are not here."""
+    size = input_size(name, args)
+    path, weights, made_by = None, None, "random"
+    try:
+        if not args.random_weights:
+            given, default = getattr(args, f"{name.lower()}_ckpt"), DEFAULT_WEIGHTS.get(name)
+            path = find_weights(name, None if given is default else given, default)
+            weights = read_weights(path)
+            made_by = fingerprint(weights)
+            tqdm.write(f"{name}: weights from {path} ({made_by})", file=sys.stderr)
+        vit = build_vit(VFMS[name], args.num_frames, size, weights).to(args.device)
+    except ImportError as error:
+        raise MissingModel(
+            f"{name}: the package {error.name} is missing; install envs/environment.vfm_feature.yaml"
+        ) from error
+    except WeightsDoNotFit as error:
+        raise UserError(f"{path}: not the weights of {name}: {error}") from error
+    settings = {
+        "num_frames": args.num_frames,
+        "height": size[0],
+        "width": size[1],
+        "save_dtype": args.save_dtype,
+        "weights": made_by,
+    }
+    return Run(name, vit, settings, output_root / name)
+
+
+def start_runs(args: argparse.Namespace, output_root: Path) -> tuple[list[Run], dict[str, str]]:
+    """All requested models, and, with `--allow_skip_missing`, the reasons why some are left out."""
+    runs, left_out = [], {}
+    for name in args.models:
+        try:
+            runs.append(start_run(name, args, output_root))
+        except MissingModel as error:
+            if not args.allow_skip_missing:
+                raise UserError(f"{error}, or skip such models with --allow_skip_missing") from error
+            left_out[name] = str(error)
+            warn(str(error))
+    return runs, left_out
+
+
+def video_settings(run: Run, video: Path) -> dict[str, int | str]:
+    """What a feature of `video` is made with. A video replaced by another of the same name shows in its bytes."""
+    return {**run.settings, "video": video.name, "video_bytes": video.stat().st_size}
+
+
+def plan(run: Run, videos: list[Path], caption_of: Callable[[Path], str], overwrite: bool) -> None:
+    """Find out which videos `run` has to do. A finished feature whose caption has changed is saved with the new one."""
+    for video in videos:
+        path = run.folder / f"{video.stem}.pt"
+        saved = None if overwrite else read_saved(path)
+        if saved is None or saved.get("settings") != video_settings(run, video):
+            run.todo.add(video)
+            continue
+        run.count["skipped"] += 1
+        run.shape = list(saved["feature"].shape)
+        caption = caption_of(video)
+        if caption and caption != saved.get("caption"):
+            save_atomically({**saved, "caption": caption}, path)
+
+
+def read_saved(path: Path) -> dict | None:
+    """What an earlier run wrote, the feature still on disk; None if there is nothing, or nothing that can be read."""
+    try:
+        saved = torch.load(path, weights_only=True, mmap=True)
+    except Exception:  # a file of somebody else's can be anything; it is made again
+        return None
+    return saved if isinstance(saved, dict) and isinstance(saved.get("feature"), torch.Tensor) else None
+
+
+def make_feature(run: Run, video: Path, clip: np.ndarray, caption: str, args: argparse.Namespace) -> None:
+    """Clip uint8 [num_frames, H, W, 3] -> the feature's file. Raises `ValueError` if the feature is not finite."""
+    clips = torch.from_numpy(clip)[None].to(args.device)
+    dtype = getattr(torch, args.save_dtype)
+    feature = extract_features(run.vit, run.vfm, clips, args.dinov2_chunk)[0].to(dtype).cpu()
+    if not torch.isfinite(feature).all():
+        raise ValueError(f"{run.name} gave NaN or infinity in {args.save_dtype}")
+    data = {
+        "feature": feature,
+        "caption": caption,
+        "video": video.name,
+        "model": run.name,
+        "weights": run.settings["weights"],
+        "settings": video_settings(run, video),
+    }
+    save_atomically(data, run.folder / f"{video.stem}.pt")
+    run.shape = list(feature.shape)
+
+
+def extract(runs: list[Run], videos: list[Path], caption_of: Callable[[Path], str], args: argparse.Namespace) -> None:
+    """Decode each video once and give it to every model that has to do it. A video that fails is recorded."""
+    bars = {
+        run.name: tqdm(
+            total=len(videos), initial=run.count["skipped"], desc=run.name, unit="video", position=i, dynamic_ncols=True
+        )
+        for i, run in enumerate(runs)
+    }
+    todo = [video for video in videos if any(video in run.todo for run in runs)]
+    sizes = sorted({run.size for run in runs})
+    try:
+        for video, clips in decode_ahead(todo, args.num_frames, sizes, args.num_workers, args.decode_timeout):
+            for run in runs:
+                if video not in run.todo:
+                    continue
+                reason = clips if isinstance(clips, str) else None
+                if reason is None:
+                    try:
+                        make_feature(run, video, clips[run.size], caption_of(video), args)
+                    except ValueError as error:
+                        reason = str(error)
+                    except torch.OutOfMemoryError as error:
+                        raise UserError(
+                            f"{run.name}: the device's memory is full; lower --dinov2_chunk or the input size, run "
+                            "fewer --models at once, or use --device cpu"
+                        ) from error
+                if reason is None:
+                    run.count["written"] += 1
+                else:
+                    run.failed[video.name] = reason
+                bars[run.name].update()
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def report(runs: list[Run], left_out: dict[str, str], output_root: Path) -> None:
+    """Write `failed_videos.txt` of each model and `vfm_dimensions.txt`, and print the summary."""
+    for run in runs:
+        failures = run.folder / "failed_videos.txt"
+        if run.failed:
+            one_line = (f"{' '.join(name.split())}\t{reason}\n" for name, reason in run.failed.items())
+            with whole_file(failures) as file:
+                file.write("".join(one_line).encode())
+        else:
+            failures.unlink(missing_ok=True)
+    known = [run for run in runs if run.shape]
+    dimensions = "".join(f"{run.name}: feature shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
+    with whole_file(output_root / "vfm_dimensions.txt") as file:
+        file.write(dimensions.encode())
+
+    print(f"\n{'model':<11}{'written':>8}{'skipped':>8}{'failed':>8}  {'feature':<20}{'dtype':<9}{'size':>10}  folder")
+    for run in runs:
+        counts = f"{run.count['written']:>8}{run.count['skipped']:>8}{len(run.failed):>8}"
+        size = sum(path.stat().st_size for path in run.folder.glob("*.pt")) / 1e6
+        shape = str(run.shape or "-")
+        print(f"{run.name:<11}{counts}  {shape:<20}{run.settings['save_dtype']:<9}{size:>7.1f} MB  {run.folder}")
+        if run.failed:
+            print(f"{'':<11}why: {run.folder / 'failed_videos.txt'}")
+    for reason in left_out.values():
+        print(f"not run: {reason}")
+    if any(run.settings["weights"] == "random" for run in runs):
+        print(RANDOM_WARNING)
+
+
+RANDOM_WARNING = """
+    *************************************************************************
+    *  --random_weights: these features mean NOTHING. This was a dry run.   *
+    *************************************************************************
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    for name in args.models:
+        input_size(name, args)
+    check_device(args.device)
+    video_dir = REPOSITORY / args.video_dir if args.video_dir is DEFAULT_VIDEO_DIR else args.video_dir
+    output_root = REPOSITORY / args.output_root if args.output_root is DEFAULT_OUTPUT else args.output_root
+    videos = list_videos(video_dir)
+    caption_of = find_captions(args.csv_path)
+    without = sum(not caption_of(video) for video in videos)
+    if without and args.csv_path is not DEFAULT_CSV:
+        warn(f"{without} of {len(videos)} videos have no caption in {args.csv_path}")
+    if args.random_weights:
+        warn("--random_weights: a dry run; the features will mean NOTHING")
+
+    runs, left_out = start_runs(args, output_root)
+    for run in runs:
+        plan(run, videos, caption_of, args.overwrite)
+    try:
+        extract(runs, videos, caption_of, args)
+    finally:
+        report(runs, left_out, output_root)
+    return 0 if any(run.count["written"] or run.count["skipped"] for run in runs) else 1
+
+
+if __name__ == "__main__":
+    run_script(main)
