@@ -16,6 +16,7 @@ goes on where it was: features that exist already, made with the same settings, 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -339,16 +340,28 @@ def find_weights(name: str, given: Path | None, default: Path | None) -> Path:
         if (folder / default).is_file():
             return folder / default
     repository, file = VFMS[name].hub
-    try:
-        from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(repository, file))
+    try:
+        return Path(hf_hub_download(repository, file, local_files_only=not hub_answers()))
     except Exception as error:  # the hub's client raises its own errors, those of its HTTP library, and the system's
         looked = f"no file at {default}, and " if default else ""
         raise MissingModel(
-            f"{name}: {looked}the hub cannot be reached ({type(error).__name__}); "
-            f"download {file} of {repository} elsewhere and pass it with {flag}"
+            f"{name}: {looked}{file} of {repository} cannot be had from the hub ({type(error).__name__}); "
+            f"download it elsewhere and pass it with {flag}"
         ) from error
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the hub can be reached. Its client asks six times over half a minute, and again for each model."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # as above
+        return False
+    return True
 
 
 def fingerprint(weights: dict[str, torch.Tensor]) -> str:
@@ -432,7 +445,15 @@ def read_decord(path: str, num_frames: int) -> tuple[np.ndarray, Iterator[np.nda
     decord.logging.set_level(decord.logging.QUIET)
     reader = decord.VideoReader(path, num_threads=1)
     indices = frame_indices(len(reader), num_frames)
-    return indices, (reader[int(index)].asnumpy() for index in np.unique(indices))
+
+    def frames() -> Iterator[np.ndarray]:
+        for index in np.unique(indices):
+            frame = reader[int(index)].asnumpy()
+            if frame.shape[-1] != 3:  # dmlc/decord issue 336: some narrow videos, the bytes are not those of the frame
+                raise ValueError(f"a frame of shape {list(frame.shape)} instead of [height, width, 3]")
+            yield frame
+
+    return indices, frames()
 
 
 def read_opencv(path: str, num_frames: int) -> tuple[np.ndarray, Iterator[np.ndarray]]:
@@ -674,7 +695,6 @@ def start_run(name: str, args: argparse.Namespace, output_root: Path) -> Run:
             path = find_weights(name, None if given is default else given, default)
             weights = read_weights(path)
             made_by = fingerprint(weights)
-            tqdm.write(f"{name}: weights from {path} ({made_by})", file=sys.stderr)
         vit = build_vit(VFMS[name], args.num_frames, size, weights).to(args.device)
     except ImportError as error:
         raise MissingModel(
@@ -682,6 +702,8 @@ def start_run(name: str, args: argparse.Namespace, output_root: Path) -> Run:
         ) from error
     except WeightsDoNotFit as error:
         raise UserError(f"{path}: not the weights of {name}: {error}") from error
+    if path:
+        tqdm.write(f"{name}: weights from {path} ({made_by})", file=sys.stderr)
     settings = {
         "num_frames": args.num_frames,
         "height": size[0],

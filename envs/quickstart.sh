@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# From clips to motion embeddings in one command: bash envs/quickstart.sh [VIDEO_DIR]
+# Makes an environment in .envs/, draws a few clips if none are given, runs the three scripts, and lists what they wrote.
+set -euo pipefail
+[ $# -eq 0 ] || given=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+. envs/environment.sh
+make_environment quickstart
+
+out="$PWD/.quickstart"
+if [ $# -eq 0 ]; then
+    videos="$out/videos"
+    "$PYTHON" tests/draw_clips.py "$videos"
+    captions=(--csv_path "$videos/captions.csv")
+else
+    videos="$given"
+    captions=()
+    [ ! -f "$videos/captions.csv" ] || captions=(--csv_path "$videos/captions.csv")
+fi
+
+weights=()
+if ! "$PYTHON" -c 'import vfm_feature as v; v.find_weights("VideoMAE", None, v.DEFAULT_WEIGHTS["VideoMAE"])' 2>/dev/null; then
+    weights=(--random_weights)
+fi
+
+step() { echo; echo "== $*"; "$PYTHON" "$@"; }
+step vfm_feature.py --video_dir "$videos" "${captions[@]}" --output_root "$out/features" --models VideoMAE "${weights[@]}"
+step train.py --feature_dir "$out/features/VideoMAE" --save_dir "$out/checkpoints" --batch_size 1 --epochs 3 \
+    --num_workers 0 --use_token
+step encode.py --checkpoint "$out/checkpoints/motion_ae_epoch3.pt" --input "$out/features/VideoMAE" \
+    --output "$out/latents/VideoMAE"
+
+echo
+echo "What was made:"
+describe() { # a pattern below $out, and what such files hold
+    find "$out" -path "$out/$1" -type f -not -name '.*' | sort | while read -r file; do echo "  $file: $2"; done
+}
+describe 'videos/*.mp4' "a drawn clip"
+describe 'videos/*.csv' "the captions of the drawn clips"
+describe 'features/vfm_dimensions.txt' "shape and channels of each model's features"
+describe 'features/VideoMAE/*.pt' "feature [T, H, W, 768], caption, video, model, settings"
+describe 'features/VideoMAE/failed_videos.txt' "videos that could not be read, and why"
+describe 'checkpoints/*' "the motion autoencoder after an epoch: weights, configuration, losses"
+describe 'latents/*' "latent [T, H, W, 192], motion_embedding [T, 192], compression_ratio"
+if [ ${#weights[@]} -gt 0 ]; then
+    echo
+    echo "*******************************************************************************"
+    echo "*  The pretrained weights could not be downloaded, so the model was RANDOM.   *"
+    echo "*  The files above show that everything runs. Their numbers mean NOTHING.     *"
+    echo "*******************************************************************************"
+fi

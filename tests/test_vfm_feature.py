@@ -1,0 +1,551 @@
+"""vfm_feature.py: the models' numbers, decoding, captions, and the command line."""
+
+import argparse
+import os
+import pickle
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from draw_clips import draw_frame, write_video
+from torch.nn import functional as F
+
+import vfm_feature as vfm
+from model import run_script
+
+ROOT = Path(__file__).resolve().parents[1]
+# A ViT is quick on a clip of two tubelets and six patches.
+SMALL = ["--random_weights", "--num_frames", "4", "--videomae_resize_h", "32", "--videomae_resize_w", "48"]
+SMALL += ["--dinov2_resize_h", "28", "--dinov2_resize_w", "42", "--device", "cpu", "--num_workers", "1"]
+
+
+@pytest.fixture
+def run_here(capfd):
+    """The script's command line in this process: its status, standard output and standard error."""
+
+    def call(*arguments):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ending:
+            run_script(lambda: vfm.main([str(argument) for argument in arguments]))
+        return subprocess.CompletedProcess("vfm_feature.py", ending.value.code, *capfd.readouterr())
+
+    return call
+
+
+def gray_clip(path: Path, num_frames: int, codec: str = "mp4v", size: tuple[int, int] = (48, 64)) -> Path:
+    """A clip whose frame i is a plain gray of level 8 * i + 8, so that a frame tells which one it is."""
+    write_video(path, [np.full((*size, 3), 8 * index + 8, np.uint8) for index in range(num_frames)], codec)
+    return path
+
+
+@pytest.fixture
+def clips(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name, shape in [("ball.mp4", 0), ("square.avi", 1)]:
+        frames = [draw_frame(shape, index / 7, 48, 64) for index in range(8)]
+        write_video(folder / name, frames, "mp4v" if name.endswith("mp4") else "MJPG")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models against their authors' code
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def filled(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The rule by which the weights of the reference figures are filled: normal numbers seeded by the parameter's name.
+
+    Matrices are scaled by their inputs' number, vectors by 0.1, the gains of norms and layer scales around 1, the class
+    token and the learned positions by 0.5.
+    """
+    normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    if name in ("cls_token", "pos_embed"):
+        normal *= 0.5
+    elif len(shape) > 1:
+        normal /= np.float32(np.sqrt(np.prod(shape[1:])))
+    elif name.endswith(("norm1.weight", "norm2.weight", "norm.weight", "gamma")):
+        normal = 1 + np.float32(0.1) * normal
+    else:
+        normal *= np.float32(0.1)
+    return torch.from_numpy(normal)
+
+
+def published_state(model: str) -> dict[str, torch.Tensor]:
+    """The encoder in the authors' names, filled by the rule."""
+    spec = vfm.VFMS[model]
+    dim = spec.embed_dim
+    kernel = (3, 14, 14) if model == "DINOv2" else (3, 2, 16, 16)
+    shapes = {"patch_embed.proj.weight": (dim, *kernel), "patch_embed.proj.bias": (dim,)}
+    if model == "DINOv2":
+        shapes |= {"cls_token": (1, 1, dim), "pos_embed": (1, 1370, dim), "mask_token": (1, dim)}
+        shapes |= {"norm.weight": (dim,), "norm.bias": (dim,)}
+    for block in range(spec.depth):
+        layers = {"norm1": (dim,), "norm2": (dim,), "attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim)}
+        layers |= {"mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim)}
+        for layer, shape in layers.items():
+            shapes[f"blocks.{block}.{layer}.weight"] = shape
+            shapes[f"blocks.{block}.{layer}.bias"] = shape[:1]
+        if model.startswith("VideoMAE"):  # queries and values have a bias, keys have none
+            del shapes[f"blocks.{block}.attn.qkv.bias"]
+            shapes |= {f"blocks.{block}.attn.q_bias": (dim,), f"blocks.{block}.attn.v_bias": (dim,)}
+        if model == "DINOv2":
+            shapes |= {f"blocks.{block}.ls1.gamma": (dim,), f"blocks.{block}.ls2.gamma": (dim,)}
+    return {name: filled(name, shape) for name, shape in shapes.items()}
+
+
+def published_file(model: str, path: Path) -> Path:
+    """The filled weights in the layout that the authors publish, with the parts that are of no use here."""
+    state = published_state(model)
+    unused = torch.ones(3)
+    torch.save(
+        {
+            "VideoMAEv2": {"module": {**state, "head.weight": unused, "fc_norm.weight": unused}},
+            "VideoMAE": {
+                "model": {**{f"encoder.{name}": value for name, value in state.items()}, "decoder.norm.weight": unused},
+                "args": argparse.Namespace(lr=1e-3, model="pretrain_videomae_base_patch16_224"),
+                "epoch": 1600,
+            },
+            "DINOv2": state,
+            "VJEPA2": {
+                "encoder": {f"module.backbone.{name}": value for name, value in state.items()},
+                "predictor": {"module.backbone.norm.weight": unused},
+                "epoch": 90,
+            },
+        }[model],
+        path,
+    )
+    return path
+
+
+def pattern_clip(frames: int, height: int, width: int) -> torch.Tensor:
+    """The clip of the reference figures: uint8 [1, frames, height, width, 3] by a formula."""
+    t, y, x, c = np.ogrid[:frames, :height, :width, :3]
+    return torch.from_numpy(((3 * t + 2 * y + x + 80 * c + (t * y * x) // 97) % 256).astype(np.uint8))[None]
+
+
+# Made with the authors' own code on the CPU in float32, filled and fed by the rules above: VideoREPA's `VideoMAEv2.py`
+# and `VideoMAE.py` (`vit_base_patch16_224`, positions by its `interpolate_pos_embed`, commit 8002687),
+# facebookresearch/dinov2 `vit_base` (patch 14, 518 pixels, `x_norm_patchtokens`, commit b8931f7),
+# facebookresearch/vjepa2 `vit_large_rope` (256 pixels, 64 frames, no final norm, commit c2963a4).
+# A figure is the feature at [t, h, w], every (C // 6)th channel of it.
+VIDEOMAE_FIGURES = {
+    (0, 0, 0): [-5.74436, -0.59138, 3.98339, 0.76995, -1.97517, 0.00124],
+    (12, 5, 5): [-5.92517, 0.65502, 1.98125, 0.32384, 0.99954, 2.61564],
+    (23, 0, 14): [-5.70041, 0.3013, 3.73457, 1.06822, -3.46494, 1.73838],
+    (23, 9, 14): [-0.84401, -1.42673, 0.80384, 0.9967, -2.96765, 1.55334],
+}
+REFERENCE = {  # (frames, height, width), the feature's mean, standard deviation and mean magnitude, figures
+    "VideoMAEv2": ((48, 160, 240), (0.174445, 3.671439, 2.943526), VIDEOMAE_FIGURES),
+    "VideoMAE": ((48, 160, 240), (0.174445, 3.671439, 2.943526), VIDEOMAE_FIGURES),
+    "DINOv2": (
+        (2, 420, 630),
+        (0.004537, 1.007017, 0.800721),
+        {
+            (0, 0, 0): [-2.13548, 0.32951, 1.17461, 1.54171, -0.08438, -0.48294],
+            (1, 15, 15): [-2.12295, 0.74985, -0.49089, 0.31389, 0.73404, 0.6133],
+            (1, 0, 44): [-1.32739, 1.03435, -0.24331, -1.37132, -1.08652, 0.45886],
+            (1, 29, 44): [-1.70767, -0.12595, 0.91508, -0.42071, -0.75708, -0.25864],
+        },
+    ),
+    "VJEPA2": (
+        (8, 160, 240),
+        (0.019649, 5.210355, 4.176344),
+        {
+            (0, 0, 0): [-0.63788, -1.03051, -1.82823, -7.93889, -8.26964, 0.32995],
+            (2, 5, 5): [1.20197, -7.91314, 1.58126, -7.73427, -11.19328, 2.7281],
+            (3, 0, 14): [2.51422, 2.33714, -3.35956, -9.95796, -6.66365, 7.22377],
+            (3, 9, 14): [4.2707, -8.18992, 0.05345, -5.95283, -7.24269, -2.49043],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("model", REFERENCE)
+def test_features_are_those_of_the_authors_code(model, tmp_path):
+    (frames, height, width), statistics, figures = REFERENCE[model]
+    weights = vfm.read_weights(published_file(model, tmp_path / "weights.pth"))
+    (tmp_path / "weights.pth").unlink()  # over a gigabyte for the largest
+    vit = vfm.build_vit(vfm.VFMS[model], frames, (height, width), weights)
+    feature = vfm.extract_features(vit, vfm.VFMS[model], pattern_clip(frames, height, width), chunk=1)[0]
+    channels = feature.shape[-1]
+    for place, expected in figures.items():
+        error = (feature[place][:: channels // 6][:6] - torch.tensor(expected)).norm()
+        assert error <= 1e-4 * torch.tensor(expected).norm(), f"{model} at {place}"
+    measured = torch.stack([feature.mean(), feature.std(), feature.abs().mean()])
+    torch.testing.assert_close(measured, torch.tensor(statistics), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_in_the_hub_s_names_are_the_authors_weights():
+    """transformers' files: separate query, key and value; VideoMAE with q_bias and v_bias, V-JEPA 2 with all three."""
+    q, k, v, other = (torch.full((2, 2), value) for value in (1.0, 2.0, 3.0, 4.0))
+    bias = torch.ones(2)
+    block = "videomae.encoder.layer.7"
+    names = vfm.to_timm_names(
+        {
+            "videomae.embeddings.patch_embeddings.projection.weight": other,
+            f"{block}.attention.attention.query.weight": q,
+            f"{block}.attention.attention.key.weight": k,
+            f"{block}.attention.attention.value.weight": v,
+            f"{block}.attention.attention.q_bias": bias,
+            f"{block}.attention.attention.v_bias": 3 * bias,
+            f"{block}.attention.output.dense.weight": other,
+            f"{block}.intermediate.dense.weight": other,
+            f"{block}.output.dense.weight": other,
+            f"{block}.layernorm_before.weight": other,
+            f"{block}.layernorm_after.weight": other,
+        }
+    )
+    assert {"patch_embed.proj.weight", "blocks.7.attn.proj.weight", "blocks.7.mlp.fc1.weight"} < set(names)
+    assert {"blocks.7.mlp.fc2.weight", "blocks.7.norm1.weight", "blocks.7.norm2.weight"} < set(names)
+    torch.testing.assert_close(names["blocks.7.attn.qkv.weight"], torch.cat([q, k, v]))
+    assert names["blocks.7.attn.qkv.bias"].tolist() == [1, 1, 0, 0, 3, 3]
+
+    block = "encoder.layer.3"
+    names = vfm.to_timm_names(
+        {
+            "encoder.embeddings.patch_embeddings.proj.bias": bias,
+            **{f"{block}.attention.{part}.weight": other for part in ("query", "key", "value", "proj")},
+            **{f"{block}.attention.{part}.bias": i * bias for i, part in enumerate(("query", "key", "value", "proj"))},
+            f"{block}.norm1.weight": other,
+            f"{block}.mlp.fc1.weight": other,
+        }
+    )
+    assert {"patch_embed.proj.bias", "blocks.3.norm1.weight", "blocks.3.mlp.fc1.weight"} < set(names)
+    assert names["blocks.3.attn.qkv.bias"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert names["blocks.3.attn.proj.bias"].tolist() == [3, 3]
+
+
+def test_the_two_kinds_of_batching_change_nothing():
+    """Two clips in one pass are two passes, and DINOv2's chunks are one."""
+    clips = torch.cat([pattern_clip(4, 32, 48), pattern_clip(4, 32, 48).flip(2)])
+    vit = vfm.build_vit(vfm.VFMS["VideoMAE"], 4, (32, 48))
+    both = vfm.extract_features(vit, vfm.VFMS["VideoMAE"], clips)
+    assert both.shape == (2, 2, 2, 3, 768)
+    torch.testing.assert_close(both[1:], vfm.extract_features(vit, vfm.VFMS["VideoMAE"], clips[1:]))
+    vit = vfm.build_vit(vfm.VFMS["DINOv2"], 4, (28, 42))
+    clips = pattern_clip(4, 28, 42)
+    whole = vfm.extract_features(vit, vfm.VFMS["DINOv2"], clips)
+    assert whole.shape == (1, 4, 2, 3, 768)
+    torch.testing.assert_close(whole, vfm.extract_features(vit, vfm.VFMS["DINOv2"], clips, chunk=3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding and captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_frame_indices():
+    assert vfm.frame_indices(49, 48)[[0, 1, 23, 24, 47]].tolist() == [0, 1, 23, 25, 48]
+    assert vfm.frame_indices(5, 5).tolist() == [0, 1, 2, 3, 4]
+    assert vfm.frame_indices(3, 6).tolist() == [0, 0, 1, 1, 2, 2]
+    assert vfm.frame_indices(1, 4).tolist() == [0, 0, 0, 0]
+    assert vfm.frame_indices(1000, 4).tolist() == [0, 333, 666, 999]
+
+
+@pytest.mark.parametrize("backend", vfm.BACKENDS)
+@pytest.mark.parametrize(("name", "codec"), [("clip.mp4", "mp4v"), ("clip.AVI", "MJPG")])
+@pytest.mark.parametrize("num_available", [1, 3, 30])
+def test_each_backend_takes_the_frames_of_the_indices(tmp_path, backend, name, codec, num_available):
+    path = gray_clip(tmp_path / name, num_available, codec)
+    clips = vfm.decode_clip(str(path), 8, [(48, 64), (32, 48)], backend)
+    assert {size: (clip.shape, clip.dtype) for size, clip in clips.items()} == {
+        (48, 64): ((8, 48, 64, 3), np.uint8),
+        (32, 48): ((8, 32, 48, 3), np.uint8),
+    }
+    levels = 8 * vfm.frame_indices(num_available, 8) + 8
+    for clip in clips.values():
+        assert np.abs(clip.mean(axis=(1, 2, 3)) - levels).max() < 3.9  # two frames are 8 levels apart
+
+
+def test_backends_agree_and_give_rgb(tmp_path):
+    write_video(tmp_path / "red.mp4", [np.full((48, 64, 3), (30, 60, 220), np.uint8)] * 4)  # BGR: OpenCV's order
+    one, two = (vfm.decode_clip(str(tmp_path / "red.mp4"), 4, [(48, 64)], name)[48, 64] for name in vfm.BACKENDS)
+    assert np.abs(one.astype(int) - two).mean() <= 3
+    assert np.abs(one.mean(axis=(0, 1, 2)) - [220, 60, 30]).max() < 6
+
+
+def test_a_width_that_decord_garbles_is_read_by_opencv(tmp_path):
+    path = gray_clip(tmp_path / "narrow.mp4", 4, size=(64, 96))
+    with pytest.raises(ValueError, match=r"shape \[64, 96, 4\]"):
+        vfm.decode_clip(str(path), 4, [(64, 96)], "decord")
+    [(video, clips)] = vfm.decode_ahead([path], 4, [(64, 96)], num_workers=1, timeout=100)
+    assert video == path
+    assert np.abs(clips[64, 96].mean(axis=(1, 2, 3)) - [8, 16, 24, 32]).max() < 3.9
+
+
+def test_resizing_is_bicubic_with_antialiasing_and_leaves_a_fitting_frame_alone():
+    frame = draw_frame(0, 0.5)
+    assert vfm.resize_frame(frame, frame.shape[:2]) is frame
+    exact = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
+    exact = F.interpolate(exact, size=(160, 230), mode="bicubic", antialias=True).clamp(0, 255)[0].permute(1, 2, 0)
+    resized = torch.from_numpy(vfm.resize_frame(frame, (160, 230)).copy())
+    assert resized.dtype == torch.uint8
+    assert (resized - exact).abs().max() <= 1.25  # a rounding for each axis, and weights of 16 bits
+    assert (resized - exact).abs().mean() <= 0.3
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (
+            'caption\n"a dog, running"\n小狗在跑\n',
+            {"0000.mp4": "a dog, running", "0001.mp4": "小狗在跑", "0002.mp4": ""},
+        ),
+        ("id,Caption\n7,first\n8,second\n", {"0000.mp4": "first", "0001.mkv": "second", "7.mp4": ""}),
+        (
+            "path,caption\n/data/b.mp4,bee\nsub\\a.mov,ay\nc,sea\n貓.mp4,cat\n",
+            {"a.mov": "ay", "b.mp4": "bee", "c.webm": "sea", "貓.mp4": "cat", "0000.mp4": ""},
+        ),
+        (
+            'caption,video\n"line\nbreak ""quoted""",a.mp4\nagain,a.mp4\n,b.mp4\n',
+            {"a.mp4": 'line\nbreak "quoted"', "b.mp4": ""},
+        ),
+        (
+            "\ufeffvideo,caption\nv1.2.mp4,a dot\n0007,seven\nNA,none\n",
+            {"v1.2.mp4": "a dot", "0007.mp4": "seven", "NA.mp4": "none"},
+        ),
+    ],
+    ids=["by row", "by row beside another column", "by column", "quotes and repeats", "byte order mark, dots, numbers"],
+)
+def test_captions(tmp_path, table, expected):
+    (tmp_path / "captions.csv").write_text(table, encoding="utf-8")
+    caption_of = vfm.read_captions(tmp_path / "captions.csv")
+    assert {name: caption_of(Path("somewhere") / name) for name in expected} == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_help_shows_every_flag_with_its_default(run_here):
+    options = "".join(run_here("--help").stdout.split()).split("options:")[1]
+    for flag, default in {
+        "--video_dir": "../dataset/motion_top100",
+        "--csv_path": "../dataset/motion_top100.csv",
+        "--output_root": "../dataset/vfm_features_motion_top100",
+        "--models": "['VideoMAEv2','VideoMAE','DINOv2','VJEPA2']",
+        "--device": "cuda" if torch.cuda.is_available() else "cpu",
+        "--num_frames": 48,
+        "--videomae_resize_h": 160,
+        "--videomae_resize_w": 240,
+        "--dinov2_resize_h": 420,
+        "--dinov2_resize_w": 630,
+        "--dinov2_chunk": 128,
+        "--videomaev2_ckpt": "VideoREPA/ckpt/VideoMAEv2/vit_b_k710_dl_from_giant.pth",
+        "--videomae_ckpt": "VideoREPA/ckpt/VideoMAE/"
+        "k400_videomae_pretrain_base_patch16_224_frame_16x4_tube_mask_ratio_0_9_e1600.pth",
+        "--save_dtype": "float32",
+    }.items():
+        assert options.split(flag, 1)[1].split("(default:", 1)[1].startswith(f"{default})"), flag
+    for flag in ("--allow_skip_missing", "--random_weights", "--overwrite", "--dinov2_ckpt", "--vjepa2_ckpt"):
+        assert flag in options
+
+
+def test_two_models_in_one_run(clips, tmp_path, run_here):
+    (clips / "captions.csv").write_text("video,caption\nball.mp4,a ball\n", encoding="utf-8")
+    (clips / ".hidden.mp4").write_bytes(b"not for us")
+    out = tmp_path / "out"
+    result = run_here(
+        *("--video_dir", clips, "--csv_path", clips / "captions.csv", "--output_root", out, *SMALL),
+        *("--models", "VideoMAEv2", "DINOv2", "--save_dtype", "float16"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "1 of 2 videos have no caption" in result.stderr
+    assert "mean NOTHING" in result.stdout
+    saved = torch.load(out / "VideoMAEv2" / "ball.pt", weights_only=True)
+    assert saved["feature"].shape == (2, 2, 3, 768)
+    assert saved["feature"].dtype == torch.float16
+    assert {key: saved[key] for key in ("caption", "video", "model", "weights")} == {
+        "caption": "a ball",
+        "video": "ball.mp4",
+        "model": "VideoMAEv2",
+        "weights": "random",
+    }
+    assert torch.load(out / "DINOv2" / "square.pt", weights_only=True)["feature"].shape == (4, 2, 3, 768)
+    assert (out / "vfm_dimensions.txt").read_text() == (
+        "VideoMAEv2: feature shape [2, 2, 3, 768], C = 768\nDINOv2: feature shape [4, 2, 3, 768], C = 768\n"
+    )
+    # what the command wrote is what the functions give
+    clip = torch.from_numpy(vfm.decode_clip(str(clips / "ball.mp4"), 4, [(32, 48)], "decord")[32, 48])[None]
+    vit = vfm.build_vit(vfm.VFMS["VideoMAEv2"], 4, (32, 48))
+    torch.testing.assert_close(vfm.extract_features(vit, vfm.VFMS["VideoMAEv2"], clip)[0].half(), saved["feature"])
+
+
+def summary(result: subprocess.CompletedProcess) -> list[int]:
+    """[written, skipped, failed] of VideoMAE."""
+    assert result.returncode == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if line.startswith("VideoMAE"))
+    return [int(number) for number in line.split()[1:4]]
+
+
+def test_finished_features_are_skipped_unless_something_changed(clips, tmp_path, run_here):
+    captions, out = tmp_path / "captions.csv", tmp_path / "out"
+    captions.write_text("video,caption\nball,old\nsquare,same\n")
+    command = ["--video_dir", clips, "--csv_path", captions, "--output_root", out, "--models", "VideoMAE", *SMALL]
+    assert summary(run_here(*command)) == [2, 0, 0]
+    made = (out / "VideoMAE" / "square.pt").stat().st_mtime_ns
+    assert summary(run_here(*command)) == [0, 2, 0]
+
+    captions.write_text("video,caption\nball,new\nsquare,same\n")  # a caption is renewed without the model
+    assert summary(run_here(*command)) == [0, 2, 0]
+    assert torch.load(out / "VideoMAE" / "ball.pt", weights_only=True)["caption"] == "new"
+    assert (out / "VideoMAE" / "square.pt").stat().st_mtime_ns == made
+
+    gray_clip(clips / "ball.mp4", 5)  # another video of the same name
+    (out / "VideoMAE" / "square.pt").write_bytes(b"torn")
+    assert summary(run_here(*command)) == [2, 0, 0]
+    assert summary(run_here(*command, "--save_dtype", "bfloat16")) == [2, 0, 0]
+    assert summary(run_here(*command, "--save_dtype", "bfloat16", "--overwrite")) == [2, 0, 0]
+    assert not [path for path in out.rglob("*") if path.suffix == ".tmp"]
+
+
+def test_a_video_that_fails_is_recorded_and_the_others_are_made(clips, tmp_path, run_here):
+    (clips / "broken.mp4").write_bytes(b"this is no video" * 100)
+    out = tmp_path / "out"
+    command = ["--video_dir", clips, "--output_root", out, "--models", "VideoMAE", *SMALL]
+    assert summary(run_here(*command)) == [2, 0, 1]
+    name, reason = (out / "VideoMAE" / "failed_videos.txt").read_text().rstrip("\n").split("\t")
+    assert name == "broken.mp4"
+    assert "decord: " in reason and "opencv: no frame can be read" in reason
+    gray_clip(clips / "broken.mp4", 4)  # mended: the next run makes it and forgets the failure
+    assert summary(run_here(*command)) == [1, 2, 0]
+    assert not (out / "VideoMAE" / "failed_videos.txt").exists()
+
+    for path in clips.iterdir():
+        path.write_bytes(b"nothing left")
+    result = run_here(*command, "--overwrite")
+    assert result.returncode == 1
+    assert len((out / "VideoMAE" / "failed_videos.txt").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("import time; time.sleep(1000)", "no end after 4 s"),
+        ("import os; os.kill(os.getpid(), 11)", "the process died"),
+    ],
+)
+def test_a_decoder_that_hangs_or_dies_costs_its_process_only(clips, tmp_path, fault, said):
+    """A package named decord comes first on the path, and ends badly; OpenCV reads what it can."""
+    (tmp_path / "decord.py").write_text(
+        "class logging:\n    QUIET = 0\n    set_level = print\n"
+        f"class VideoReader:\n    def __init__(self, *args, **kwargs):\n        {fault}\n"
+    )
+    (clips / "broken.mp4").write_bytes(b"this is no video")
+    command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL]
+    result = subprocess.run(
+        [sys.executable, ROOT / "vfm_feature.py", *map(str, command), "--decode_timeout", "4"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert summary(result) == [2, 0, 1]
+    assert said in (tmp_path / "out" / "VideoMAE" / "failed_videos.txt").read_text()
+
+
+def test_weights_from_a_file(clips, tmp_path, run_here):
+    state = published_state("VideoMAEv2")
+    torch.save({"module": state}, tmp_path / "good.pth")
+    command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAEv2", *SMALL[1:]]
+    assert summary(run_here(*command, "--videomaev2_ckpt", tmp_path / "good.pth")) == [2, 0, 0]
+    saved = torch.load(tmp_path / "out" / "VideoMAEv2" / "ball.pt", weights_only=True)
+    assert saved["weights"].startswith("sha256:")
+
+    del state["blocks.3.norm1.weight"]
+    state["blocks.5.mlp.fc1.bias"] = torch.ones(7)
+    torch.save({"module": state}, tmp_path / "bad.pth")
+    result = run_here(*command, "--videomaev2_ckpt", tmp_path / "bad.pth")
+    assert_one_line(result, "blocks.3.norm1.weight is missing, blocks.5.mlp.fc1.bias is [7] instead of [3072]")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("malicious_code_ran",)
+
+
+@pytest.mark.parametrize("content", ["pickle", "torn", "text", "no weights", "torn safetensors"])
+def test_weights_that_are_none_are_refused_and_run_no_code(clips, tmp_path, run_here, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / ("weights.safetensors" if "safetensors" in content else "weights.pth")
+    if content == "pickle":
+        path.write_bytes(pickle.dumps({"module": Malicious()}))
+    elif content == "torn":
+        torch.save({"module": {"a": torch.ones(1000)}}, path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif content == "no weights":
+        torch.save({"module": {"epoch": 3}}, path)
+    else:
+        path.write_bytes(b"\x10\0\0\0\0\0\0\0<html>404</html>")
+    result = run_here("--video_dir", clips, "--models", "VideoMAE", *SMALL[1:], "--videomae_ckpt", path)
+    assert_one_line(result, str(path))
+    assert not (tmp_path / "malicious_code_ran").exists()
+
+
+def assert_one_line(result: subprocess.CompletedProcess, text: str) -> None:
+    """One line on standard error that says `text`, after warnings; status 2; no traceback."""
+    assert result.returncode == 2
+    *warnings, error = result.stderr.strip().splitlines()
+    assert ": error: " in error and text in error, result.stderr
+    assert all(": warning: " in line for line in warnings), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--video_dir", "nowhere"], "--video_dir nowhere: no such folder"),
+        (["--video_dir", "empty"], "--video_dir empty: no videos in it"),
+        (["--video_dir", "twice"], "a.MP4 and a.mov would both write a.pt"),
+        (["--csv_path", "nowhere.csv"], "--csv_path nowhere.csv: no such file"),
+        (["--csv_path", "words.csv"], "--csv_path words.csv: no column named caption; it has text"),
+        (["--csv_path", "latin.csv"], "--csv_path latin.csv: cannot be read as a CSV in UTF-8"),
+        (["--csv_path", "ragged.csv"], "--csv_path ragged.csv: cannot be read as a CSV in UTF-8"),
+        (["--models", "DINOv3"], "argument --models: invalid choice: 'DINOv3'"),
+        (["--device", "cuda:99"], "--device cuda:99: not available on this machine"),
+        (["--device", "gpu"], "--device gpu: not available on this machine"),
+        (["--num_frames", "5"], "--num_frames 5: VideoMAEv2 needs a multiple of 2; try --num_frames 4"),
+        (["--num_frames", "0"], "argument --num_frames: 0 is not 1 or more"),
+        (["--num_frames", "many"], "argument --num_frames: invalid positive_int value: 'many'"),
+        (["--videomae_resize_h", "100"], "--videomae_resize_h 100: VideoMAEv2 needs a multiple of 16; try"),
+        (
+            ["--dinov2_resize_w", "640"],
+            "--dinov2_resize_w 640: DINOv2 needs a multiple of 14; try --dinov2_resize_w 644",
+        ),
+        (["--videomaev2_ckpt", "nowhere.pth"], "--videomaev2_ckpt nowhere.pth: no such file"),
+        (["--save_dtype", "int8"], "argument --save_dtype: invalid choice: 'int8'"),
+        (["--video-dir", "clips"], "unrecognized arguments: --video-dir clips"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_status_2(clips, tmp_path, run_here, monkeypatch, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "twice").mkdir()
+    for name in ("a.MP4", "a.mov"):
+        (tmp_path / "twice" / name).touch()
+    (tmp_path / "words.csv").write_text("text\nhello\n")
+    (tmp_path / "latin.csv").write_bytes("caption\ncafé\n".encode("latin-1"))
+    (tmp_path / "ragged.csv").write_text("caption,video\na,b\na,b,c,d\n")
+    result = run_here("--video_dir", "clips", "--output_root", "out", *arguments)
+    assert_one_line(result, text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_out_of_reach(clips, tmp_path):
+    """The error says which file to bring and which flag takes it; with --allow_skip_missing the summary says it."""
+    command = [sys.executable, ROOT / "vfm_feature.py", "--video_dir", clips, "--output_root", tmp_path / "out"]
+    command = [str(part) for part in [*command, "--models", "DINOv2", "--device", "cpu"]]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    for flags, status in [([], 2), (["--allow_skip_missing"], 1)]:
+        result = subprocess.run([*command, *flags], env=offline, capture_output=True, text=True, timeout=100)
+        assert result.returncode == status
+        said = result.stdout if flags else result.stderr
+        assert "model.safetensors of timm/vit_base_patch14_dinov2.lvd142m cannot be had from the hub" in said
+        assert "--dinov2_ckpt" in said
+        assert "Traceback" not in result.stderr
