@@ -5,7 +5,6 @@ set -euo pipefail
 [ $# -eq 0 ] || given=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 . envs/environment.sh
-make_environment quickstart
 
 out="$PWD/.quickstart"
 if [ $# -eq 0 ]; then

@@ -3,5 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . envs/environment.sh
-make_environment test "pytest>=8" "ruff==0.17.6" "av>=14"
 exec "$PYTHON" -m pytest "$@"
