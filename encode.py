@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from model import (
     FEATURE_SUFFIXES,
+    ArgumentParser,
     MotionFeatureAutoencoder,
     UserError,
     find_features,
@@ -30,7 +31,7 @@ from model import (
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="a motion_ae_epoch*.pt of train.py")
     parser.add_argument("--input", type=Path, required=True, help="a feature file, or a folder, searched recursively")
     parser.add_argument("--output", type=Path, required=True, help="the file to write; a folder, if --input is one")
@@ -38,19 +39,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:1... (default: %(default)s)",
+        help="cpu, cuda, cuda:1...",
     )
     model = parser.add_argument_group(
         "model", "The checkpoint records these; a value given here must agree. Defaults are train.py's."
     )
-    model.add_argument("--input_dim", type=int, help="channels C of the features (default: 768)")
-    model.add_argument("--model_dim", type=int, help="width of encoder and decoder (default: 384)")
-    model.add_argument("--latent_dim", type=int, help="channels of the latent (default: 192)")
-    model.add_argument("--num_heads", type=int, help="attention heads (default: 8)")
-    model.add_argument("--num_layers", type=int, help="transformer layers, each way (default: 2)")
-    model.add_argument("--dropout", type=float, help="dropout while training (default: 0.1)")
+    absent = argparse.SUPPRESS  # a flag that is not given leaves no trace, so that the checkpoint decides
+    model.add_argument("--input_dim", type=int, default=absent, help="channels C of the features (default: 768)")
+    model.add_argument("--model_dim", type=int, default=absent, help="width of encoder and decoder (default: 384)")
+    model.add_argument("--latent_dim", type=int, default=absent, help="channels of the latent (default: 192)")
+    model.add_argument("--num_heads", type=int, default=absent, help="attention heads (default: 8)")
+    model.add_argument("--num_layers", type=int, default=absent, help="transformer layers, each way (default: 2)")
+    model.add_argument("--dropout", type=float, default=absent, help="dropout while training (default: 0.1)")
     model.add_argument(
-        "--use_token", action="store_true", default=None, help="the encoder sees [x, delta_x] (default: False)"
+        "--use_token", action="store_true", default=absent, help="the encoder sees [x, delta_x] (default: False)"
     )
     return parser.parse_args()
 
@@ -58,8 +60,8 @@ def parse_args() -> argparse.Namespace:
 def check_flags(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Raise `UserError` for a model flag given by hand that is not what the checkpoint records."""
     for name, recorded in config.items():
-        given = getattr(args, name)
-        if given is not None and given != recorded:
+        given = getattr(args, name, recorded)
+        if given != recorded:
             raise UserError(
                 f"--{name} {given} contradicts {args.checkpoint}, which was trained with {recorded}; leave --{name} out"
             )

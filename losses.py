@@ -20,14 +20,16 @@ def motion_autoencoder_loss(
 
     - `reconstruction`: mean squared error.
     - `motion`: mean squared error between the temporal differences of reconstruction and x; 0 for T = 1.
-    - `smoothness`: mean squared temporal difference of the latent over its mean square. The ratio does not depend on
-      the latent's scale; without it the model lowers this term by shrinking its latent, which smooths nothing.
+    - `smoothness`: mean squared temporal difference of the latent over its variance. Without the division the model
+      would lower this term by shrinking its latent, and with its mean square in place of its variance by shifting it;
+      neither smooths anything.
     """
     terms = {"reconstruction": (reconstruction - x).square().mean()}
     if x.shape[1] > 1:
         terms["motion"] = (reconstruction.diff(dim=1) - x.diff(dim=1)).square().mean()
-        energy = latent.square().mean().clamp_min(torch.finfo(latent.dtype).tiny)
-        terms["smoothness"] = latent.diff(dim=1).square().mean() / energy
+        deviation = latent - latent.mean(dim=tuple(range(latent.ndim - 1)), keepdim=True)
+        variance = deviation.square().mean().clamp_min(torch.finfo(latent.dtype).tiny)
+        terms["smoothness"] = latent.diff(dim=1).square().mean() / variance
     else:
         terms["motion"] = terms["smoothness"] = x.new_zeros(())
     loss = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
+BLOCK = 24  # time steps that are coded together; vfm_feature.py gives 24 or 48
+DETAIL_RMS = 0.15  # of a detail channel, a frame channel having 1: moves cosines little, clear of float16's rounding
+STILL = 1e-3  # of the frame channels' scale: movement below it counts as none
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,6 +172,20 @@ def time_positions(length: int, dim: int, like: Tensor) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :dim].to(like.dtype)
 
 
+def cosine_transform(length: int) -> Tensor:
+    """The orthonormal DCT-II [frequency, time]."""
+    time = torch.arange(length, dtype=torch.float64)
+    matrix = torch.cos(torch.pi / length * (time + 0.5) * time[:, None]) * (2 / length) ** 0.5
+    matrix[0] /= 2**0.5
+    return matrix.float()
+
+
+def token_relations(tokens: Tensor) -> Tensor:
+    """The cosine similarity of every pair of tokens [K, C] -> [K, K], which VideoREPA's alignment loss compares."""
+    tokens = nn.functional.normalize(tokens, dim=-1)
+    return tokens @ tokens.mT
+
+
 class TemporalNetwork(nn.Module):
     """Temporal convolution, then temporal transformer: [S, T, in_dim] -> [S, T, out_dim], S independent sequences.
 
@@ -205,10 +222,190 @@ def from_sequences(sequences: Tensor, like: Tensor) -> Tensor:
     return sequences.unflatten(0, (batch, -1)).transpose(1, 2).reshape(batch, length, *like.shape[2:-1], -1)
 
 
+def principal_components(covariance: Tensor) -> Tensor:
+    """Eigenvectors of a symmetric matrix in columns, largest eigenvalue first, each column's largest entry positive."""
+    vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1)
+    return vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
+
+
+class Moments:
+    """Running sums over sequences [S, T, C], in float64: what the mean and the covariances of x and delta_x need."""
+
+    def __init__(self) -> None:
+        self.count = self.steps = 0
+        self.sum = self.square = self.delta_square = torch.zeros(1, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        flat, delta = x.flatten(0, 1), x.diff(dim=1).flatten(0, 1)  # [S, T, C] -> [S * T, C] and [S * (T - 1), C]
+        self.count, self.steps = self.count + len(flat), self.steps + len(delta)
+        self.sum = self.sum + flat.sum(dim=0).cpu().double()
+        self.square = self.square + (flat.mT @ flat).cpu().double()
+        self.delta_square = self.delta_square + (delta.mT @ delta).cpu().double()
+
+    def rescale(self, factor: float) -> None:
+        """As if every x had been multiplied by `factor`."""
+        self.sum, self.square, self.delta_square = (
+            self.sum * factor,
+            self.square * factor**2,
+            self.delta_square * factor**2,
+        )
+
+    def __add__(self, other: Moments) -> Moments:
+        total = Moments()
+        for name in vars(total):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
+    def covariance(self, recon_weight: float = 1.0, motion_weight: float = 0.0) -> Tensor:
+        """recon_weight * cov(x) + motion_weight * E[delta_x delta_x^T], [C, C]."""
+        mean = self.sum / self.count
+        covariance = self.square / self.count - mean[:, None] * mean
+        return recon_weight * covariance + motion_weight * self.delta_square / max(self.steps, 1)
+
+
+class SpaceTimeCode(nn.Module):
+    """The linear path of the autoencoder: PCA of each frame, and in a few channels beside it what PCA leaves out.
+
+    What a truncated PCA drops is mostly detail that stands still, and to repeat that at every time step is waste. So
+    the first 7/8 of the latent's channels, the frame channels, hold the leading principal components of their own
+    frame. The last 1/8, the detail channels, hold for each block of 24 time steps the 24 * detail_dim most important
+    coefficients of the other components' cosine transform over time. Frame channels keep the cosines between tokens
+    (VideoREPA's token relations); detail channels are small beside them, to leave these alone.
+
+    `fit` measures all of it in closed form; nothing here is trained. Any T works: a last block that is not full is
+    padded with its last frame, and keeps the most important coefficients, which come first.
+    """
+
+    def __init__(self, input_dim: int, latent_dim: int, use_token: bool) -> None:
+        super().__init__()
+        self.use_token = use_token
+        self.detail_dim = max(1, latent_dim // 8)
+        self.frame_dim = latent_dim - self.detail_dim
+        self.rest_dim = input_dim - self.frame_dim
+        self.register_buffer("mean", torch.zeros(input_dim))
+        self.register_buffer("scale", torch.ones(()))  # one number: a scale a channel would change what an error is
+        self.register_buffer("basis", torch.eye(input_dim))  # columns: principal components
+        self.register_buffer("center", torch.zeros(self.frame_dim))
+        self.register_buffer("gain", torch.ones(self.frame_dim))
+        self.register_buffer("slots", torch.arange(BLOCK * self.detail_dim))  # coefficients kept, of BLOCK * rest_dim
+        self.register_buffer("slot_gain", torch.ones(BLOCK * self.detail_dim))
+        self.register_buffer("dct", cosine_transform(BLOCK), persistent=False)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """x [B, T, ..., C] -> what is coded: x without the training mean; for motion alone, x without the clip's mean
+        over time, which is all that delta_x says (its running sum, up to a constant)."""
+        return (x - (self.mean if self.use_token else x.mean(dim=1, keepdim=True))) / self.scale
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of `normalise`; for motion alone, the training mean stands for what is not known."""
+        return x * self.scale + self.mean
+
+    def transform(self, rest: Tensor) -> Tensor:
+        """[S, T, R] -> the cosine transform over time of each block [S, blocks, BLOCK * R]."""
+        padding = rest[:, -1:].expand(-1, -rest.shape[1] % BLOCK, -1)
+        return (self.dct @ torch.cat([rest, padding], dim=1).unflatten(1, (-1, BLOCK))).flatten(2)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Normalised features [S, T, C] -> latent [S, T, D]."""
+        frame, rest = (x @ self.basis).split([self.frame_dim, self.rest_dim], dim=-1)
+        detail = self.transform(rest).index_select(-1, self.slots) * self.slot_gain  # [S, blocks, BLOCK * detail_dim]
+        detail = detail.unflatten(-1, (BLOCK, -1)).flatten(1, 2)[:, : x.shape[1]]
+        return torch.cat([(frame + self.center) * self.gain, detail], dim=-1)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latent [S, T, D] -> normalised features [S, T, C]: the inverse of `encode`, what it dropped being 0."""
+        frame, detail = latent.split([self.frame_dim, self.detail_dim], dim=-1)
+        detail = nn.functional.pad(detail, (0, 0, 0, -latent.shape[1] % BLOCK))
+        detail = detail.unflatten(1, (-1, BLOCK)).flatten(2) / self.slot_gain  # [S, blocks, BLOCK * detail_dim]
+        rest = detail.new_zeros(*detail.shape[:2], BLOCK * self.rest_dim).index_copy(-1, self.slots, detail)
+        rest = (self.dct.mT @ rest.unflatten(-1, (BLOCK, -1))).flatten(1, 2)[:, : latent.shape[1]]
+        return torch.cat([frame / self.gain - self.center, rest], dim=-1) @ self.basis.mT
+
+    @torch.no_grad()
+    def fit(self, clips: Callable[[], Iterable[Tensor]], recon_weight: float = 1.0, motion_weight: float = 1.0) -> None:
+        """Measure the code on batches x [B, T, N, C], which `clips()` gives, twice the same.
+
+        Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). Coefficients kept: those of most
+        energy, each frequency weighted by what an error in it adds to the weighted loss.
+        """
+        if not self.use_token:  # what stands still cannot come back, so it shall not take room
+            recon_weight, motion_weight = 0.0, 1.0
+        halves = self.fit_mean_and_scale(clips)
+        whole, *cross = (
+            principal_components(moments.covariance(recon_weight, motion_weight)).to(self.basis)
+            for moments in (halves[0] + halves[1], *halves)
+        )
+        self.basis.copy_(whole)
+
+        energy, count, samples = torch.zeros_like(self.basis[0, self.frame_dim :]).repeat(BLOCK), 0, []
+        for index, x in enumerate(clips()):
+            tokens = to_sequences(self.normalise(x))  # [S, T, C]
+            # in the basis of the other half: a basis captures the clips that it was made from better than it should
+            rest = (tokens @ cross[1 - index % 2])[..., self.frame_dim :]
+            energy += self.transform(rest).square().mean(dim=(0, 1)) * len(x)  # [BLOCK * rest_dim]
+            count += len(x)
+            if len(samples) < 32:
+                one = tokens[: len(tokens) // len(x)].flatten(0, 1)  # [N * T, C] of the first clip
+                chosen = torch.linspace(0, len(one) - 1, 256).long().to(one.device)
+                samples.append((to_sequences(x[:1]).flatten(0, 1)[chosen], one[chosen]))
+        energy /= count
+        frequency = torch.arange(BLOCK, device=energy.device) * torch.pi / BLOCK
+        weight = recon_weight + motion_weight * (2 - 2 * frequency.cos())  # |delta|^2 of a unit cosine
+        order = (energy.unflatten(0, (BLOCK, -1)) * weight[:, None]).flatten().argsort(descending=True, stable=True)
+        self.slots.copy_(order[: len(self.slots)])
+        self.slot_gain.copy_(DETAIL_RMS / energy[self.slots].sqrt().clamp_min(1e-3))
+        self.fit_gains(samples)
+
+    def fit_mean_and_scale(self, clips: Callable[[], Iterable[Tensor]]) -> tuple[Moments, Moments]:
+        """Set `mean` and `scale`; the normalised features' moments, of every other batch."""
+        self.mean.zero_()
+        self.scale.fill_(1.0)
+        halves, total, count = (Moments(), Moments()), 0.0, 0
+        for index, x in enumerate(clips()):
+            if index == 0:
+                origin = x.mean(dim=(0, 1, 2))  # subtracted first: sums of large numbers lose the small ones
+            halves[index % 2].add(to_sequences(self.normalise(x - origin)))
+            total = total + (x - origin).mean(dim=(0, 1, 2)) * len(x)
+            count += len(x)
+        if not halves[1].count:  # a single batch has to do for both
+            halves = (halves[0], halves[0])
+        self.mean.copy_(origin + total / count)
+        self.scale.fill_((halves[0] + halves[1]).covariance().diagonal().mean().item() ** 0.5 or 1.0)
+        for moments in halves:
+            moments.rescale(1 / self.scale.item())
+        return halves
+
+    def fit_gains(self, samples: list[tuple[Tensor, Tensor]]) -> None:
+        """Set each frame channel's gain (its spread to the power of -`power`) and centre (a share of the mean's
+        coefficients), which decoding undoes: those that keep best the cosines between tokens of a clip.
+
+        A truncated code makes tokens too much alike; smaller leading channels and a smaller mean make up for that.
+        samples: of some clips, tokens [K, C] as they are and normalised.
+        """
+        mean = (self.mean / self.scale) @ self.basis[:, : self.frame_dim]
+        coefficients = [tokens @ self.basis[:, : self.frame_dim] for _, tokens in samples]
+        spread = torch.cat(coefficients).std(dim=0).clamp_min(1e-3)
+        best = float("inf")
+        for power in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5):
+            gain = spread**-power
+            gain = gain / (spread * gain).square().mean().sqrt()
+            for share in (0.0, 0.25, 0.5, 0.75, 1.0) if self.use_token else (0.0,):
+                error = sum(
+                    (token_relations(x) - token_relations((c + share * mean) * gain)).abs().mean().item()
+                    for (x, _), c in zip(samples, coefficients, strict=True)
+                )
+                if error < best:
+                    best = error
+                    self.gain.copy_(gain)
+                    self.center.copy_(share * mean)
+
+
 class MotionFeatureEncoder(nn.Module):
     """Features -> latent, over time for each spatial position.
 
-    forward: x [B, T, N, C] or [B, T, H, W, C], any T >= 1 -> latent of the same layout with `latent_dim` channels.
+    forward: x [B, T, N, C] or [B, T, H, W, C], any T >= 1 -> latent of the same layout with `latent_dim` channels: the
+    space-time code, to whose detail channels the network adds. The frame channels stay linear in their frame, so that
+    training cannot trade the cosines between tokens for reconstruction.
     """
 
     def __init__(
@@ -223,21 +420,24 @@ class MotionFeatureEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.use_token = use_token
+        self.code = SpaceTimeCode(input_dim, latent_dim, use_token)
         in_dim = 2 * input_dim if use_token else input_dim
-        self.register_buffer("mean", torch.zeros(input_dim))
-        self.register_buffer("scale", torch.ones(()))
-        self.linear = nn.Linear(in_dim, latent_dim, bias=False)
-        self.network = TemporalNetwork(in_dim, model_dim, latent_dim, num_heads, num_layers, dropout)
+        self.network = TemporalNetwork(in_dim, model_dim, self.code.detail_dim, num_heads, num_layers, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = (x - self.mean) / self.scale
-        delta = frame_differences(x)
-        tokens = to_sequences(torch.cat([x, delta], dim=-1) if self.use_token else delta)  # [B * N, T, C or 2C]
-        return from_sequences(self.linear(tokens) + self.network(tokens), like=x)
+        tokens = self.code.normalise(x)
+        delta = frame_differences(tokens)
+        seen = to_sequences(torch.cat([tokens, delta], dim=-1) if self.use_token else delta)  # [B * N, T, C or 2C]
+        correction = nn.functional.pad(self.network(seen), (self.code.frame_dim, 0))
+        return from_sequences(self.code.encode(to_sequences(tokens)) + correction, like=x)
 
 
 class MotionFeatureDecoder(nn.Module):
-    """Latent -> features: latent [B, T, N, D] or [B, T, H, W, D] -> the same layout with `input_dim` channels."""
+    """Latent -> features: latent [B, T, N, D] or [B, T, H, W, D] -> the same layout with `input_dim` channels.
+
+    The network refines what the space-time code reconstructs; `trust` in [0, 1] is how much of that refinement held-out
+    clips have shown to be right.
+    """
 
     def __init__(
         self,
@@ -247,16 +447,21 @@ class MotionFeatureDecoder(nn.Module):
         num_heads: int = 8,
         num_layers: int = 2,
         dropout: float = 0.1,
+        use_token: bool = False,
     ) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(input_dim))
-        self.register_buffer("scale", torch.ones(()))
-        self.linear = nn.Linear(latent_dim, input_dim, bias=False)
-        self.network = TemporalNetwork(latent_dim, model_dim, input_dim, num_heads, num_layers, dropout)
+        self.code = SpaceTimeCode(input_dim, latent_dim, use_token)
+        self.network = TemporalNetwork(input_dim, model_dim, input_dim, num_heads, num_layers, dropout)
+        self.register_buffer("trust", torch.ones(()))
+
+    def parts(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """latent -> what the space-time code reconstructs and the network's refinement of it, normalised features."""
+        linear = self.code.decode(to_sequences(latent))  # [B * N, T, C]
+        return from_sequences(linear, like=latent), from_sequences(self.network(linear), like=latent)
 
     def forward(self, latent: Tensor) -> Tensor:
-        z = to_sequences(latent)
-        return from_sequences(self.linear(z) + self.network(z), like=latent) * self.scale + self.mean
+        linear, refinement = self.parts(latent)
+        return self.code.restore(linear + self.trust * refinement)
 
 
 class MotionFeatureAutoencoder(nn.Module):
@@ -283,6 +488,8 @@ class MotionFeatureAutoencoder(nn.Module):
         super().__init__()
         if model_dim % num_heads:
             raise UserError(f"--model_dim {model_dim} does not divide by --num_heads {num_heads}; change one of them")
+        if latent_dim < 2:
+            raise UserError(f"--latent_dim {latent_dim} is too small; take at least 2")
         if latent_dim > input_dim:
             raise UserError(f"--latent_dim {latent_dim} is above --input_dim {input_dim}: that would not compress")
         self.config = {
@@ -296,7 +503,8 @@ class MotionFeatureAutoencoder(nn.Module):
         }
         sizes = (input_dim, model_dim, latent_dim, num_heads, num_layers, dropout)
         self.encoder = MotionFeatureEncoder(*sizes, use_token)
-        self.decoder = MotionFeatureDecoder(*sizes)
+        self.decoder = MotionFeatureDecoder(*sizes, use_token)
+        self.decoder.code = self.encoder.code  # one code, both ways
 
     @property
     def compression_ratio(self) -> float:
@@ -325,9 +533,20 @@ class MotionFeatureAutoencoder(nn.Module):
         return self.decoder(latent)
 
     def embed(self, latent: Tensor) -> Tensor:
-        """latent -> motion embedding [B, T, latent_dim]."""
-        return latent.flatten(2, -2).mean(dim=2)
+        """latent [B, T, ..., D] -> motion embedding [B, T, D]: what is there, and how much of it moves.
+
+        The first channels are the mean over space of the latent's frame channels. The last, as many as there are detail
+        channels, split the frame channels into that many groups, leading components first: the log of the mean over
+        space of how far each group moved since the time step before (the first step repeats the second).
+        """
+        frames = latent.flatten(2, -2)[..., : self.encoder.code.frame_dim]  # [B, T, N, frame_dim]
+        delta = frames.diff(dim=1) if latent.shape[1] > 1 else torch.zeros_like(frames)
+        groups = delta.tensor_split(self.encoder.code.detail_dim, dim=-1)
+        motion = torch.stack([group.norm(dim=-1).mean(dim=2) for group in groups], dim=-1)  # [B, T - 1 or 1, groups]
+        motion = motion.clamp_min(STILL).log()
+        motion = torch.cat([motion[:, :1], motion], dim=1)[:, -latent.shape[1] :]
+        return torch.cat([frames.mean(dim=2), motion], dim=-1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        latent = self.encode(x)
+        latent = self.encoder(x)
         return {"latent": latent, "reconstruction": self.decode(latent), "motion_embedding": self.embed(latent)}

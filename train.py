@@ -10,21 +10,40 @@ Out: <save_dir>/motion_ae_epoch{N}.pt after each epoch, for encode.py and `Motio
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from losses import motion_autoencoder_loss
-from model import MotionFeatureAutoencoder, UserError, find_features, load_feature, run_script, save_atomically
+from model import (
+    ArgumentParser,
+    MotionFeatureAutoencoder,
+    UserError,
+    find_features,
+    load_feature,
+    run_script,
+    save_atomically,
+)
 
 IN_MEMORY_BYTES = 2 * 1024**3  # feature sets up to this size are read once and kept
+POSITIONS = 256  # of a clip, that a training step takes
+FIT_BATCHES = 128  # that the linear path is measured on
+MODEL_FLAGS = ("input_dim", "model_dim", "latent_dim", "num_heads", "num_layers", "dropout", "use_token")
+
+Weights = tuple[float, float, float]  # of reconstruction, temporal difference, latent smoothness
+Code = Callable[[Tensor], tuple[Tensor, Tensor]]  # x -> (latent, reconstruction)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
@@ -129,31 +148,109 @@ def split_files(paths: list[Path], val_fraction: float, seed: int) -> tuple[list
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_epoch(
-    model: MotionFeatureAutoencoder,
-    clips: Iterator[Tensor],
-    weights: tuple[float, float, float],
-    step: Callable[[Tensor], None] | None = None,
+def sample_positions(x: Tensor) -> Tensor:
+    """At most 256 random positions of x [B, T, N, C]: they are independent sequences, and neighbours say nearly the
+    same, so a step need not pay for the 1350 of a DINOv2 clip."""
+    if x.shape[2] <= POSITIONS:
+        return x
+    return x[:, :, torch.randperm(x.shape[2], device=x.device)[:POSITIONS]]
+
+
+def relative_loss(
+    model: MotionFeatureAutoencoder, x: Tensor, reconstruction: Tensor, latent: Tensor, weights: Weights
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`motion_autoencoder_loss` in units of the features' variance: a change of scale changes no step and no figure."""
+    scale = model.encoder.code.scale
+    return motion_autoencoder_loss(x / scale, reconstruction / scale, latent, *weights)
+
+
+class Means:
+    """Running means over clips of named values."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def add(self, values: dict[str, Tensor], clips: int) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.item() * clips
+        self.count += clips
+
+    def values(self) -> dict[str, float]:
+        return {name: total / self.count for name, total in self.sums.items()}
+
+
+def train_epoch(
+    model: MotionFeatureAutoencoder, clips: Iterable[Tensor], weights: Weights, step: Callable[[Tensor], None]
 ) -> dict[str, float]:
-    """One pass over `clips`: the mean of the loss and its terms over clips. `step` takes each batch's loss; without it
-    the model is only measured."""
-    model.train(step is not None)
-    sums: dict[str, float] = {}
-    count = 0
-    with torch.set_grad_enabled(step is not None):
-        for x in clips:
-            output = model(x)
-            loss, terms = motion_autoencoder_loss(x, output["reconstruction"], output["latent"], *weights)
-            if step is not None:
-                step(loss)
-            for name, term in {"loss": loss.detach(), **terms}.items():
-                sums[name] = sums.get(name, 0.0) + term.item() * len(x)
-            count += len(x)
-    return {name: total / count for name, total in sums.items()}
+    """One pass over `clips`, `step` taking each batch's loss; the mean of the loss and its terms over clips."""
+    model.train()
+    means = Means()
+    for x in clips:
+        x = sample_positions(x)
+        output = model(x)
+        loss, terms = relative_loss(model, x, output["reconstruction"], output["latent"], weights)
+        step(loss)
+        means.add({"loss": loss.detach(), **terms}, len(x))
+    return means.values()
+
+
+@torch.no_grad()
+def measure(
+    model: MotionFeatureAutoencoder,
+    code: Code,
+    clips: Iterable[Tensor],
+    weights: Weights,
+) -> dict[str, float]:
+    """The mean loss and terms over `clips` of any `code`: x -> (latent, reconstruction)."""
+    means = Means()
+    for x in clips:
+        latent, reconstruction = code(x)
+        loss, terms = relative_loss(model, x, reconstruction, latent, weights)
+        means.add({"loss": loss, **terms}, len(x))
+    return means.values()
+
+
+def autoencoder_code(model: MotionFeatureAutoencoder) -> Code:
+    """x -> (latent, reconstruction) of the model."""
+
+    def encode_and_decode(x: Tensor) -> tuple[Tensor, Tensor]:
+        latent = model.encode(x)
+        return latent, model.decode(latent)
+
+    return encode_and_decode
+
+
+def principal_component_code(model: MotionFeatureAutoencoder) -> Code:
+    """Motion-weighted PCA of the latent's size, x -> (latent, reconstruction): what the model has to beat."""
+    code = model.encoder.code
+    basis = code.basis[:, : model.config["latent_dim"]]
+
+    def encode_and_decode(x: Tensor) -> tuple[Tensor, Tensor]:
+        latent = code.normalise(x) @ basis
+        return latent, code.restore(latent @ basis.mT)
+
+    return encode_and_decode
+
+
+@torch.no_grad()
+def fit_trust(model: MotionFeatureAutoencoder, clips: Iterable[Tensor], weights: Weights) -> None:
+    """Set how much of the decoder's refinement to add: the share, in [0, 1], with the least error on held-out clips.
+
+    A few hundred steps on a small data set teach a network its clips by heart; then the share falls to 0.
+    """
+    agreement = energy = 0.0
+    for x in clips:
+        linear, refinement = model.decoder.parts(model.encode(x))
+        error = (x - model.encoder.code.restore(linear)) / model.encoder.code.scale
+        for weight, e, r in ((weights[0], error, refinement), (weights[1], error.diff(dim=1), refinement.diff(dim=1))):
+            agreement += weight * (e * r).sum().item() / max(e.shape[1], 1)
+            energy += weight * r.square().sum().item() / max(e.shape[1], 1)
+    model.decoder.trust.fill_(min(max(agreement / energy, 0.0), 1.0) if energy else 1.0)
 
 
 def describe(means: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+    return "  ".join(f"{name} {value:.4f}" for name, value in means.items() if name != "loss")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +274,7 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input_dim", type=number(int, 1), default=768, help="channels C of the features")
     parser.add_argument("--model_dim", type=number(int, 1), default=384, help="width of encoder and decoder")
-    parser.add_argument("--latent_dim", type=number(int, 1), default=192, help="channels of the latent")
+    parser.add_argument("--latent_dim", type=number(int, 2), default=192, help="channels of the latent")
     parser.add_argument("--num_heads", type=number(int, 1), default=8, help="attention heads")
     parser.add_argument("--num_layers", type=number(int, 1), default=2, help="transformer layers, each way")
     parser.add_argument("--dropout", type=number(float, 0, 1), default=0.1, help="dropout while training")
@@ -185,9 +282,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--feature_dir", type=Path, required=True, help="features, searched recursively")
     parser.add_argument("--save_dir", type=Path, default=Path("./checkpoints"), help="folder of the checkpoints")
     add_model_flags(parser)
@@ -219,25 +314,45 @@ def open_device(name: str) -> torch.device:
     return device
 
 
+def score(means: dict[str, float], weights: Weights, use_token: bool) -> float:
+    """What is compared with PCA: the weighted error, or, for motion alone, the error of the temporal differences."""
+    return weights[0] * means["reconstruction"] + weights[1] * means["motion"] if use_token else means["motion"]
+
+
 def main() -> int:
     args = parse_args()
     device = open_device(args.device)
+    weights = (args.recon_weight, args.motion_weight, args.smooth_weight)
     torch.manual_seed(args.seed)
-    config = {name: getattr(args, name) for name in MotionFeatureAutoencoder().config}
-    model = MotionFeatureAutoencoder(**config).to(device)
+    model = MotionFeatureAutoencoder(**{name: getattr(args, name) for name in MODEL_FLAGS}).to(device)
 
     train_paths, val_paths = split_files(find_features(args.feature_dir), args.val_fraction, args.seed)
     train_set, val_set = FeatureFolder(train_paths, args.input_dim), FeatureFolder(val_paths, args.input_dim)
     train_loader = make_loader(train_set, args.batch_size, args.num_workers, args.seed)
-    val_loader = make_loader(val_set, args.batch_size, args.num_workers)
+    val_loader = make_loader(val_set if val_paths else train_set, args.batch_size, args.num_workers)
     print(f"{len(train_set)} training files, {len(val_set)} held out, {len(set(train_set.shapes))} shapes; on {device}")
     try:
         args.save_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--save_dir {args.save_dir} cannot be made: {error.strerror}") from None
 
+    def sample_clips() -> Iterator[Tensor]:
+        torch.manual_seed(args.seed)  # the same positions each time
+        yield from map(sample_positions, islice(batches(train_loader, device), FIT_BATCHES))
+
+    model.encoder.code.fit(sample_clips, args.recon_weight, args.motion_weight)
+    measured_on = "held out" if val_paths else "training files"
+    pca_mean = measure(model, principal_component_code(model), batches(val_loader, device), weights)
+    pca_score = score(pca_mean, weights, args.use_token)
+    print(f"errors in units of the features' variance; {measured_on}, motion-weighted PCA: {describe(pca_mean)}")
+
+    steps = args.epochs * len(train_loader)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    weights = (args.recon_weight, args.motion_weight, args.smooth_weight)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (0.05 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    # the mean over the last tenth or so of the run generalises better than the last step's weights
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - min(1.0, 10 / steps)))
 
     def step(loss: Tensor) -> None:
         if not loss.isfinite():
@@ -246,22 +361,38 @@ def main() -> int:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
+        averaged.update_parameters(model)
 
     for epoch in range(1, args.epochs + 1):
-        torch.manual_seed(args.seed + epoch)
+        start = time.perf_counter()
+        torch.manual_seed(args.seed + epoch)  # with the order of clips, all that is random in an epoch
         train_loader.batch_sampler.epoch = epoch
         progress = tqdm(train_loader, desc=f"epoch {epoch}", unit="batch", leave=False, disable=None)
-        train_mean = run_epoch(model, batches(progress, device), weights, step)
-        val_mean = run_epoch(model, batches(val_loader, device), weights) if val_paths else None
-        print(f"epoch {epoch}: {describe(train_mean)}" + (f" | held out: {describe(val_mean)}" if val_mean else ""))
+        train_mean = train_epoch(model, batches(progress, device), weights, step)
+        result = averaged.module.eval()
+        if val_paths:
+            fit_trust(result, batches(val_loader, device), weights)
+        val_mean = measure(result, autoencoder_code(result), batches(val_loader, device), weights)
+        val_score = score(val_mean, weights, args.use_token)
+        print(
+            f"epoch {epoch}: train {describe(train_mean)} | {measured_on} {describe(val_mean)} | "
+            f"{val_score / pca_score:.3f} x PCA's error | {time.perf_counter() - start:.1f} s"
+        )
         checkpoint = {
-            "model": model.state_dict(),
-            "config": config,
+            "model": result.state_dict(),
+            "config": model.config,
             "epoch": epoch,
             "train_mean": train_mean,
-            "val_mean": val_mean,
-            "optimizer": optimizer.state_dict(),
-            "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+            "val_mean": val_mean if val_paths else None,
+            "pca_mean": pca_mean,
+            "training": {  # what it takes to go on from here
+                "model": model.state_dict(),
+                "averaged_steps": averaged.n_averaged,
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            },
+            "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
         }

@@ -6,6 +6,7 @@ import torch
 
 from losses import motion_autoencoder_loss
 from model import MotionFeatureAutoencoder, UserError, frame_differences, load_feature
+from train import fit_trust
 
 SMALL = {"input_dim": 12, "model_dim": 16, "latent_dim": 6, "num_heads": 2, "num_layers": 1}
 
@@ -22,7 +23,7 @@ def test_shapes(shape, use_token):
 
 
 def test_both_layouts_say_the_same():
-    model = MotionFeatureAutoencoder(**SMALL, use_token=True).eval()
+    model = awake(MotionFeatureAutoencoder(**SMALL, use_token=True).eval())
     x = torch.randn(2, 5, 2, 3, 12)
     grid, flat = model(x), model(x.flatten(2, 3))
     torch.testing.assert_close(grid["reconstruction"].flatten(2, 3), flat["reconstruction"])
@@ -37,10 +38,15 @@ def test_frame_differences():
     np.testing.assert_allclose(frame_differences(torch.from_numpy(x)).numpy(), expected)
 
 
-def test_positions_do_not_mix():
-    model = MotionFeatureAutoencoder(**SMALL, use_token=True).eval()
-    for network in (model.encoder.network, model.decoder.network):  # they start at zero
+def awake(model):
+    """The model with its networks, which start at zero, taking part."""
+    for network in (model.encoder.network, model.decoder.network):
         torch.nn.init.normal_(network.head.weight)
+    return model
+
+
+def test_positions_do_not_mix():
+    model = awake(MotionFeatureAutoencoder(**SMALL, use_token=True).eval())
     x = torch.randn(1, 5, 4, 12)
     changed = x.clone()
     changed[:, :, 2] += 1.0
@@ -50,7 +56,7 @@ def test_positions_do_not_mix():
 
 
 def test_motion_only_cannot_see_what_stands_still():
-    model = MotionFeatureAutoencoder(**SMALL, use_token=False).eval()
+    model = awake(MotionFeatureAutoencoder(**SMALL, use_token=False).eval())
     x = torch.randn(1, 5, 4, 12)
     still = torch.randn(1, 1, 4, 12)
     torch.testing.assert_close(model.encode(x), model.encode(x + still), atol=1e-4, rtol=1e-4)
@@ -63,7 +69,7 @@ def test_loss_is_what_numpy_says():
     terms = {
         "reconstruction": np.mean((reconstruction - x) ** 2),
         "motion": np.mean((np.diff(reconstruction, axis=1) - np.diff(x, axis=1)) ** 2),
-        "smoothness": np.mean(np.diff(latent, axis=1) ** 2) / np.mean(latent**2),
+        "smoothness": np.mean(np.diff(latent, axis=1) ** 2) / np.mean(latent.reshape(-1, 2).var(axis=0)),
     }
     loss, found = motion_autoencoder_loss(*map(torch.from_numpy, (x, reconstruction, latent)), 2.0, 3.0, 0.5)
     assert {name: term.item() for name, term in found.items()} == pytest.approx(terms)
@@ -78,16 +84,151 @@ def test_loss_of_a_single_frame_has_no_motion():
     assert terms["motion"] == terms["smoothness"] == 0
 
 
-def test_smoothness_does_not_reward_shrinking():
+def test_smoothness_rewards_neither_shrinking_nor_shifting():
     x, latent = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 2)
-    smoothness = [motion_autoencoder_loss(x, x, latent * s)[1]["smoothness"].item() for s in (1.0, 1e-3, 1e3)]
-    assert smoothness == pytest.approx([smoothness[0]] * 3)
+    changed = (latent, latent * 1e-3, latent * 1e3, latent + 10.0)
+    smoothness = [motion_autoencoder_loss(x, x, z)[1]["smoothness"].item() for z in changed]
+    assert smoothness == pytest.approx([smoothness[0]] * 4, rel=1e-4)
 
 
-@pytest.mark.parametrize("change", [{"num_heads": 3}, {"latent_dim": 13}])
+@pytest.mark.parametrize("change", [{"num_heads": 3}, {"latent_dim": 13}, {"latent_dim": 1}])
 def test_sizes_that_cannot_be_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
         MotionFeatureAutoencoder(**{**SMALL, **change})
+
+
+def made_up_clips(count=24, length=24, seed=0):
+    """Clips [count, T, 10, 48]: a moving part of few dimensions, a still part of many, a mean, noise."""
+    rng = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(48, 48, generator=torch.Generator().manual_seed(99)) / 7
+    moving = torch.randn(count, length, 10, 12, generator=rng).cumsum(dim=1) * 0.3
+    speed = torch.rand(count, 1, 1, 1, generator=rng) * 2 + 0.2
+    still = torch.randn(count, 1, 10, 48, generator=rng) * torch.linspace(2, 1, 48)
+    noise = 0.05 * torch.randn(count, length, 10, 48, generator=rng)
+    return (torch.nn.functional.pad(moving * speed, (0, 36)) + still) @ mixing + noise + 0.5
+
+
+def fitted(x, latent_dim=16, use_token=True):
+    model = MotionFeatureAutoencoder(48, 16, latent_dim, 2, 1, use_token=use_token).eval()
+    model.encoder.code.fit(lambda: x.split(2))
+    return model
+
+
+def errors(x, reconstruction):
+    error = (reconstruction - x).double()
+    return error.square().mean().item(), error.diff(dim=1).square().mean().item()
+
+
+def pca(x, latent_dim, held_out):
+    """Motion-weighted PCA in numpy: its code of the held-out clips, and their reconstruction."""
+    mean = x.mean(dim=(0, 1, 2))
+    covariance = sum(np.cov(part.flatten(0, 2).numpy().T, ddof=0) for part in (x, x.diff(dim=1)))
+    basis = torch.from_numpy(np.linalg.eigh(covariance)[1][:, ::-1][:, :latent_dim].copy()).float()
+    latent = (held_out - mean) @ basis
+    return latent, latent @ basis.T + mean
+
+
+@pytest.mark.parametrize("length", [7, 24, 30, 48])
+def test_the_code_beats_pca_on_clips_it_has_not_seen(length):
+    train, held_out = made_up_clips(length=length), made_up_clips(count=8, length=length, seed=1)
+    ours = fitted(train)(held_out)["reconstruction"]
+    _, reference = pca(train, 16, held_out)
+    assert sum(errors(held_out, ours)) < 0.9 * sum(errors(held_out, reference))
+
+
+def test_the_code_keeps_token_relations():
+    train, held_out = made_up_clips(), made_up_clips(count=8, seed=1)
+
+    def distance(latent):
+        """Mean absolute change of the cosine between any two tokens of a clip."""
+        cosines = [torch.nn.functional.normalize(tokens.flatten(1, 2), dim=-1) for tokens in (held_out, latent)]
+        before, after = (c @ c.mT for c in cosines)
+        return (before - after).abs().mean().item()
+
+    assert distance(fitted(train).encode(held_out)) < 1.05 * distance(pca(train, 16, held_out)[0])
+
+
+def test_the_code_of_all_dimensions_loses_nothing():
+    x = made_up_clips(count=4)
+    torch.testing.assert_close(fitted(x, latent_dim=48)(x)["reconstruction"], x, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("length", [1, 7, 30])
+def test_a_time_step_more_does_not_change_full_blocks(length):
+    model = fitted(made_up_clips())
+    x = made_up_clips(count=1, length=48 + length, seed=2)
+    latent = model.encode(x)
+    torch.testing.assert_close(latent[:, :48], model.encode(x[:, :48]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(latent[:, 48:], model.encode(x[:, 48:]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(1000.0, 0.0), (1e-4, 0.0), (1.0, 100.0), (30.0, -500.0)])
+def test_scale_and_shift_change_no_relative_error(factor, shift):
+    x = made_up_clips()
+    changed = x * factor + shift
+    plain, scaled = (
+        errors(x, fitted(x)(x)["reconstruction"]),
+        errors(changed, fitted(changed)(changed)["reconstruction"]),
+    )
+    assert [value / factor**2 for value in scaled] == pytest.approx(plain, rel=1e-3)
+
+
+def test_motion_alone_moves_at_least_as_right_as_pca_of_the_differences():
+    train, held_out = made_up_clips(), made_up_clips(count=8, seed=1)
+    delta, held_out_delta = train.diff(dim=1), held_out.diff(dim=1)
+    flat = delta.flatten(0, 2).numpy()
+    basis = torch.from_numpy(np.linalg.eigh(flat.T @ flat)[1][:, ::-1][:, :16].copy())
+    reference = (held_out_delta @ basis @ basis.T - held_out_delta).square().mean().item()
+    ours = fitted(train, use_token=False)(held_out)["reconstruction"]
+    assert errors(held_out, ours)[1] <= reference
+
+
+def test_still_features_and_dead_channels_are_no_harm():
+    x = made_up_clips()[:, :1].expand(-1, 24, -1, -1).clone()
+    x[..., 5] = 3.0
+    for use_token in (True, False):
+        output = fitted(x, use_token=use_token)(made_up_clips(count=2, seed=1))
+        assert all(value.isfinite().all() for value in output.values())
+    constant = fitted(torch.ones(2, 24, 10, 48))(torch.ones(1, 24, 10, 48))
+    torch.testing.assert_close(constant["reconstruction"], torch.ones(1, 24, 10, 48))
+
+
+def test_the_embedding_tells_how_much_moves_and_what_is_there():
+    model = fitted(made_up_clips())
+    x = made_up_clips(count=1, seed=1)
+    frames = model.encode(x)[..., :14]  # 16 channels: 14 of frames, 2 of detail
+    faster = frames[:, :1] + 2 * (frames - frames[:, :1])  # the same start, twice the way
+    detail = torch.zeros(1, 24, 10, 2)
+    embedding, twice = (model.embed(torch.cat([z, detail], dim=-1)) for z in (frames, faster))
+    torch.testing.assert_close(embedding[..., :14], frames.mean(dim=2))
+    torch.testing.assert_close(twice[..., 14:] - embedding[..., 14:], torch.full((1, 24, 2), np.log(2)).float())
+    way = frames[0, 5] - frames[0, 4]  # [N, 14]
+    expected = [way[:, :7].norm(dim=1).mean().log(), way[:, 7:].norm(dim=1).mean().log()]
+    torch.testing.assert_close(embedding[0, 5, 14:], torch.stack(expected))
+    torch.testing.assert_close(embedding[0, 0, 14:], embedding[0, 1, 14:])
+
+
+def test_the_latent_survives_float16():
+    model = fitted(made_up_clips())
+    x = made_up_clips(count=4, seed=1)
+    whole = errors(x, model.decode(model.encode(x)))
+    assert sum(errors(x, model.decode(model.encode(x).half().float()))) < 1.01 * sum(whole)
+
+
+def test_encode_is_differentiable():
+    x = made_up_clips(count=1).requires_grad_()
+    fitted(made_up_clips()).encode(x).square().sum().backward()
+    assert x.grad.abs().amin() > 0
+
+
+def test_trust_is_what_held_out_clips_show():
+    model = fitted(made_up_clips())
+    held_out = made_up_clips(count=4, seed=1)
+    mean_error = (held_out - model(held_out)["reconstruction"]).mean(dim=(0, 1, 2)) / model.encoder.code.scale
+    for share in (1.0, 4.0, -1.0):  # a refinement that is right, too large, wrong
+        model.decoder.network.head.bias.data = share * mean_error
+        fit_trust(model, held_out.split(2), (1.0, 1.0, 0.05))
+        assert model.decoder.trust.item() == pytest.approx(max(1 / share, 0.0), abs=1e-3)
 
 
 def test_feature_files_in_every_form(tmp_path):

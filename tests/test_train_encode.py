@@ -76,9 +76,20 @@ def test_train_writes_a_checkpoint_that_explains_itself(trained):
     assert checkpoint["config"]["latent_dim"] == 6
     assert checkpoint["config"]["use_token"] is True
     assert checkpoint["command"].endswith("--epochs 2 --use_token --device cpu")
-    for means in (checkpoint["train_mean"], checkpoint["val_mean"]):
+    for means in (checkpoint["train_mean"], checkpoint["val_mean"], checkpoint["pca_mean"]):
         assert set(means) >= {"loss", "reconstruction", "motion", "smoothness"}
         assert all(np.isfinite(value) for value in means.values())
+
+
+def test_train_says_how_it_stands_against_pca(trained):
+    folder, stdout = trained
+    lines = stdout.splitlines()
+    assert "held out, motion-weighted PCA: reconstruction" in lines[1]
+    checkpoint = torch.load(folder / "ck" / "motion_ae_epoch2.pt", weights_only=True)
+    ours, pca = (
+        sum(checkpoint[key][name] for name in ("reconstruction", "motion")) for key in ("val_mean", "pca_mean")
+    )
+    assert f"{ours / pca:.3f} x PCA's error" in lines[3]
 
 
 def test_same_seed_same_result(trained, tmp_path, run_here):
@@ -189,6 +200,7 @@ MISTAKES = [
     ("train.py --feature_dir features --input_dim 12 --latent_dim 13", "--latent_dim 13 is above --input_dim 12"),
     ("train.py --feature_dir features --model_dim 30", "--model_dim 30 does not divide by --num_heads 8"),
     ("train.py --feature_dir features --epochs 0", "argument --epochs: 0 must be"),
+    ("train.py --feature_dir features --latent_dim 1", "argument --latent_dim: 1 must be"),
     ("train.py --feature_dir features --lr nan", "argument --lr: nan must be"),
     ("train.py --feature_dir features --batch_size two", "invalid int value: 'two'"),
     ("train.py --feature_dir features --input_dim 12 --latent_dim 6 --save_dir a_file", "--save_dir a_file"),
