@@ -7,6 +7,7 @@ Out: `<output_root>/<model>/<video's stem>.pt`, a dict with `feature` [T, H, W, 
     python vfm_feature.py --video_dir clips --csv_path clips.csv --output_root features
     python vfm_feature.py --video_dir clips --models VideoMAEv2 DINOv2 --allow_skip_missing
     python vfm_feature.py --video_dir clips --random_weights          # a dry run: no weights needed
+    torchrun --nproc_per_node=4 vfm_feature.py --video_dir clips      # four GPUs share the videos
 
 The features are VideoREPA's alignment targets (https://github.com/aHapBean/VideoREPA): the last block's output without
 the final norm for VideoMAEv2, VideoMAE and V-JEPA 2, the normalised patch tokens for DINOv2. A run that was stopped
@@ -26,12 +27,15 @@ import sys
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -235,21 +239,25 @@ def load_weights(vit: nn.Module, weights: dict[str, torch.Tensor], grid: tuple[i
 
 
 @torch.inference_mode()
-def extract_features(vit: nn.Module, vfm: VFM, clips: torch.Tensor, chunk: int = 128) -> torch.Tensor:
+def extract_features(
+    vit: nn.Module, vfm: VFM, clips: torch.Tensor, chunk: int = 128, precision: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Clips -> features: uint8 RGB [B, T, H, W, 3] -> float32 [B, T/t, H/p, W/p, C].
 
     `clips` are on `vit`'s device, of the frames and size that it was built for. `chunk`: frames in one forward pass of
-    an image model.
+    an image model. `precision`: of the matrix products; the residual stream and the norms stay in float32.
     """
     mean = torch.tensor(IMAGENET_MEAN, device=clips.device)
     std = torch.tensor(IMAGENET_STD, device=clips.device)
     batch, frames, height, width, _ = clips.shape
     pixels = (clips / 255 - mean) / std
-    if vfm.tubelet_size > 1:
-        tokens = vit.forward_features(pixels.permute(0, 4, 1, 2, 3))
-    else:
-        images = pixels.flatten(0, 1).permute(0, 3, 1, 2).split(chunk)
-        tokens = torch.cat([vit.forward_features(image)[:, 1:] for image in images])  # [B*T, N, C], no class token
+    with torch.autocast(clips.device.type, dtype=precision, enabled=precision != torch.float32):
+        if vfm.tubelet_size > 1:
+            tokens = vit.forward_features(pixels.permute(0, 4, 1, 2, 3))
+        else:
+            images = pixels.flatten(0, 1).permute(0, 3, 1, 2).split(chunk)
+            tokens = torch.cat([vit.forward_features(image)[:, 1:] for image in images])  # [B*T, N, C], no class token
+    tokens = tokens.float()
     return tokens.reshape(
         batch, frames // vfm.tubelet_size, height // vfm.patch_size, width // vfm.patch_size, vfm.embed_dim
     )
@@ -571,10 +579,11 @@ class Run:
     """One model's part of a run: what it makes features with, and what came of it."""
 
     name: str
-    vit: nn.Module
+    vit: nn.Module | None
     settings: dict[str, int | str]  # a finished feature is kept if it was made with these
     folder: Path
     todo: set[Path] = field(default_factory=set)
+    batch: list[tuple[Path, np.ndarray]] = field(default_factory=list)  # clips that wait for a full batch
     count: Counter = field(default_factory=Counter)
     failed: dict[str, str] = field(default_factory=dict)  # video -> reason
     shape: list[int] | None = None
@@ -631,6 +640,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{name.lower()}_ckpt", type=Path, default=DEFAULT_WEIGHTS.get(name), help=f"published weights of {name}")
     add("--allow_skip_missing", action="store_true", help="go on without models whose weights or packages are missing")
     add("--random_weights", action="store_true", help="a dry run without weights: the features mean nothing")
+    add("--batch_size", type=positive_int, default=1, help="clips per forward pass")
+    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the models' matrix products")
     add(
         "--save_dtype",
         choices=["float32", "float16", "bfloat16"],
@@ -682,7 +693,8 @@ def find_captions(csv_path: Path) -> Callable[[Path], str]:
 
 
 def warn(message: str) -> None:
-    tqdm.write(f"vfm_feature.py: warning: {message}", file=sys.stderr)
+    if rank() == 0:
+        tqdm.write(f"vfm_feature.py: warning: {message}", file=sys.stderr)
 
 
 def start_run(name: str, args: argparse.Namespace, output_root: Path) -> Run:
@@ -702,22 +714,23 @@ def start_run(name: str, args: argparse.Namespace, output_root: Path) -> Run:
         ) from error
     except WeightsDoNotFit as error:
         raise UserError(f"{path}: not the weights of {name}: {error}") from error
-    if path:
+    if path and rank() == 0:
         tqdm.write(f"{name}: weights from {path} ({made_by})", file=sys.stderr)
     settings = {
         "num_frames": args.num_frames,
         "height": size[0],
         "width": size[1],
+        "precision": args.precision,
         "save_dtype": args.save_dtype,
         "weights": made_by,
     }
     return Run(name, vit, settings, output_root / name)
 
 
-def start_runs(args: argparse.Namespace, output_root: Path) -> tuple[list[Run], dict[str, str]]:
-    """All requested models, and, with `--allow_skip_missing`, the reasons why some are left out."""
+def start_runs(names: list[str], args: argparse.Namespace, output_root: Path) -> tuple[list[Run], dict[str, str]]:
+    """The models `names`, and, with `--allow_skip_missing`, the reasons why some are left out."""
     runs, left_out = [], {}
-    for name in args.models:
+    for name in names:
         try:
             runs.append(start_run(name, args, output_root))
         except MissingModel as error:
@@ -726,6 +739,26 @@ def start_runs(args: argparse.Namespace, output_root: Path) -> tuple[list[Run], 
             left_out[name] = str(error)
             warn(str(error))
     return runs, left_out
+
+
+def group_models(args: argparse.Namespace) -> list[list[str]]:
+    """Which models are loaded at the same time: all of them, so that each video is decoded once, or one by one.
+
+    Together where the weights take at most a third of the device's memory, which leaves room for a forward pass.
+    """
+    bytes_needed = sum(4 * 12 * VFMS[name].depth * VFMS[name].embed_dim ** 2 for name in args.models)  # 12 C^2 a block
+    if torch.device(args.device).type == "cuda":
+        memory = torch.cuda.mem_get_info(args.device)[0]
+    else:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_here
+    if len(args.models) == 1 or bytes_needed <= memory / 3:
+        return [args.models]
+    warn(
+        f"models run in turn, each decoding every video: their weights take {bytes_needed / 1e9:.1f} GB together, "
+        f"and {args.device} has {memory / 1e9:.1f} GB"
+    )
+    return [[name] for name in args.models]
 
 
 def video_settings(run: Run, video: Path) -> dict[str, int | str]:
@@ -757,13 +790,27 @@ def read_saved(path: Path) -> dict | None:
     return saved if isinstance(saved, dict) and isinstance(saved.get("feature"), torch.Tensor) else None
 
 
-def make_feature(run: Run, video: Path, clip: np.ndarray, caption: str, args: argparse.Namespace) -> None:
-    """Clip uint8 [num_frames, H, W, 3] -> the feature's file. Raises `ValueError` if the feature is not finite."""
-    clips = torch.from_numpy(clip)[None].to(args.device)
-    dtype = getattr(torch, args.save_dtype)
-    feature = extract_features(run.vit, run.vfm, clips, args.dinov2_chunk)[0].to(dtype).cpu()
+def forward(run: Run, clips: list[np.ndarray], args: argparse.Namespace) -> torch.Tensor:
+    """Clips uint8 [T, H, W, 3] -> float32 [len(clips), T/t, H/p, W/p, C] on the device, which may still be at it."""
+    batch = torch.from_numpy(np.stack(clips))
+    if torch.device(args.device).type == "cuda":
+        batch = batch.pin_memory()  # else the copy waits for the forward pass before it
+    try:
+        batch = batch.to(args.device, non_blocking=True)
+        return extract_features(run.vit, run.vfm, batch, args.dinov2_chunk, getattr(torch, args.precision))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{run.name}: the device's memory is full; lower --batch_size, --dinov2_chunk or the input size, run fewer "
+            "--models, or use --device cpu"
+        ) from error
+
+
+def save_feature(run: Run, video: Path, feature: torch.Tensor, caption: str) -> None:
+    """Fetch a feature from the device and write its file. What comes of it goes into `run`."""
+    feature = feature.to(getattr(torch, run.settings["save_dtype"])).cpu()
     if not torch.isfinite(feature).all():
-        raise ValueError(f"{run.name} gave NaN or infinity in {args.save_dtype}")
+        run.failed[video.name] = f"{run.name} gave NaN or infinity in {run.settings['save_dtype']}"
+        return
     data = {
         "feature": feature,
         "caption": caption,
@@ -774,42 +821,94 @@ def make_feature(run: Run, video: Path, clip: np.ndarray, caption: str, args: ar
     }
     save_atomically(data, run.folder / f"{video.stem}.pt")
     run.shape = list(feature.shape)
+    run.count["written"] += 1
 
 
 def extract(runs: list[Run], videos: list[Path], caption_of: Callable[[Path], str], args: argparse.Namespace) -> None:
-    """Decode each video once and give it to every model that has to do it. A video that fails is recorded."""
+    """Decode each of `videos` once and give it to every model that has to do it. A video that fails is recorded.
+
+    Decoding runs ahead in its processes, and writing behind in a thread of its own, both by a bounded number of clips.
+    """
     bars = {
-        run.name: tqdm(
-            total=len(videos), initial=run.count["skipped"], desc=run.name, unit="video", position=i, dynamic_ncols=True
-        )
+        run.name: tqdm(total=len(run.todo), desc=run.name, unit="video", position=i, disable=rank() > 0)
         for i, run in enumerate(runs)
     }
-    todo = [video for video in videos if any(video in run.todo for run in runs)]
+    saving: deque[tuple[Run, Future]] = deque()
+
+    def finish_saving(at_most: int) -> None:
+        while len(saving) > at_most:
+            run, future = saving.popleft()
+            future.result()
+            bars[run.name].update()
+
+    def flush(run: Run) -> None:
+        if not run.batch:
+            return
+        features = forward(run, [clip for _, clip in run.batch], args)
+        for (video, _), feature in zip(run.batch, features, strict=True):
+            saving.append((run, writer.submit(save_feature, run, video, feature, caption_of(video))))
+        run.batch.clear()
+        finish_saving(at_most=2 * args.batch_size)
+
     sizes = sorted({run.size for run in runs})
-    try:
-        for video, clips in decode_ahead(todo, args.num_frames, sizes, args.num_workers, args.decode_timeout):
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        try:
+            for video, clips in decode_ahead(videos, args.num_frames, sizes, args.num_workers, args.decode_timeout):
+                for run in (run for run in runs if video in run.todo):
+                    if isinstance(clips, str):
+                        run.failed[video.name] = clips
+                        bars[run.name].update()
+                        continue
+                    run.batch.append((video, clips[run.size]))
+                    if len(run.batch) == args.batch_size:
+                        flush(run)
             for run in runs:
-                if video not in run.todo:
-                    continue
-                reason = clips if isinstance(clips, str) else None
-                if reason is None:
-                    try:
-                        make_feature(run, video, clips[run.size], caption_of(video), args)
-                    except ValueError as error:
-                        reason = str(error)
-                    except torch.OutOfMemoryError as error:
-                        raise UserError(
-                            f"{run.name}: the device's memory is full; lower --dinov2_chunk or the input size, run "
-                            "fewer --models at once, or use --device cpu"
-                        ) from error
-                if reason is None:
-                    run.count["written"] += 1
-                else:
-                    run.failed[video.name] = reason
-                bars[run.name].update()
-    finally:
-        for bar in bars.values():
-            bar.close()
+                flush(run)
+            finish_saving(at_most=0)
+        finally:
+            for bar in bars.values():
+                bar.close()
+
+
+# Several processes, started by torchrun, share the videos. They speak to each other twice: rank 0 says what is to be
+# done, and at the end collects what was. Nobody waits in between; the first waits for the last however long it takes.
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def join_ranks() -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=365))
+
+
+def share_out(runs: list[Run], videos: list[Path]) -> list[Path]:
+    """This rank's part of the videos that any model has to do; all take rank 0's word for which these are."""
+    todo = [[video for video in videos if video in run.todo] for run in runs]
+    if dist.is_initialized():
+        dist.broadcast_object_list(todo)
+    union = set().union(*todo)
+    mine = [video for video in videos if video in union]
+    if dist.is_initialized():
+        mine = mine[rank() :: dist.get_world_size()]
+    for run, videos_of_run in zip(runs, todo, strict=True):
+        run.todo = set(videos_of_run).intersection(mine)
+    return mine
+
+
+def collect(runs: list[Run]) -> None:
+    """Rank 0's `runs` know what came of all ranks' videos afterwards."""
+    if not dist.is_initialized():
+        return
+    mine = [(run.count["written"], run.failed, run.shape) for run in runs]
+    everyone = [None] * dist.get_world_size() if rank() == 0 else None
+    dist.gather_object(mine, everyone)
+    for others in everyone[1:] if everyone else ():
+        for run, (written, failed, shape) in zip(runs, others, strict=True):
+            run.count["written"] += written
+            run.failed |= failed
+            run.shape = run.shape or shape
 
 
 def report(runs: list[Run], left_out: dict[str, str], output_root: Path) -> None:
@@ -817,15 +916,16 @@ def report(runs: list[Run], left_out: dict[str, str], output_root: Path) -> None
     for run in runs:
         failures = run.folder / "failed_videos.txt"
         if run.failed:
-            one_line = (f"{' '.join(name.split())}\t{reason}\n" for name, reason in run.failed.items())
+            one_line = (f"{' '.join(name.split())}\t{reason}\n" for name, reason in sorted(run.failed.items()))
             with whole_file(failures) as file:
                 file.write("".join(one_line).encode())
         else:
             failures.unlink(missing_ok=True)
     known = [run for run in runs if run.shape]
     dimensions = "".join(f"{run.name}: feature shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
-    with whole_file(output_root / "vfm_dimensions.txt") as file:
-        file.write(dimensions.encode())
+    if known:
+        with whole_file(output_root / "vfm_dimensions.txt") as file:
+            file.write(dimensions.encode())
 
     print(f"\n{'model':<11}{'written':>8}{'skipped':>8}{'failed':>8}  {'feature':<20}{'dtype':<9}{'size':>10}  folder")
     for run in runs:
@@ -852,6 +952,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     for name in args.models:
         input_size(name, args)
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(args.device)
     video_dir = REPOSITORY / args.video_dir if args.video_dir is DEFAULT_VIDEO_DIR else args.video_dir
     output_root = REPOSITORY / args.output_root if args.output_root is DEFAULT_OUTPUT else args.output_root
@@ -863,14 +965,26 @@ def main(argv: list[str] | None = None) -> int:
     if args.random_weights:
         warn("--random_weights: a dry run; the features will mean NOTHING")
 
-    runs, left_out = start_runs(args, output_root)
-    for run in runs:
-        plan(run, videos, caption_of, args.overwrite)
+    join_ranks()
+    all_runs, left_out = [], {}
     try:
-        extract(runs, videos, caption_of, args)
+        for names in group_models(args):
+            runs, missing = start_runs(names, args, output_root)
+            left_out |= missing
+            all_runs += runs
+            if rank() == 0:
+                for run in runs:
+                    plan(run, videos, caption_of, args.overwrite)
+            extract(runs, share_out(runs, videos), caption_of, args)
+            collect(runs)
+            for run in runs:
+                run.vit = None  # its memory is the next group's
     finally:
-        report(runs, left_out, output_root)
-    return 0 if any(run.count["written"] or run.count["skipped"] for run in runs) else 1
+        if rank() == 0 and (all_runs or left_out):
+            report(all_runs, left_out, output_root)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0 if any(run.count["written"] or run.count["skipped"] for run in all_runs) or rank() > 0 else 1
 
 
 if __name__ == "__main__":

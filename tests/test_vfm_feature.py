@@ -405,6 +405,49 @@ def test_finished_features_are_skipped_unless_something_changed(clips, tmp_path,
     assert not [path for path in out.rglob("*") if path.suffix == ".tmp"]
 
 
+def test_ranks_of_torchrun_write_what_one_process_writes(clips, tmp_path):
+    for index in range(3):
+        gray_clip(clips / f"{index:04d}.mp4", 4 + index)
+    (clips / "broken.mp4").write_bytes(b"this is no video")
+    (clips / "torn.avi").write_bytes(b"nor this")
+    script = [str(ROOT / "vfm_feature.py"), "--video_dir", str(clips), "--models", "VideoMAE", "VideoMAEv2", *SMALL]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun sets it; sums depend on the number of threads
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for launcher, out in [([sys.executable], tmp_path / "one"), (torchrun, tmp_path / "two")]:
+        command = [*launcher, *script, "--output_root", str(out)]
+        result = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=300)
+        assert summary(result) == [5, 0, 2]
+    one, two = (
+        {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for out in (tmp_path / "one", tmp_path / "two")
+    )
+    assert len(one) == 2 * (5 + 1) + 1  # features and failures of two models, and the dimensions
+    assert one == two
+
+
+def test_models_that_do_not_fit_together_run_in_turn(clips, tmp_path, run_here, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**14)  # a machine of 256 MB
+    command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", "DINOv2", *SMALL]
+    result = run_here(*command)
+    assert summary(result) == [2, 0, 0]
+    assert "models run in turn" in result.stderr
+    assert len(list((tmp_path / "out" / "DINOv2").glob("*.pt"))) == 2
+
+
+def test_batches_and_bfloat16_come_close_to_the_plain_run(clips, tmp_path, run_here):
+    gray_clip(clips / "gray.mp4", 6)
+    plain = ["--video_dir", clips, "--models", "VideoMAE", *SMALL, "--output_root"]
+    features = []
+    for name, flags in {"plain": [], "batched": ["--batch_size", "2"], "low": ["--precision", "bfloat16"]}.items():
+        assert summary(run_here(*plain, tmp_path / name, *flags)) == [3, 0, 0]
+        saved = [torch.load(path, weights_only=True) for path in sorted((tmp_path / name / "VideoMAE").glob("*.pt"))]
+        assert [data["video"] for data in saved] == ["ball.mp4", "gray.mp4", "square.avi"]
+        features.append(torch.stack([data["feature"] for data in saved]))
+    plain, batched, low = features
+    assert (batched - plain).norm() <= 1e-5 * plain.norm()
+    assert 1e-5 * plain.norm() < (low - plain).norm() <= 1e-2 * plain.norm()
+
+
 def test_a_video_that_fails_is_recorded_and_the_others_are_made(clips, tmp_path, run_here):
     (clips / "broken.mp4").write_bytes(b"this is no video" * 100)
     out = tmp_path / "out"
@@ -427,7 +470,7 @@ def test_a_video_that_fails_is_recorded_and_the_others_are_made(clips, tmp_path,
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("import time; time.sleep(1000)", "no end after 4 s"),
+        ("import ctypes; ctypes.PyDLL(None).sleep(1000)", "no end after 4 s"),
         ("import os; os.kill(os.getpid(), 11)", "the process died"),
     ],
 )
