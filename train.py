@@ -37,8 +37,9 @@ from model import (
 )
 
 IN_MEMORY_BYTES = 2 * 1024**3  # feature sets up to this size are read once and kept
-POSITIONS = 256  # of a clip, that a training step takes
-FIT_BATCHES = 128  # that the linear path is measured on
+STEP_POSITIONS = 64  # of a clip, that a training step takes
+FIT_POSITIONS = 256  # of a clip, that the linear path, and the error, is measured on
+FIT_BATCHES = 128
 MODEL_FLAGS = ("input_dim", "model_dim", "latent_dim", "num_heads", "num_layers", "dropout", "use_token")
 
 Weights = tuple[float, float, float]  # of reconstruction, temporal difference, latent smoothness
@@ -114,7 +115,7 @@ class EqualShapeBatches(Sampler[list[int]]):
 def stack_clips(clips: list[Tensor | str]) -> Tensor | str:
     """Clips [T, N, C] -> a batch [B, T, N, C]; the text of the first error among them instead."""
     errors = [clip for clip in clips if isinstance(clip, str)]
-    return errors[0] if errors else torch.stack([clip.float() for clip in clips])
+    return errors[0] if errors else torch.stack(clips)
 
 
 def make_loader(folder: FeatureFolder, batch_size: int, num_workers: int, seed: int | None = None) -> DataLoader:
@@ -133,7 +134,7 @@ def batches(loader: DataLoader, device: torch.device) -> Iterator[Tensor]:
     for batch in loader:
         if isinstance(batch, str):
             raise UserError(batch)
-        yield batch.to(device, non_blocking=True)
+        yield batch.to(device, non_blocking=True).float()  # float16 travels, float32 is computed with
 
 
 def split_files(paths: list[Path], val_fraction: float, seed: int) -> tuple[list[Path], list[Path]]:
@@ -148,12 +149,12 @@ def split_files(paths: list[Path], val_fraction: float, seed: int) -> tuple[list
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def sample_positions(x: Tensor) -> Tensor:
-    """At most 256 random positions of x [B, T, N, C]: they are independent sequences, and neighbours say nearly the
-    same, so a step need not pay for the 1350 of a DINOv2 clip."""
-    if x.shape[2] <= POSITIONS:
+def sample_positions(x: Tensor, count: int) -> Tensor:
+    """`count` random positions of x [B, T, N, C], at most: they are independent sequences and neighbours say nearly the
+    same, so a step need not pay for all 1350 of a DINOv2 clip."""
+    if x.shape[2] <= count:
         return x
-    return x[:, :, torch.randperm(x.shape[2], device=x.device)[:POSITIONS]]
+    return x[:, :, torch.randperm(x.shape[2], device=x.device)[:count]]
 
 
 def relative_loss(
@@ -187,7 +188,7 @@ def train_epoch(
     model.train()
     means = Means()
     for x in clips:
-        x = sample_positions(x)
+        x = sample_positions(x, STEP_POSITIONS)
         output = model(x)
         loss, terms = relative_loss(model, x, output["reconstruction"], output["latent"], weights)
         step(loss)
@@ -338,11 +339,17 @@ def main() -> int:
 
     def sample_clips() -> Iterator[Tensor]:
         torch.manual_seed(args.seed)  # the same positions each time
-        yield from map(sample_positions, islice(batches(train_loader, device), FIT_BATCHES))
+        for x in islice(batches(train_loader, device), FIT_BATCHES):
+            yield sample_positions(x, FIT_POSITIONS)
+
+    def val_clips() -> Iterator[Tensor]:
+        torch.manual_seed(args.seed)
+        for x in batches(val_loader, device):
+            yield sample_positions(x, FIT_POSITIONS)
 
     model.encoder.code.fit(sample_clips, args.recon_weight, args.motion_weight)
     measured_on = "held out" if val_paths else "training files"
-    pca_mean = measure(model, principal_component_code(model), batches(val_loader, device), weights)
+    pca_mean = measure(model, principal_component_code(model), val_clips(), weights)
     pca_score = score(pca_mean, weights, args.use_token)
     print(f"errors in units of the features' variance; {measured_on}, motion-weighted PCA: {describe(pca_mean)}")
 
@@ -372,8 +379,8 @@ def main() -> int:
         train_mean = train_epoch(model, batches(progress, device), weights, step)
         result = averaged.module.eval()
         if val_paths:
-            fit_trust(result, batches(val_loader, device), weights)
-        val_mean = measure(result, autoencoder_code(result), batches(val_loader, device), weights)
+            fit_trust(result, val_clips(), weights)
+        val_mean = measure(result, autoencoder_code(result), val_clips(), weights)
         val_score = score(val_mean, weights, args.use_token)
         print(
             f"epoch {epoch}: train {describe(train_mean)} | {measured_on} {describe(val_mean)} | "

@@ -1,0 +1,217 @@
+"""How the autoencoder stands against linear algebra on features of your own.
+
+In: a folder of features, as train.py takes it. The files whose name or `video` matches --held_out (else a seeded fifth)
+are kept out of training; hold out whole sources where files come from several, or all codes look better than they are.
+Out: a table of this autoencoder, PCA, motion-weighted PCA and a linear space-time code of the same size, on what was
+held out: mean squared errors of the features and of their temporal differences relative to their variance, their
+weighted sum relative to motion-weighted PCA's, and
+- relations: the mean absolute change of the cosine between two tokens of a clip, from features to latent (of PCA with
+  and without the features' mean, the better)
+- motion R2, content R2: how well a ridge regression, leaving one clip out, reads from the motion embedding at t and its
+  change since t - 1 the log of the mean length of delta_x, and the mean of x over space (for PCA: of the mean latent).
+
+    python tests/bench_autoencoder.py ../dataset/vfm_features_motion_top100/VideoMAEv2
+    python tests/bench_autoencoder.py features --held_out "^ts_" --latent_dim 88 --epochs 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from model import (  # noqa: E402  (the scripts are no installed package)
+    Moments,
+    MotionFeatureAutoencoder,
+    UserError,
+    cosine_transform,
+    find_features,
+    load_feature,
+    principal_components,
+    run_script,
+    to_sequences,
+    token_relations,
+)
+from train import split_files  # noqa: E402
+
+Code = Callable[
+    [Tensor], tuple[Tensor, Tensor, Tensor]
+]  # x [1, T, N, C] -> latent, reconstruction, embedding [1, T, D]
+
+
+def load(path: Path) -> Tensor:
+    return load_feature(path)[0].float().flatten(1, -2)[None]  # [1, T, N, C]
+
+
+def split(paths: list[Path], pattern: str | None, seed: int) -> tuple[list[Path], list[Path]]:
+    """Training and held-out files."""
+    if pattern is None:
+        return split_files(paths, 0.2, seed)
+    held_out = [path for path in paths if re.search(pattern, load_feature(path, mmap=True)[1].get("video", path.name))]
+    return [path for path in paths if path not in held_out], held_out
+
+
+def train(paths: list[Path], flags: list[str]) -> tuple[MotionFeatureAutoencoder, float]:
+    """The last epoch's model of train.py on `paths`, and the seconds it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "features").mkdir()
+        for index, path in enumerate(paths):
+            (Path(folder) / "features" / f"{index:06d}{path.suffix}").symlink_to(path.resolve())
+        start = time.perf_counter()
+        command = [sys.executable, str(ROOT / "train.py"), "--feature_dir", f"{folder}/features", "--save_dir", folder]
+        subprocess.run([*command, *flags], check=True)
+        seconds = time.perf_counter() - start
+        last = max(Path(folder).glob("motion_ae_epoch*.pt"), key=lambda path: int(re.findall(r"\d+", path.name)[-1]))
+        return MotionFeatureAutoencoder.from_checkpoint(last), seconds
+
+
+def our_code(model: MotionFeatureAutoencoder) -> Code:
+    def code(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        output = model(x)
+        return output["latent"], output["reconstruction"], output["motion_embedding"]
+
+    return code
+
+
+def pca_code(moments: Moments, origin: Tensor, latent_dim: int, motion_weight: float, keep_mean: bool) -> Code:
+    """PCA of each frame, by the eigenvectors of cov(x) + motion_weight * cov(delta_x); the latent without the mean's
+    coefficients, or with them."""
+    mean = origin + (moments.sum / moments.count).float()
+    basis = principal_components(moments.covariance(1.0, motion_weight))[:, :latent_dim].float()
+
+    def code(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        latent = (x - mean) @ basis
+        return latent + keep_mean * (mean @ basis), latent @ basis.mT + mean, latent.mean(dim=2)
+
+    return code
+
+
+def space_time_code(paths: list[Path], mean: Tensor, length: int, latent_dim: int, motion_weight: float) -> Code:
+    """Cosine transform over the clip's time steps, PCA of each frequency, and of these coefficients the
+    length * latent_dim of most weighted energy, laid out over the time steps by importance."""
+    transform = cosine_transform(length)
+    covariance = torch.zeros(length, len(mean), len(mean))
+    for path in paths:
+        coefficients = (transform @ to_sequences(load(path) - mean)).transpose(0, 1)  # [T, N, C]
+        covariance += coefficients.mT @ coefficients / coefficients.shape[1] / len(paths)
+    energy, basis = torch.linalg.eigh(covariance)  # [T, C], [T, C, C]
+    frequency = torch.arange(length) * torch.pi / length
+    weighted = energy * (1 + motion_weight * (2 - 2 * frequency.cos()))[:, None]
+    kept = weighted.flatten().argsort(descending=True)[: length * latent_dim]
+
+    def code(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        coefficients = (transform @ to_sequences(x - mean)).transpose(0, 1) @ basis  # [T, N, C]
+        numbers = coefficients.transpose(0, 1).flatten(1)[:, kept]  # [N, T * D]
+        latent = numbers.unflatten(1, (length, latent_dim)).transpose(0, 1)[None]
+        flat = torch.zeros(len(numbers), weighted.numel()).index_copy(1, kept, numbers)
+        coefficients = flat.unflatten(1, weighted.shape).transpose(0, 1) @ basis.mT  # [T, N, C]
+        reconstruction = (transform.mT @ coefficients.transpose(0, 1)).transpose(0, 1)[None] + mean
+        return latent, reconstruction, latent.mean(dim=2)
+
+    return code
+
+
+def probe(embeddings: list[Tensor], targets: list[Tensor]) -> float:
+    """R2 of ridge regression from [e[t], e[t] - e[t - 1]] to [T - 1, Q], fitted without the clip that it reads."""
+    inputs = [torch.cat([e[1:], e.diff(dim=0)], dim=1).double() for e in embeddings]
+    residual = total = 0.0
+    for index, (x_out, y_out) in enumerate(zip(inputs, targets, strict=True)):
+        x = torch.cat([x for i, x in enumerate(inputs) if i != index])
+        y = torch.cat([y for i, y in enumerate(targets) if i != index]).double()
+        mean, spread = x.mean(dim=0), x.std(dim=0).clamp_min(1e-9)
+        x = (x - mean) / spread
+        ridge = 0.03 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+        weights = torch.linalg.solve(x.mT @ x + ridge, x.mT @ (y - y.mean(dim=0)))
+        residual += (y_out - (x_out - mean) / spread @ weights - y.mean(dim=0)).square().sum().item()
+        total += (y_out - y.mean(dim=0)).square().sum().item()
+    return 1 - residual / total
+
+
+@torch.inference_mode()
+def evaluate(code: Code, paths: list[Path], motion_weight: float) -> dict[str, float]:
+    """One row of the table."""
+    sums = dict.fromkeys(("reconstruction", "motion", "variance", "motion variance", "relations"), 0.0)
+    embeddings, lengths, contents = [], [], []
+    grand_mean = sum(load(path).mean(dim=(0, 1, 2)) for path in paths) / len(paths)
+    for path in paths:
+        x = load(path)
+        latent, reconstruction, embedding = code(x)
+        delta = x.diff(dim=1)
+        sums["reconstruction"] += (reconstruction - x).square().mean().item()
+        sums["motion"] += (reconstruction.diff(dim=1) - delta).square().mean().item()
+        sums["variance"] += (x - grand_mean).square().mean().item()
+        sums["motion variance"] += delta.square().mean().item()
+        chosen = torch.linspace(0, x[0, ..., 0].numel() - 1, min(1000, x[0, ..., 0].numel())).long()
+        before, after = (token_relations(tokens.flatten(0, 2)[chosen]) for tokens in (x, latent))
+        sums["relations"] += (before - after).abs().mean().item()
+        embeddings.append(embedding[0])
+        lengths.append(delta.norm(dim=-1).mean(dim=2)[0, :, None].clamp_min(1e-9).log())  # [T - 1, 1]
+        contents.append(x[0, 1:].mean(dim=1))  # [T - 1, C]
+    return {
+        "reconstruction": sums["reconstruction"] / sums["variance"],
+        "motion": sums["motion"] / sums["motion variance"],
+        "total": (sums["reconstruction"] + motion_weight * sums["motion"]) / len(paths),
+        "relations": sums["relations"] / len(paths),
+        "motion R2": probe(embeddings, lengths),
+        "content R2": probe(embeddings, contents),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("feature_dir", type=Path)
+    parser.add_argument("--held_out", help="regular expression of the `video` (or file name) of the files to hold out")
+    parser.add_argument("--latent_dim", type=int, help="default: a quarter of the features' channels")
+    parser.add_argument("--motion_weight", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args, flags = parser.parse_known_args()  # the others are train.py's
+
+    train_paths, held_out = split(find_features(args.feature_dir), args.held_out, args.seed)
+    if not train_paths or len(held_out) < 2:
+        raise UserError(f"{len(train_paths)} files to train on, {len(held_out)} held out; change --held_out")
+    x = load(train_paths[0])
+    length, input_dim = x.shape[1], x.shape[-1]
+    latent_dim = args.latent_dim or input_dim // 4
+    sizes = ["--input_dim", str(input_dim), "--latent_dim", str(latent_dim), "--motion_weight", str(args.motion_weight)]
+    model, seconds = train(train_paths, [*sizes, "--use_token", "--seed", str(args.seed), *flags])
+
+    origin, moments = x.mean(dim=(0, 1, 2)), Moments()
+    for path in train_paths:
+        moments.add(to_sequences(load(path) - origin))
+    mean = origin + (moments.sum / moments.count).float()
+    codes = {
+        "this autoencoder": our_code(model),
+    }
+    for name, weight in {"PCA": 0.0, "motion-weighted PCA": args.motion_weight}.items():
+        codes[name] = pca_code(moments, origin, latent_dim, weight, False)
+        codes[f"{name}, mean kept"] = pca_code(moments, origin, latent_dim, weight, True)
+    if all(load_feature(path, mmap=True)[0].shape[0] == length for path in train_paths + held_out):
+        codes["linear space-time code"] = space_time_code(train_paths, mean, length, latent_dim, args.motion_weight)
+    rows = {name: evaluate(code, held_out, args.motion_weight) for name, code in codes.items()}
+    for name in ("PCA", "motion-weighted PCA"):
+        rows[name]["relations"] = min(rows[name]["relations"], rows.pop(f"{name}, mean kept")["relations"])
+    reference = rows["motion-weighted PCA"]["total"]
+    for row in rows.values():
+        row["total"] /= reference
+
+    print(f"\n{len(train_paths)} files trained on, {len(held_out)} held out; {input_dim} -> {latent_dim} channels")
+    print("| code | " + " | ".join(rows["PCA"]) + " |\n|" + " --- |" * (len(rows["PCA"]) + 1))
+    for name, row in rows.items():
+        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
+    print(f"training time: {seconds:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
