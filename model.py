@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
-BLOCK = 24  # time steps that are coded together; vfm_feature.py gives 24 or 48
 DETAIL_RMS = 0.15  # of a detail channel, a frame channel having 1: moves cosines little, clear of float16's rounding
 STILL = 1e-3  # of the frame channels' scale: movement below it counts as none
 
@@ -172,12 +171,11 @@ def time_positions(length: int, dim: int, like: Tensor) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :dim].to(like.dtype)
 
 
-def cosine_transform(length: int) -> Tensor:
-    """The orthonormal DCT-II [frequency, time]."""
-    time = torch.arange(length, dtype=torch.float64)
+def cosine_transform(length: int, like: Tensor) -> Tensor:
+    """The orthonormal cosine transform (DCT-II) [frequency, time], in the dtype and on the device of `like`."""
+    time = torch.arange(length, device=like.device)
     matrix = torch.cos(torch.pi / length * (time + 0.5) * time[:, None]) * (2 / length) ** 0.5
-    matrix[0] /= 2**0.5
-    return matrix.float()
+    return (matrix * torch.where(time == 0, 0.5**0.5, 1.0)[:, None]).to(like.dtype)
 
 
 def token_relations(tokens: Tensor) -> Tensor:
@@ -268,17 +266,17 @@ class SpaceTimeCode(nn.Module):
 
     What a truncated PCA drops is mostly detail that stands still, and to repeat that at every time step is waste. So
     the first 7/8 of the latent's channels, the frame channels, hold the leading principal components of their own
-    frame. The last 1/8, the detail channels, hold for each block of 24 time steps the 24 * detail_dim most important
-    coefficients of the other components' cosine transform over time. Frame channels keep the cosines between tokens
-    (VideoREPA's token relations); detail channels are small beside them, to leave these alone.
+    frame. The last 1/8, the detail channels, hold for each block of `block` time steps the block * detail_dim most
+    important coefficients of the other components' cosine transform over time. Frame channels keep the cosines between
+    tokens (VideoREPA's token relations); detail channels are small beside them, to leave these alone.
 
-    `fit` measures all of it in closed form; nothing here is trained. Any T works: a last block that is not full is
-    padded with its last frame, and keeps the most important coefficients, which come first.
+    `fit` measures all of it in closed form; nothing here is trained. Any T works: what remains after the last full
+    block is a shorter block, which has its own choice of coefficients.
     """
 
-    def __init__(self, input_dim: int, latent_dim: int, use_token: bool) -> None:
+    def __init__(self, input_dim: int, latent_dim: int, use_token: bool, block: int) -> None:
         super().__init__()
-        self.use_token = use_token
+        self.use_token, self.block = use_token, block
         self.detail_dim = max(1, latent_dim // 8)
         self.frame_dim = latent_dim - self.detail_dim
         self.rest_dim = input_dim - self.frame_dim
@@ -287,9 +285,9 @@ class SpaceTimeCode(nn.Module):
         self.register_buffer("basis", torch.eye(input_dim))  # columns: principal components
         self.register_buffer("center", torch.zeros(self.frame_dim))
         self.register_buffer("gain", torch.ones(self.frame_dim))
-        self.register_buffer("slots", torch.arange(BLOCK * self.detail_dim))  # coefficients kept, of BLOCK * rest_dim
-        self.register_buffer("slot_gain", torch.ones(BLOCK * self.detail_dim))
-        self.register_buffer("dct", cosine_transform(BLOCK), persistent=False)
+        # row L - 1, first L * detail_dim columns: which of a block of L steps' L * rest_dim coefficients are kept
+        self.register_buffer("slots", torch.arange(block * self.detail_dim).repeat(block, 1))
+        self.register_buffer("slot_gain", torch.ones(block, block * self.detail_dim))
 
     def normalise(self, x: Tensor) -> Tensor:
         """x [B, T, ..., C] -> what is coded: x without the training mean; for motion alone, x without the clip's mean
@@ -300,25 +298,39 @@ class SpaceTimeCode(nn.Module):
         """The inverse of `normalise`; for motion alone, the training mean stands for what is not known."""
         return x * self.scale + self.mean
 
-    def transform(self, rest: Tensor) -> Tensor:
-        """[S, T, R] -> the cosine transform over time of each block [S, blocks, BLOCK * R]."""
-        padding = rest[:, -1:].expand(-1, -rest.shape[1] % BLOCK, -1)
-        return (self.dct @ torch.cat([rest, padding], dim=1).unflatten(1, (-1, BLOCK))).flatten(2)
+    def blocks(self, x: Tensor) -> list[Tensor]:
+        """[S, T, R] -> the full blocks [S, T // block, block, R] and the rest of T as one shorter block, if any."""
+        full = x.shape[1] - x.shape[1] % self.block
+        parts = [x[:, :full].unflatten(1, (-1, self.block)), x[:, None, full:]]
+        return [part for part in parts if part.shape[1] * part.shape[2]]
+
+    def pack(self, rest: Tensor) -> Tensor:
+        """Blocks of the components beyond the frame channels [S, n, L, R] -> detail channels [S, n * L, detail_dim]."""
+        length = rest.shape[2]
+        count = length * self.detail_dim
+        coefficients = (cosine_transform(length, rest) @ rest).flatten(2)  # [S, n, L * R]
+        kept = coefficients.index_select(-1, self.slots[length - 1, :count]) * self.slot_gain[length - 1, :count]
+        return kept.unflatten(-1, (length, -1)).flatten(1, 2)
+
+    def unpack(self, detail: Tensor) -> Tensor:
+        """Detail channels in blocks [S, n, L, detail_dim] -> [S, n * L, R]; `pack` inverted, 0 for the lost."""
+        length = detail.shape[2]
+        count = length * self.detail_dim
+        kept = detail.flatten(2) / self.slot_gain[length - 1, :count]
+        empty = kept.new_zeros(*kept.shape[:2], length * self.rest_dim)
+        coefficients = empty.index_copy(-1, self.slots[length - 1, :count], kept).unflatten(-1, (length, -1))
+        return (cosine_transform(length, detail).mT @ coefficients).flatten(1, 2)
 
     def encode(self, x: Tensor) -> Tensor:
         """Normalised features [S, T, C] -> latent [S, T, D]."""
         frame, rest = (x @ self.basis).split([self.frame_dim, self.rest_dim], dim=-1)
-        detail = self.transform(rest).index_select(-1, self.slots) * self.slot_gain  # [S, blocks, BLOCK * detail_dim]
-        detail = detail.unflatten(-1, (BLOCK, -1)).flatten(1, 2)[:, : x.shape[1]]
+        detail = torch.cat([self.pack(block) for block in self.blocks(rest)], dim=1)
         return torch.cat([(frame + self.center) * self.gain, detail], dim=-1)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latent [S, T, D] -> normalised features [S, T, C]: the inverse of `encode`, what it dropped being 0."""
+        """Latent [S, T, D] -> normalised features [S, T, C]."""
         frame, detail = latent.split([self.frame_dim, self.detail_dim], dim=-1)
-        detail = nn.functional.pad(detail, (0, 0, 0, -latent.shape[1] % BLOCK))
-        detail = detail.unflatten(1, (-1, BLOCK)).flatten(2) / self.slot_gain  # [S, blocks, BLOCK * detail_dim]
-        rest = detail.new_zeros(*detail.shape[:2], BLOCK * self.rest_dim).index_copy(-1, self.slots, detail)
-        rest = (self.dct.mT @ rest.unflatten(-1, (BLOCK, -1))).flatten(1, 2)[:, : latent.shape[1]]
+        rest = torch.cat([self.unpack(block) for block in self.blocks(detail)], dim=1)
         return torch.cat([frame / self.gain - self.center, rest], dim=-1) @ self.basis.mT
 
     @torch.no_grad()
@@ -337,24 +349,36 @@ class SpaceTimeCode(nn.Module):
         )
         self.basis.copy_(whole)
 
-        energy, count, samples = torch.zeros_like(self.basis[0, self.frame_dim :]).repeat(BLOCK), 0, []
+        lengths = range(1, self.block + 1)
+        energies, counts = [self.basis.new_zeros(length, self.rest_dim) for length in lengths], [0] * self.block
+        samples = []
         for index, x in enumerate(clips()):
             tokens = to_sequences(self.normalise(x))  # [S, T, C]
             # in the basis of the other half: a basis captures the clips that it was made from better than it should
             rest = (tokens @ cross[1 - index % 2])[..., self.frame_dim :]
-            energy += self.transform(rest).square().mean(dim=(0, 1)) * len(x)  # [BLOCK * rest_dim]
-            count += len(x)
+            for length in lengths[: x.shape[1]]:
+                start = rest[:, :length]
+                energies[length - 1] += (cosine_transform(length, start) @ start).square().mean(dim=0) * len(x)
+                counts[length - 1] += len(x)
             if len(samples) < 32:
                 one = tokens[: len(tokens) // len(x)].flatten(0, 1)  # [N * T, C] of the first clip
                 chosen = torch.linspace(0, len(one) - 1, 256).long().to(one.device)
                 samples.append((to_sequences(x[:1]).flatten(0, 1)[chosen], one[chosen]))
-        energy /= count
-        frequency = torch.arange(BLOCK, device=energy.device) * torch.pi / BLOCK
-        weight = recon_weight + motion_weight * (2 - 2 * frequency.cos())  # |delta|^2 of a unit cosine
-        order = (energy.unflatten(0, (BLOCK, -1)) * weight[:, None]).flatten().argsort(descending=True, stable=True)
-        self.slots.copy_(order[: len(self.slots)])
-        self.slot_gain.copy_(DETAIL_RMS / energy[self.slots].sqrt().clamp_min(1e-3))
+        for energy, count in zip(energies, counts, strict=True):
+            self.choose_slots(energy / max(count, 1), recon_weight, motion_weight)
         self.fit_gains(samples)
+
+    def choose_slots(self, energy: Tensor, recon_weight: float, motion_weight: float) -> None:
+        """Set `slots` and `slot_gain` of blocks of L steps from their coefficients' mean energy [L, rest_dim]."""
+        length = len(energy)
+        count = length * self.detail_dim
+        frequency = torch.arange(length, device=energy.device) * torch.pi / length
+        weight = recon_weight + motion_weight * (2 - 2 * frequency.cos())  # |delta|^2 of a cosine of unit energy
+        # sorted, each frequency keeps its leading components: what was measured out of order was measured with noise
+        value = energy.sort(dim=1, descending=True).values * weight[:, None]
+        order = value.flatten().argsort(descending=True, stable=True)[:count]
+        self.slots[length - 1, :count] = order
+        self.slot_gain[length - 1, :count] = DETAIL_RMS / energy.flatten()[order].sqrt().clamp_min(1e-3)
 
     def fit_mean_and_scale(self, clips: Callable[[], Iterable[Tensor]]) -> tuple[Moments, Moments]:
         """Set `mean` and `scale`; the normalised features' moments, of every other batch."""
@@ -417,10 +441,11 @@ class MotionFeatureEncoder(nn.Module):
         num_layers: int = 2,
         dropout: float = 0.1,
         use_token: bool = False,
+        block: int = 24,
     ) -> None:
         super().__init__()
         self.use_token = use_token
-        self.code = SpaceTimeCode(input_dim, latent_dim, use_token)
+        self.code = SpaceTimeCode(input_dim, latent_dim, use_token, block)
         in_dim = 2 * input_dim if use_token else input_dim
         self.network = TemporalNetwork(in_dim, model_dim, self.code.detail_dim, num_heads, num_layers, dropout)
 
@@ -448,9 +473,10 @@ class MotionFeatureDecoder(nn.Module):
         num_layers: int = 2,
         dropout: float = 0.1,
         use_token: bool = False,
+        block: int = 24,
     ) -> None:
         super().__init__()
-        self.code = SpaceTimeCode(input_dim, latent_dim, use_token)
+        self.code = SpaceTimeCode(input_dim, latent_dim, use_token, block)
         self.network = TemporalNetwork(input_dim, model_dim, input_dim, num_heads, num_layers, dropout)
         self.register_buffer("trust", torch.ones(()))
 
@@ -484,6 +510,7 @@ class MotionFeatureAutoencoder(nn.Module):
         num_layers: int = 2,
         dropout: float = 0.1,
         use_token: bool = False,
+        block: int = 24,
     ) -> None:
         super().__init__()
         if model_dim % num_heads:
@@ -500,10 +527,11 @@ class MotionFeatureAutoencoder(nn.Module):
             "num_layers": num_layers,
             "dropout": dropout,
             "use_token": use_token,
+            "block": block,
         }
         sizes = (input_dim, model_dim, latent_dim, num_heads, num_layers, dropout)
-        self.encoder = MotionFeatureEncoder(*sizes, use_token)
-        self.decoder = MotionFeatureDecoder(*sizes, use_token)
+        self.encoder = MotionFeatureEncoder(*sizes, use_token, block)
+        self.decoder = MotionFeatureDecoder(*sizes, use_token, block)
         self.decoder.code = self.encoder.code  # one code, both ways
 
     @property

@@ -40,6 +40,7 @@ IN_MEMORY_BYTES = 2 * 1024**3  # feature sets up to this size are read once and 
 STEP_POSITIONS = 64  # of a clip, that a training step takes
 FIT_POSITIONS = 256  # of a clip, that the linear path, and the error, is measured on
 FIT_BATCHES = 128
+MAX_BLOCK = 24  # time steps that are coded together: what vfm_feature.py gives by default, or half of it
 MODEL_FLAGS = ("input_dim", "model_dim", "latent_dim", "num_heads", "num_layers", "dropout", "use_token")
 
 Weights = tuple[float, float, float]  # of reconstruction, temporal difference, latent smoothness
@@ -315,9 +316,13 @@ def open_device(name: str) -> torch.device:
     return device
 
 
-def score(means: dict[str, float], weights: Weights, use_token: bool) -> float:
-    """What is compared with PCA: the weighted error, or, for motion alone, the error of the temporal differences."""
-    return weights[0] * means["reconstruction"] + weights[1] * means["motion"] if use_token else means["motion"]
+def compare(ours: dict[str, float], pca: dict[str, float], weights: Weights, use_token: bool) -> str:
+    """The weighted error against PCA's; for motion alone, the error of the temporal differences."""
+    ours_error, pca_error = (
+        weights[0] * means["reconstruction"] + weights[1] * means["motion"] if use_token else means["motion"]
+        for means in (ours, pca)
+    )
+    return f"{ours_error / pca_error:.3f} x PCA's error" if pca_error else "PCA makes no error"
 
 
 def main() -> int:
@@ -325,13 +330,15 @@ def main() -> int:
     device = open_device(args.device)
     weights = (args.recon_weight, args.motion_weight, args.smooth_weight)
     torch.manual_seed(args.seed)
-    model = MotionFeatureAutoencoder(**{name: getattr(args, name) for name in MODEL_FLAGS}).to(device)
 
     train_paths, val_paths = split_files(find_features(args.feature_dir), args.val_fraction, args.seed)
     train_set, val_set = FeatureFolder(train_paths, args.input_dim), FeatureFolder(val_paths, args.input_dim)
     train_loader = make_loader(train_set, args.batch_size, args.num_workers, args.seed)
     val_loader = make_loader(val_set if val_paths else train_set, args.batch_size, args.num_workers)
     print(f"{len(train_set)} training files, {len(val_set)} held out, {len(set(train_set.shapes))} shapes; on {device}")
+    flags = {name: getattr(args, name) for name in MODEL_FLAGS}
+    block = min(MAX_BLOCK, max(steps for steps, _ in train_set.shapes))
+    model = MotionFeatureAutoencoder(**flags, block=block).to(device)
     try:
         args.save_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -350,7 +357,6 @@ def main() -> int:
     model.encoder.code.fit(sample_clips, args.recon_weight, args.motion_weight)
     measured_on = "held out" if val_paths else "training files"
     pca_mean = measure(model, principal_component_code(model), val_clips(), weights)
-    pca_score = score(pca_mean, weights, args.use_token)
     print(f"errors in units of the features' variance; {measured_on}, motion-weighted PCA: {describe(pca_mean)}")
 
     steps = args.epochs * len(train_loader)
@@ -381,10 +387,10 @@ def main() -> int:
         if val_paths:
             fit_trust(result, val_clips(), weights)
         val_mean = measure(result, autoencoder_code(result), val_clips(), weights)
-        val_score = score(val_mean, weights, args.use_token)
         print(
             f"epoch {epoch}: train {describe(train_mean)} | {measured_on} {describe(val_mean)} | "
-            f"{val_score / pca_score:.3f} x PCA's error | {time.perf_counter() - start:.1f} s"
+            f"{compare(val_mean, pca_mean, weights, args.use_token)} | trust {result.decoder.trust.item():.2f} | "
+            f"{time.perf_counter() - start:.1f} s"
         )
         checkpoint = {
             "model": result.state_dict(),

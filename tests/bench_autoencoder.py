@@ -100,7 +100,7 @@ def pca_code(moments: Moments, origin: Tensor, latent_dim: int, motion_weight: f
 def space_time_code(paths: list[Path], mean: Tensor, length: int, latent_dim: int, motion_weight: float) -> Code:
     """Cosine transform over the clip's time steps, PCA of each frequency, and of these coefficients the
     length * latent_dim of most weighted energy, laid out over the time steps by importance."""
-    transform = cosine_transform(length)
+    transform = cosine_transform(length, mean)
     covariance = torch.zeros(length, len(mean), len(mean))
     for path in paths:
         coefficients = (transform @ to_sequences(load(path) - mean)).transpose(0, 1)  # [T, N, C]

@@ -198,7 +198,10 @@ MISTAKES = [
     ("train.py --feature_dir missing", "missing is not a folder"),
     ("train.py --feature_dir empty", "empty holds no"),
     ("train.py --feature_dir features --input_dim 12 --latent_dim 13", "--latent_dim 13 is above --input_dim 12"),
-    ("train.py --feature_dir features --model_dim 30", "--model_dim 30 does not divide by --num_heads 8"),
+    (
+        "train.py --feature_dir features --input_dim 12 --latent_dim 6 --model_dim 30",
+        "--model_dim 30 does not divide by --num_heads 8",
+    ),
     ("train.py --feature_dir features --epochs 0", "argument --epochs: 0 must be"),
     ("train.py --feature_dir features --latent_dim 1", "argument --latent_dim: 1 must be"),
     ("train.py --feature_dir features --lr nan", "argument --lr: nan must be"),
