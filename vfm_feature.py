@@ -53,6 +53,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def rank() -> int:
+    """Which of torchrun's processes this is; 0 if it is alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def say(message: str) -> None:
+    """One line on standard error, above the progress bars; of several ranks the first one speaks."""
+    if rank() == 0:
+        tqdm.write(f"vfm_feature.py: {message}", file=sys.stderr)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The four video foundation models
 # ---------------------------------------------------------------------------------------------------------------------
@@ -582,7 +593,7 @@ class Run:
     vit: nn.Module | None
     settings: dict[str, int | str]  # a finished feature is kept if it was made with these
     folder: Path
-    todo: set[Path] = field(default_factory=set)
+    todo: dict[Path, int] = field(default_factory=dict)  # video -> its size in bytes
     batch: list[tuple[Path, np.ndarray]] = field(default_factory=list)  # clips that wait for a full batch
     count: Counter = field(default_factory=Counter)
     failed: dict[str, str] = field(default_factory=dict)  # video -> reason
@@ -636,25 +647,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dinov2_resize_h", type=positive_int, default=420, help="input height of DINOv2")
     add("--dinov2_resize_w", type=positive_int, default=630, help="input width of DINOv2")
     add("--dinov2_chunk", type=positive_int, default=128, help="frames per DINOv2 forward pass")
-    for name in ("VideoMAEv2", "VideoMAE", "DINOv2", "VJEPA2"):
+    for name in VFMS:
         add(f"--{name.lower()}_ckpt", type=Path, default=DEFAULT_WEIGHTS.get(name), help=f"published weights of {name}")
     add("--allow_skip_missing", action="store_true", help="go on without models whose weights or packages are missing")
     add("--random_weights", action="store_true", help="a dry run without weights: the features mean nothing")
     add("--batch_size", type=positive_int, default=1, help="clips per forward pass")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the models' matrix products")
-    add(
-        "--save_dtype",
-        choices=["float32", "float16", "bfloat16"],
-        default="float32",
-        help="dtype of the saved features",
-    )
+    add("--save_dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the saved features")
     add("--overwrite", action="store_true", help="make features again that are finished")
-    add(
-        "--num_workers",
-        type=positive_int,
-        default=default_num_workers(),
-        help="processes that decode",
-    )
+    add("--num_workers", type=positive_int, default=default_num_workers(), help="processes that decode")
     add("--decode_timeout", type=positive_int, default=120, help="seconds after which a video counts as undecodable")
     args = parser.parse_args(argv)
     args.models = list(dict.fromkeys(args.models))
@@ -688,13 +689,8 @@ def find_captions(csv_path: Path) -> Callable[[Path], str]:
         return read_captions(csv_path)
     if (REPOSITORY / csv_path).is_file():
         return read_captions(REPOSITORY / csv_path)
-    warn(f"no captions: {csv_path} does not exist; --csv_path names another file")
+    say(f"warning: no captions: {csv_path} does not exist; --csv_path names another file")
     return lambda video: ""
-
-
-def warn(message: str) -> None:
-    if rank() == 0:
-        tqdm.write(f"vfm_feature.py: warning: {message}", file=sys.stderr)
 
 
 def start_run(name: str, args: argparse.Namespace, output_root: Path) -> Run:
@@ -714,8 +710,7 @@ def start_run(name: str, args: argparse.Namespace, output_root: Path) -> Run:
         ) from error
     except WeightsDoNotFit as error:
         raise UserError(f"{path}: not the weights of {name}: {error}") from error
-    if path and rank() == 0:
-        tqdm.write(f"{name}: weights from {path} ({made_by})", file=sys.stderr)
+    say(f"{name}: weights from {path or 'a random generator'} ({made_by})")
     settings = {
         "num_frames": args.num_frames,
         "height": size[0],
@@ -737,7 +732,7 @@ def start_runs(names: list[str], args: argparse.Namespace, output_root: Path) ->
             if not args.allow_skip_missing:
                 raise UserError(f"{error}, or skip such models with --allow_skip_missing") from error
             left_out[name] = str(error)
-            warn(str(error))
+            say(f"warning: {error}")
     return runs, left_out
 
 
@@ -754,25 +749,30 @@ def group_models(args: argparse.Namespace) -> list[list[str]]:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_here
     if len(args.models) == 1 or bytes_needed <= memory / 3:
         return [args.models]
-    warn(
-        f"models run in turn, each decoding every video: their weights take {bytes_needed / 1e9:.1f} GB together, "
-        f"and {args.device} has {memory / 1e9:.1f} GB"
+    say(
+        f"warning: models run in turn, each decoding every video: together their weights take "
+        f"{bytes_needed / 1e9:.1f} GB, and {args.device} has {memory / 1e9:.1f} GB"
     )
     return [[name] for name in args.models]
 
 
-def video_settings(run: Run, video: Path) -> dict[str, int | str]:
-    """What a feature of `video` is made with. A video replaced by another of the same name shows in its bytes."""
-    return {**run.settings, "video": video.name, "video_bytes": video.stat().st_size}
+def video_settings(run: Run, video: Path, video_bytes: int) -> dict[str, int | str]:
+    """What a feature is made with. A video that was replaced by another of the same name shows in its bytes."""
+    return {**run.settings, "video": video.name, "video_bytes": video_bytes}
 
 
 def plan(run: Run, videos: list[Path], caption_of: Callable[[Path], str], overwrite: bool) -> None:
     """Find out which videos `run` has to do. A finished feature whose caption has changed is saved with the new one."""
-    for video in videos:
+    for video in tqdm(videos, desc=f"{run.name}: looking for finished features", unit="video", leave=False):
+        try:
+            video_bytes = video.stat().st_size
+        except OSError as error:
+            run.failed[video.name] = f"gone since the run began ({error.strerror})"
+            continue
         path = run.folder / f"{video.stem}.pt"
         saved = None if overwrite else read_saved(path)
-        if saved is None or saved.get("settings") != video_settings(run, video):
-            run.todo.add(video)
+        if saved is None or saved.get("settings") != video_settings(run, video, video_bytes):
+            run.todo[video] = video_bytes
             continue
         run.count["skipped"] += 1
         run.shape = list(saved["feature"].shape)
@@ -811,13 +811,14 @@ def save_feature(run: Run, video: Path, feature: torch.Tensor, caption: str) -> 
     if not torch.isfinite(feature).all():
         run.failed[video.name] = f"{run.name} gave NaN or infinity in {run.settings['save_dtype']}"
         return
+    settings = video_settings(run, video, run.todo[video])
     data = {
         "feature": feature,
         "caption": caption,
-        "video": video.name,
+        "video": settings["video"],
         "model": run.name,
-        "weights": run.settings["weights"],
-        "settings": video_settings(run, video),
+        "weights": settings["weights"],
+        "settings": settings,
     }
     save_atomically(data, run.folder / f"{video.stem}.pt")
     run.shape = list(feature.shape)
@@ -874,10 +875,6 @@ def extract(runs: list[Run], videos: list[Path], caption_of: Callable[[Path], st
 # done, and at the end collects what was. Nobody waits in between; the first waits for the last however long it takes.
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
 def join_ranks() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=365))
@@ -885,15 +882,14 @@ def join_ranks() -> None:
 
 def share_out(runs: list[Run], videos: list[Path]) -> list[Path]:
     """This rank's part of the videos that any model has to do; all take rank 0's word for which these are."""
-    todo = [[video for video in videos if video in run.todo] for run in runs]
+    todo = [run.todo for run in runs]
     if dist.is_initialized():
         dist.broadcast_object_list(todo)
-    union = set().union(*todo)
-    mine = [video for video in videos if video in union]
+    mine = [video for video in videos if any(video in todo_of_run for todo_of_run in todo)]
     if dist.is_initialized():
         mine = mine[rank() :: dist.get_world_size()]
-    for run, videos_of_run in zip(runs, todo, strict=True):
-        run.todo = set(videos_of_run).intersection(mine)
+    for run, todo_of_run in zip(runs, todo, strict=True):
+        run.todo = {video: todo_of_run[video] for video in mine if video in todo_of_run}
     return mine
 
 
@@ -961,9 +957,9 @@ def main(argv: list[str] | None = None) -> int:
     caption_of = find_captions(args.csv_path)
     without = sum(not caption_of(video) for video in videos)
     if without and args.csv_path is not DEFAULT_CSV:
-        warn(f"{without} of {len(videos)} videos have no caption in {args.csv_path}")
+        say(f"warning: {without} of {len(videos)} videos have no caption in {args.csv_path}")
     if args.random_weights:
-        warn("--random_weights: a dry run; the features will mean NOTHING")
+        say("warning: --random_weights: a dry run; the features will mean NOTHING")
 
     join_ranks()
     all_runs, left_out = [], {}
