@@ -240,14 +240,6 @@ class Moments:
         self.square = self.square + (flat.mT @ flat).cpu().double()
         self.delta_square = self.delta_square + (delta.mT @ delta).cpu().double()
 
-    def rescale(self, factor: float) -> None:
-        """As if every x had been multiplied by `factor`."""
-        self.sum, self.square, self.delta_square = (
-            self.sum * factor,
-            self.square * factor**2,
-            self.delta_square * factor**2,
-        )
-
     def __add__(self, other: Moments) -> Moments:
         total = Moments()
         for name in vars(total):
@@ -381,7 +373,7 @@ class SpaceTimeCode(nn.Module):
         self.slot_gain[length - 1, :count] = DETAIL_RMS / energy.flatten()[order].sqrt().clamp_min(1e-3)
 
     def fit_mean_and_scale(self, clips: Callable[[], Iterable[Tensor]]) -> tuple[Moments, Moments]:
-        """Set `mean` and `scale`; the normalised features' moments, of every other batch."""
+        """Set `mean` and `scale`. Returns the moments of the features before scaling, of every other batch each."""
         self.mean.zero_()
         self.scale.fill_(1.0)
         halves, total, count = (Moments(), Moments()), 0.0, 0
@@ -395,8 +387,6 @@ class SpaceTimeCode(nn.Module):
             halves = (halves[0], halves[0])
         self.mean.copy_(origin + total / count)
         self.scale.fill_((halves[0] + halves[1]).covariance().diagonal().mean().item() ** 0.5 or 1.0)
-        for moments in halves:
-            moments.rescale(1 / self.scale.item())
         return halves
 
     def fit_gains(self, samples: list[tuple[Tensor, Tensor]]) -> None:
