@@ -462,7 +462,8 @@ def read_decord(path: str, num_frames: int) -> tuple[np.ndarray, Iterator[np.nda
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
-    reader = decord.VideoReader(path, num_threads=1)
+    # fault_tol: decord would put a neighbour in the place of a frame that it cannot find, and say nothing
+    reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
     indices = frame_indices(len(reader), num_frames)
 
     def frames() -> Iterator[np.ndarray]:

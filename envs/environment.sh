@@ -1,5 +1,5 @@
 # Sourced by quickstart.sh and test.sh: leaves in $PYTHON a Python that has the packages of the three environment files, and
-# pytest and ruff. Made in .envs/ the first time, by conda, mamba or micromamba if one is there, else by venv.
+# what the tests need. Made in .envs/ the first time, by conda, mamba or micromamba if one is there, else by venv.
 
 find_python() { # the first Python of 3.10 or newer
     local python
@@ -24,7 +24,7 @@ make_environment() { # the folder to make it in
 
 environment="$PWD/.envs/vfm"
 PYTHON="$environment/bin/python"
-packages=("pytest>=8" "ruff==0.17.6")
+packages=("pytest>=8" "ruff==0.17.6" "av>=14")
 while read -r package; do packages+=("$package"); done < <(sed -n 's/^      - \([^ ]*\).*/\1/p' envs/environment.*.yaml)
 if [ "$(cat "$environment/packages" 2>/dev/null)" != "${packages[*]}" ]; then
     [ -x "$PYTHON" ] || make_environment "$environment"

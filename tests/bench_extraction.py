@@ -1,8 +1,8 @@
 """How fast vfm_feature.py is, as ratios to the plain way and to the machine's limit: python tests/bench_extraction.py
 
 Draws its own 1080p clips (H.264, 150 frames) and uses random weights, neither of which changes the time. Run it on an
-idle machine; on 2 cores it takes about 25 minutes. `--only ROW...` prints some of the rows. Rows whose package or device
-is not here are left out: transformers for V-JEPA 2, a GPU for the last one.
+idle machine; on 2 cores it takes about 25 minutes. `--only ROW...` prints some of the rows. Rows whose package or
+device is not here are left out: transformers for V-JEPA 2, a GPU for the last one.
 """
 
 from __future__ import annotations

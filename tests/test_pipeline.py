@@ -56,7 +56,9 @@ def test_the_package_imports_from_the_folder_above_whatever_its_name(tmp_path):
     (tmp_path / "any_name").mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path / "any_name")
-    code = "import any_name; print(any_name.MotionFeatureAutoencoder.__name__, any_name.motion_autoencoder_loss.__name__)"
+    code = (
+        "import any_name; print(any_name.MotionFeatureAutoencoder.__name__, any_name.motion_autoencoder_loss.__name__)"
+    )
     result = run("-c", code, cwd=tmp_path)
     assert result.stdout.split() == ["MotionFeatureAutoencoder", "motion_autoencoder_loss"]
 
@@ -64,5 +66,10 @@ def test_the_package_imports_from_the_folder_above_whatever_its_name(tmp_path):
 def test_the_top_level_holds_the_nine_names():
     names = sorted(name for name in os.listdir(ROOT) if not name.startswith(".") and name != "__pycache__")
     assert names == sorted(
-        [*("model.py", "losses.py", "train.py", "encode.py", "vfm_feature.py", "__init__.py"), "envs", "tests", "README.md"]
+        [
+            *("model.py", "losses.py", "train.py", "encode.py", "vfm_feature.py", "__init__.py"),
+            "envs",
+            "tests",
+            "README.md",
+        ]
     )
