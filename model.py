@@ -403,7 +403,7 @@ class SpaceTimeCode(nn.Module):
         for power in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5):
             gain = spread**-power
             gain = gain / (spread * gain).square().mean().sqrt()
-            for share in (0.0, 0.25, 0.5, 0.75, 1.0) if self.use_token else (0.0,):
+            for share in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5) if self.use_token else (0.0,):
                 error = sum(
                     (token_relations(x) - token_relations((c + share * mean) * gain)).abs().mean().item()
                     for (x, _), c in zip(samples, coefficients, strict=True)
