@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,6 +43,7 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_script(main: Callable[[], int]) -> None:
     """Run a script's `main` and exit with its status; a `UserError` becomes one line on standard error and status 2."""
     name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers end a job with it: as orderly as Ctrl-C
     try:
         status = main()
     except UserError as error:
@@ -50,7 +53,7 @@ def run_script(main: Callable[[], int]) -> None:
         print(f"{name}: error: {error}; finished files are whole", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
-        print(f"{name}: stopped by the user; finished files are whole", file=sys.stderr)
+        print(f"{name}: stopped; finished files are whole", file=sys.stderr)
         status = 130
     sys.exit(status)
 
@@ -62,7 +65,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises `OSError` when the disk is full or the folder cannot be written; the half-written file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.stem[:50]}.tmp")
+    temporary = path.with_name(f".{platform.node()}.{os.getpid()}.{path.stem[:50]}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -71,6 +74,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes of this machine that were killed left of a `whole_file` in `folder`."""
+    for path in folder.glob(f".{platform.node()}.*.tmp"):
+        pid = path.name.removeprefix(f".{platform.node()}.").split(".")[0]
+        try:
+            os.kill(int(pid), 0)  # sends nothing; fails if there is no such process
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (ValueError, OSError):  # not ours, or another user's that runs
+            continue
 
 
 def save_atomically(data: dict[str, Any], path: Path) -> None:

@@ -17,11 +17,13 @@ goes on where it was: features that exist already, made with the same settings, 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import hashlib
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import sys
 import zipfile
@@ -40,7 +42,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from model import ArgumentParser, UserError, run_script, save_atomically, whole_file
+from model import ArgumentParser, UserError, remove_leftovers, run_script, save_atomically, whole_file
 
 REPOSITORY = Path(__file__).resolve().parent
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".wmv")
@@ -533,9 +535,17 @@ def decode_clip(
 
 
 def start_decoder() -> None:
-    """What a decoding process does first: leave Ctrl-C to the parent, and take one core."""
+    """What a decoding process does first: leave Ctrl-C to the parent, take one core, limit what it does to others.
+
+    A broken header can ask for any amount of memory: 4 GiB are enough for frames of 8K. And a decoder that hangs in
+    native code would outlive a parent that is killed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    if sys.platform == "linux":
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30,) * 2)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def decode_ahead(
@@ -764,6 +774,7 @@ def video_settings(run: Run, video: Path, video_bytes: int) -> dict[str, int | s
 
 def plan(run: Run, videos: list[Path], caption_of: Callable[[Path], str], overwrite: bool) -> None:
     """Find out which videos `run` has to do. A finished feature whose caption has changed is saved with the new one."""
+    remove_leftovers(run.folder)
     for video in tqdm(videos, desc=f"{run.name}: looking for finished features", unit="video", leave=False):
         try:
             video_bytes = video.stat().st_size

@@ -3,8 +3,10 @@
 import argparse
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -487,6 +489,7 @@ def test_a_video_that_fails_is_recorded_and_the_others_are_made(clips, tmp_path,
     [
         ("import ctypes; ctypes.PyDLL(None).sleep(1000)", "no end after 4 s"),
         ("import os; os.kill(os.getpid(), 11)", "the process died"),
+        ("bytearray(6 * 2**30)", "decord: MemoryError"),
     ],
 )
 def test_a_decoder_that_hangs_or_dies_costs_its_process_only(clips, tmp_path, fault, said):
@@ -506,6 +509,52 @@ def test_a_decoder_that_hangs_or_dies_costs_its_process_only(clips, tmp_path, fa
     )
     assert summary(result) == [2, 0, 1]
     assert said in (tmp_path / "out" / "VideoMAE" / "failed_videos.txt").read_text()
+
+
+def processes_of_session(session: int) -> list[str]:
+    """Those that live (Linux)."""
+    living = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, fields = path.read_text().rsplit(")", 1)
+        except OSError:  # it has just ended
+            continue
+        state, _, _, its_session, *_ = fields.split()
+        if int(its_session) == session and state != "Z":
+            living.append(name)
+    return living
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_at_any_moment_the_same_command_finishes_the_work(clips, tmp_path, number):
+    for index in range(30):
+        gray_clip(clips / f"{index:04d}.mp4", 4)
+    script = [sys.executable, str(ROOT / "vfm_feature.py"), "--video_dir", str(clips), "--models", "VideoMAE", *SMALL]
+    out = tmp_path / "VideoMAE"
+    process = subprocess.Popen([*script, "--output_root", str(tmp_path)], stdout=-1, stderr=-1, start_new_session=True)
+    while len(list(out.glob("*.pt"))) < 3:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(number)  # to the process alone, as a cluster's scheduler does
+    stdout, stderr = (stream.decode() for stream in process.communicate(timeout=10))
+    assert "Traceback" not in stderr
+    if number != signal.SIGKILL:
+        assert process.returncode == 130
+        assert stdout.splitlines()[2].startswith("VideoMAE")  # the summary
+        assert "stopped" in stderr
+    finished = {path: path.read_bytes() for path in out.glob("*.pt")}
+    assert 3 <= len(finished) < 32
+    deadline = time.monotonic() + 10
+    while living := processes_of_session(process.pid):
+        assert time.monotonic() < deadline, living
+
+    written, skipped, failed = summary(
+        subprocess.run([*script, "--output_root", str(tmp_path)], capture_output=True, text=True, timeout=100)
+    )
+    assert (written + skipped, failed) == (32, 0) and skipped >= len(finished)
+    assert {path: path.read_bytes() for path in finished} == finished
+    assert len([torch.load(path, weights_only=True) for path in out.glob("*.pt")]) == 32
+    assert not list(out.glob(".*"))
 
 
 def test_weights_from_a_file(clips, tmp_path, run_here):
