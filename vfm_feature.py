@@ -26,11 +26,13 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -459,51 +461,93 @@ def frame_indices(num_available: int, num_frames: int) -> np.ndarray:
     return np.linspace(0, num_available - 1, num_frames).round().astype(int)
 
 
-def read_decord(path: str, num_frames: int) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-    """The indices to sample, and their frames: uint8 RGB [H, W, 3], each once and in order."""
+# A backend opens a video: (number of frames, function from increasing indices to their frames, uint8 RGB [H, W, 3]).
+Opened = tuple[int, Callable[[list[int]], Iterator[np.ndarray]]]
+
+
+def open_decord(path: str) -> Opened:
     import decord
 
-    decord.logging.set_level(decord.logging.QUIET)
+    decord.logging.set_level(decord.logging.ERROR)
     # fault_tol: decord would put a neighbour in the place of a frame that it cannot find, and say nothing
     reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
-    indices = frame_indices(len(reader), num_frames)
 
-    def frames() -> Iterator[np.ndarray]:
-        for index in np.unique(indices):
-            frame = reader[int(index)].asnumpy()
+    def frames(indices: list[int]) -> Iterator[np.ndarray]:
+        for index in indices:
+            frame = reader[index].asnumpy()
             if frame.shape[-1] != 3:  # dmlc/decord issue 336: some narrow videos, the bytes are not those of the frame
                 raise ValueError(f"a frame of shape {list(frame.shape)} instead of [height, width, 3]")
             yield frame
 
-    return indices, frames()
+    return len(reader), frames
 
 
-def read_opencv(path: str, num_frames: int) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-    """As `read_decord`. OpenCV estimates the number of frames and seeks inexactly, so all frames are read in order."""
-    os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"  # what went wrong is in the reason, not on the terminal
+def open_opencv(path: str) -> Opened:
+    """OpenCV estimates the number of frames and seeks inexactly, so it reads all frames in order, twice."""
+    os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors
     import cv2
 
     counter = cv2.VideoCapture(path)
     num_available = 0
     while counter.grab():
         num_available += 1
-    if num_available == 0:
-        raise ValueError("no frame can be read")
-    indices = frame_indices(num_available, num_frames)
 
-    def frames() -> Iterator[np.ndarray]:
+    def frames(indices: list[int]) -> Iterator[np.ndarray]:
         capture = cv2.VideoCapture(path)
-        wanted = set(indices.tolist())
-        for index in range(max(wanted) + 1):
+        wanted = set(indices)
+        for index in range(num_available):
             if not capture.grab():
-                raise ValueError(f"frame {index} of {num_available} cannot be read")
+                raise ValueError(f"frame {index} cannot be read a second time")
             if index in wanted:
                 yield cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
 
-    return indices, frames()
+    return num_available, frames
 
 
-BACKENDS = {"decord": read_decord, "opencv": read_opencv}  # tried in this order
+BACKENDS = {"decord": open_decord, "opencv": open_opencv}  # tried in this order
+
+
+@contextmanager
+def captured_output() -> Iterator[list[str]]:
+    """What native code prints, on standard output or error: a list of lines, complete when the context ends."""
+    lines: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        terminal = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+        for descriptor in terminal:
+            os.dup2(file.fileno(), descriptor)
+        try:
+            yield lines
+        finally:
+            ctypes.CDLL(None).fflush(None)  # OpenCV prints through C's buffer
+            for descriptor, copy in terminal.items():
+                os.dup2(copy, descriptor)
+                os.close(copy)
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()
+
+
+# In FFmpeg's form, or OpenCV's, which takes over decord's messages where both are loaded.
+FFMPEG_MESSAGE = re.compile(r"\[(?:\S+ @ 0x[0-9a-f]+|OPENCV:FFMPEG:\d+)\] (.*)")
+# What FFmpeg calls an error in whole files: references that a seek left out, and tracks beside the video.
+HARMLESS = re.compile(
+    "co located POCs|mmco:|Could not find ref with POC|number of reference frames|Referenced QT chapter track"
+)
+
+
+def find_damage(path: str, printed: list[str]) -> str | None:
+    """What is wrong with a video whose frames could be read, or None.
+
+    Both backends are built on FFmpeg, which paints over damage, and mentions it. An AVI that ends too early between two
+    frames shows in its header alone.
+    """
+    for message in filter(None, map(FFMPEG_MESSAGE.match, printed)):
+        if not HARMLESS.match(message[1]):
+            return message[1]
+    with open(path, "rb") as file:
+        header = file.read(8)
+        if header[:4] == b"RIFF" and int.from_bytes(header[4:], "little") + 8 > os.fstat(file.fileno()).st_size:
+            return "the file is shorter than its header says"
+    return None
 
 
 def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -523,15 +567,30 @@ def decode_clip(
 ) -> dict[tuple[int, int], np.ndarray]:
     """Sample `num_frames` frames of a video and resize them: {size: uint8 RGB [num_frames, height, width, 3]}.
 
-    The video is decoded once for all sizes, and one full-size frame at a time is held. Raises what the backend raises.
+    The video is decoded once for all sizes, and one full-size frame at a time is held. Raises what the backend raises,
+    and `ValueError` if the video is damaged or cut short.
     """
-    indices, frames = BACKENDS[backend](path, num_frames)
     clips: dict[tuple[int, int], list[np.ndarray]] = {size: [] for size in sizes}
-    for frame in frames:
-        for size, clip in clips.items():
-            clip.append(resize_frame(frame, size))
-    _, position = np.unique(indices, return_inverse=True)
+    with captured_output() as printed:
+        num_available, frames = BACKENDS[backend](path)
+        indices, position = np.unique(frame_indices(num_available, num_frames), return_inverse=True)
+        for frame in frames(indices.tolist()) if num_available else ():
+            for size, clip in clips.items():
+                clip.append(resize_frame(frame, size))
+    damage = find_damage(path, printed)
+    if damage or not num_available:
+        with captured_output():
+            promised = frames_promised(path)
+        count = f"{num_available} of {max(promised, num_available)} frames can be read"
+        raise ValueError(f"damaged or cut short: {count}{f' ({damage})' if damage else ''}")
     return {size: np.stack(clip)[position] for size, clip in clips.items()}
+
+
+def frames_promised(path: str) -> int:
+    """How many frames the container says it holds, or its duration and rate, 0 if it does not say."""
+    import cv2
+
+    return max(0, round(cv2.VideoCapture(path).get(cv2.CAP_PROP_FRAME_COUNT)))
 
 
 def start_decoder() -> None:

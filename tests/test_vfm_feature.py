@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -281,18 +282,52 @@ def test_a_width_that_decord_garbles_is_read_by_opencv(tmp_path):
     assert np.abs(clips[64, 96].mean(axis=(1, 2, 3)) - [8, 16, 24, 32]).max() < 3.9
 
 
-def test_a_transport_stream_that_decord_mistakes_is_read_by_opencv(tmp_path):
-    """decord takes one frame of such a file for another, which no error told; its faults are not tolerated."""
-    path = tmp_path / "stream.mpg"
-    frames = [np.ascontiguousarray(draw_frame(2, index / 39, 48, 64)[..., ::-1]) for index in range(40)]
-    with av.open(str(path), "w", format="mpegts") as container:
+def h264_clip(path: Path, **options) -> np.ndarray:
+    """40 frames of a circling ball in H.264: the frames as drawn, uint8 RGB [40, 48, 64, 3]."""
+    frames = np.stack([draw_frame(2, index / 39, 48, 64)[..., ::-1] for index in range(40)])
+    with av.open(str(path), "w", **options) as container:
         stream = container.add_stream("libx264", rate=20)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
-    [(_, clips)] = vfm.decode_ahead([path], 40, [(48, 64)], num_workers=1, timeout=100)
-    assert np.abs(clips[48, 64].astype(int) - np.stack(frames)).mean(axis=(1, 2, 3)).max() < 8  # decord: 53
+    return frames
+
+
+def test_a_transport_stream_that_decord_mistakes_is_read_by_opencv(tmp_path):
+    """decord takes one frame of such a file for another, which no error told; its faults are not tolerated."""
+    frames = h264_clip(tmp_path / "stream.mpg", format="mpegts")
+    [(_, clips)] = vfm.decode_ahead([tmp_path / "stream.mpg"], 40, [(48, 64)], num_workers=1, timeout=100)
+    assert np.abs(clips[48, 64].astype(int) - frames).mean(axis=(1, 2, 3)).max() < 8  # decord: 53
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi", "clip.mov"])
+def test_a_video_that_is_cut_short_fails_with_both_numbers(tmp_path, name):
+    path = tmp_path / name
+    options = {"movflags": "faststart"} if name.endswith(("mp4", "mov")) else {}
+    h264_clip(path, container_options=options)
+    whole = path.read_bytes()
+    for backend in vfm.BACKENDS:
+        path.write_bytes(whole)
+        assert vfm.decode_clip(str(path), 8, [(48, 64)], backend)[48, 64].shape == (8, 48, 64, 3)
+        for share in (0.5, 0.8, 0.95):
+            path.write_bytes(whole[: int(share * len(whole))])
+            with pytest.raises(Exception) as failure:  # decord's own, where it notices
+                vfm.decode_clip(str(path), 8, [(48, 64)], backend)
+            if backend == "opencv":
+                assert re.search(r"damaged or cut short: \d+ of 40 frames can be read", str(failure.value))
+
+
+def test_a_video_with_damaged_frames_fails(tmp_path):
+    path = tmp_path / "clip.mp4"
+    h264_clip(path)
+    rotten = bytearray(path.read_bytes())
+    middle = rotten.index(b"mdat") + 2000
+    rotten[middle : middle + 40] = bytes(40)
+    path.write_bytes(rotten)
+    for backend in vfm.BACKENDS:
+        with pytest.raises(Exception, match=r"damaged or cut short|decord"):
+            vfm.decode_clip(str(path), 8, [(48, 64)], backend)
 
 
 def test_resizing_is_bicubic_with_antialiasing_and_leaves_a_fitting_frame_alone():
@@ -472,7 +507,7 @@ def test_a_video_that_fails_is_recorded_and_the_others_are_made(clips, tmp_path,
     assert summary(run_here(*command)) == [2, 0, 1]
     name, reason = (out / "VideoMAE" / "failed_videos.txt").read_text().rstrip("\n").split("\t")
     assert name == "broken.mp4"
-    assert "decord: " in reason and "opencv: no frame can be read" in reason
+    assert "decord: " in reason and "opencv: damaged or cut short: 0 of 0 frames can be read" in reason
     gray_clip(clips / "broken.mp4", 4)  # mended: the next run makes it and forgets the failure
     assert summary(run_here(*command)) == [1, 2, 0]
     assert not (out / "VideoMAE" / "failed_videos.txt").exists()
@@ -495,7 +530,7 @@ def test_a_video_that_fails_is_recorded_and_the_others_are_made(clips, tmp_path,
 def test_a_decoder_that_hangs_or_dies_costs_its_process_only(clips, tmp_path, fault, said):
     """A package named decord comes first on the path, and ends badly; OpenCV reads what it can."""
     (tmp_path / "decord.py").write_text(
-        "class logging:\n    QUIET = 0\n    set_level = print\n"
+        "class logging:\n    ERROR = 16\n    set_level = print\n"
         f"class VideoReader:\n    def __init__(self, *args, **kwargs):\n        {fault}\n"
     )
     (clips / "broken.mp4").write_bytes(b"this is no video")
