@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from losses import motion_autoencoder_loss
-from model import MotionFeatureAutoencoder, UserError, frame_differences, load_feature
+from model import Moments, MotionFeatureAutoencoder, UserError, frame_differences, load_feature
 from train import fit_trust
 
 SMALL = {"input_dim": 12, "model_dim": 16, "latent_dim": 6, "num_heads": 2, "num_layers": 1}
@@ -53,6 +53,22 @@ def test_positions_do_not_mix():
     difference = (model(x)["reconstruction"] - model(changed)["reconstruction"]).abs().amax(dim=(0, 1, 3))
     assert difference[2] > 1e-2
     assert difference[[0, 1, 3]].max() < 1e-5
+
+
+def test_the_networks_know_the_time_step():
+    model = awake(MotionFeatureAutoencoder(**SMALL, use_token=True).eval())
+    still = torch.randn(1, 1, 4, 12).expand(1, 9, 4, 12)
+    for part in (model.encoder.network, model.decoder.network):
+        seen = still[0].transpose(0, 1).repeat(1, 1, part.conv.in_channels // 12)  # [N, T, C or 2C]
+        assert part(seen).diff(dim=1).abs().amax(dim=(0, 2)).min() > 1e-2
+
+
+def test_training_starts_from_the_fitted_code():
+    x = made_up_clips(count=4)
+    output = fitted(x)(x)
+    linear, refinement = fitted(x).decoder.parts(output["latent"])
+    assert refinement.abs().max() == 0
+    torch.testing.assert_close(fitted(x).encoder.code.restore(linear), output["reconstruction"])
 
 
 def test_motion_only_cannot_see_what_stands_still():
@@ -155,7 +171,11 @@ def test_the_code_keeps_token_relations():
         before, after = (c @ c.mT for c in cosines)
         return (before - after).abs().mean().item()
 
-    assert distance(fitted(train).encode(held_out)) < 1.05 * distance(pca(train, 16, held_out)[0])
+    model = fitted(train)
+    kept = distance(model.encode(held_out))
+    assert kept < 1.05 * distance(pca(train, 16, held_out)[0])
+    model.encoder.code.gain.fill_(1.0)
+    assert kept < distance(model.encode(held_out))  # than without the gains
 
 
 def test_the_code_of_all_dimensions_loses_nothing():
@@ -184,9 +204,15 @@ def test_scale_and_shift_change_no_relative_error(factor, shift):
 
 
 def test_motion_alone_moves_at_least_as_right_as_pca_of_the_differences():
-    train, held_out = made_up_clips(), made_up_clips(count=8, seed=1)
-    delta, held_out_delta = train.diff(dim=1), held_out.diff(dim=1)
-    flat = delta.flatten(0, 2).numpy()
+    def drifting(count, seed):
+        """Fast and small in some directions, slow and large in others: which to keep depends on what is asked."""
+        rng = torch.Generator().manual_seed(seed)
+        fast = torch.randn(count, 24, 10, 48, generator=rng) * torch.linspace(2, 0, 48)
+        slow = torch.linspace(-1, 1, 24)[:, None, None] * torch.randn(count, 1, 10, 48, generator=rng)
+        return fast + slow * torch.linspace(0, 20, 48)
+
+    train, held_out = drifting(24, 0), drifting(8, 1)
+    flat, held_out_delta = train.diff(dim=1).flatten(0, 2).numpy(), held_out.diff(dim=1)
     basis = torch.from_numpy(np.linalg.eigh(flat.T @ flat)[1][:, ::-1][:, :16].copy())
     reference = (held_out_delta @ basis @ basis.T - held_out_delta).square().mean().item()
     ours = fitted(train, use_token=False)(held_out)["reconstruction"]
@@ -218,6 +244,24 @@ def test_the_embedding_tells_how_much_moves_and_what_is_there():
     torch.testing.assert_close(embedding[0, 0, 14:], embedding[0, 1, 14:])
 
 
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e4])
+def test_the_latent_has_one_scale(factor):
+    x = made_up_clips() * factor
+    spread = fitted(x).encode(x).std(dim=(0, 1, 2))
+    assert spread[:14].square().mean().sqrt().item() == pytest.approx(1, rel=0.05)  # frame channels
+    torch.testing.assert_close(spread[14:], torch.full((2,), 0.15), atol=0.05, rtol=0)  # detail channels
+
+
+def test_moments_are_what_numpy_says():
+    x = torch.randn(9, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 3
+    parts = Moments(), Moments()
+    parts[0].add(x[:4])
+    parts[1].add(x[4:])
+    delta = x.diff(dim=1).flatten(0, 1).numpy()
+    expected = 2 * np.cov(x.flatten(0, 1).numpy().T, ddof=0) + 3 * delta.T @ delta / len(delta)
+    np.testing.assert_allclose((parts[0] + parts[1]).covariance(2.0, 3.0).numpy(), expected)
+
+
 def test_the_latent_survives_float16():
     model = fitted(made_up_clips())
     x = made_up_clips(count=4, seed=1)
@@ -235,10 +279,10 @@ def test_trust_is_what_held_out_clips_show():
     model = fitted(made_up_clips())
     held_out = made_up_clips(count=4, seed=1)
     mean_error = (held_out - model(held_out)["reconstruction"]).mean(dim=(0, 1, 2)) / model.encoder.code.scale
-    for share in (1.0, 4.0, -1.0):  # a refinement that is right, too large, wrong
+    for share in (1.0, 4.0, 0.5, -1.0):  # a refinement that is right, too large, too small, wrong
         model.decoder.network.head.bias.data = share * mean_error
         fit_trust(model, held_out.split(2), (1.0, 1.0, 0.05))
-        assert model.decoder.trust.item() == pytest.approx(max(1 / share, 0.0), abs=1e-3)
+        assert model.decoder.trust.item() == pytest.approx(min(max(1 / share, 0.0), 1.0), abs=1e-3)
 
 
 def test_feature_files_in_every_form(tmp_path):

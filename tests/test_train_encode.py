@@ -75,6 +75,9 @@ def test_train_writes_a_checkpoint_that_explains_itself(trained):
     assert checkpoint["epoch"] == 2
     assert checkpoint["config"]["latent_dim"] == 6
     assert checkpoint["config"]["use_token"] is True
+    fresh = MotionFeatureAutoencoder(**checkpoint["config"]).state_dict()
+    assert checkpoint["model"].keys() == fresh.keys()  # no wrapper's names
+    assert checkpoint["model"]["decoder.network.head.weight"].abs().max() > 0  # where it starts
     assert checkpoint["command"].endswith("--epochs 2 --use_token --device cpu")
     for means in (checkpoint["train_mean"], checkpoint["val_mean"], checkpoint["pca_mean"]):
         assert set(means) >= {"loss", "reconstruction", "motion", "smoothness"}
@@ -162,7 +165,7 @@ BAD_FEATURES = {
     "rank.pt": (torch.zeros(3, 12), r"shape [3, 12]"),
     "empty.pt": (torch.zeros(0, 3, 12), "not empty"),
     "integers.npy": (np.zeros((2, 3, 12), dtype=np.int64), "floating point"),
-    "objects.npy": (np.array([{}, []], dtype=object), "no array of numbers"),
+    "objects.npy": (np.array([Unsafe()], dtype=object), "no array of numbers"),
     "words.pt": ({"caption": "no feature here"}, "no feature tensor"),
     "nothing.pt": ({}, "no feature tensor"),
     "unsafe.pt": ({"feature": Unsafe()}, "unsafe"),
