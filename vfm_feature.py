@@ -627,7 +627,10 @@ def decode_ahead(
             reasons = []
             for backend in BACKENDS:
                 try:
-                    return (future if not reasons else schedule(video, backend)).result()
+                    clips = (future if not reasons else schedule(video, backend)).result()
+                    if any("avcodec_send_packet" in reason for reason in reasons):  # the codec itself refused the data
+                        return f"damaged: {'; '.join(reasons)}; {backend}: read it all the same"
+                    return clips
                 except DecodeTimeoutError:
                     reasons.append(f"{backend}: no end after {timeout:g} s")
                 except ProcessExpired as error:

@@ -1,0 +1,248 @@
+"""What becomes of broken input: python tests/bench_faults.py [--seed N] [--mutations N]
+
+Makes a corpus of videos with FFmpeg (codecs, depths, subsamplings, odd sizes, rotations, variable frame rate, cut
+short, bit rot, no videos at all), decodes each as vfm_feature.py does, and compares it with the frames that were
+encoded: every video must be right or recorded with a reason. Then mutates feature and checkpoint files and loads them:
+each loads or raises the loader's own error. Prints a table and the exceptions to the rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import model  # noqa: E402
+import vfm_feature as vfm  # noqa: E402
+
+NUM_FRAMES, HEIGHT, WIDTH = 40, 120, 160
+TOLERANCE = (
+    5  # levels, on average over a frame: what lossy coding and subsampled colours cost, and one frame off does not
+)
+H264 = ["-c:v", "libx264", "-crf", "10"]
+HEVC = ["-c:v", "libx265", "-crf", "10", "-x265-params", "log-level=none"]
+WHOLE = {  # file name -> FFmpeg's options
+    "h264.mp4": [*H264, "-pix_fmt", "yuv420p"],
+    "h264_444.mp4": [*H264, "-pix_fmt", "yuv444p"],
+    "h264_422.mov": [*H264, "-pix_fmt", "yuv422p"],
+    "h264_10bit.mp4": [*H264, "-pix_fmt", "yuv420p10le"],
+    "h264_b_frames.mkv": [*H264, "-pix_fmt", "yuv420p", "-bf", "3", "-g", "12"],
+    "h264_faststart.mp4": [*H264, "-pix_fmt", "yuv420p", "-movflags", "faststart"],
+    "h264_fragments.mp4": [*H264, "-pix_fmt", "yuv420p", "-movflags", "frag_keyframe+empty_moov", "-g", "10"],
+    "h264_stream.mpg": [*H264, "-pix_fmt", "yuv420p", "-f", "mpegts"],
+    "h264_full_range.mp4": [*H264, "-pix_fmt", "yuvj420p"],
+    "h264_bt709.mp4": [*H264, "-pix_fmt", "yuv420p", "-vf", "scale=out_color_matrix=bt709", "-colorspace", "bt709"],
+    "h264_slow_then_fast.mp4": [
+        *(*H264, "-pix_fmt", "yuv420p", "-fps_mode", "passthrough"),
+        *("-vf", "setpts=if(lt(N\\,20)\\,N\\,20+(N-20)*7)/20/TB"),
+    ],
+    "h264.m4v": [*H264, "-pix_fmt", "yuv420p"],
+    "hevc.mp4": [*HEVC, "-pix_fmt", "yuv420p"],
+    "hevc_10bit.mkv": [*HEVC, "-pix_fmt", "yuv420p10le"],
+    "hevc_444.mp4": [*HEVC, "-pix_fmt", "yuv444p"],
+    "vp8.webm": ["-c:v", "libvpx", "-b:v", "4M"],
+    "vp9.webm": ["-c:v", "libvpx-vp9", "-b:v", "4M"],
+    "vp9_444.mkv": ["-c:v", "libvpx-vp9", "-b:v", "4M", "-pix_fmt", "yuv444p"],
+    "av1.mp4": ["-c:v", "libsvtav1", "-crf", "10"],
+    "av1.webm": ["-c:v", "libsvtav1", "-crf", "10"],
+    "mpeg4.avi": ["-c:v", "mpeg4", "-q:v", "2"],
+    "mpeg4.mp4": ["-c:v", "mpeg4", "-q:v", "2"],
+    "mjpeg.avi": ["-c:v", "mjpeg", "-q:v", "2"],
+    "mjpeg.mov": ["-c:v", "mjpeg", "-q:v", "2"],
+    "mpeg2.mpg": ["-c:v", "mpeg2video", "-q:v", "2"],
+    "wmv2.wmv": ["-c:v", "wmv2", "-q:v", "2"],
+    "prores.mov": ["-c:v", "prores_ks"],
+}
+ROTATIONS = (90, 180, 270)
+ODD_SIZES = ((119, 157), (121, 96), (64, 200))  # 96 columns are what decord garbles
+CUT = [
+    "h264.mp4",
+    "h264_faststart.mp4",
+    "h264_fragments.mp4",
+    "h264_b_frames.mkv",
+    "vp9.webm",
+    "mpeg4.avi",
+    "mjpeg.avi",
+]
+ROTTEN = ["h264.mp4", "h264_b_frames.mkv", "hevc.mp4", "mpeg4.avi", "mjpeg.avi", "vp8.webm", "vp9.webm", "av1.mp4"]
+
+
+def ffmpeg(*arguments: str | Path, frames: np.ndarray | None = None) -> None:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", *map(str, arguments)]
+    quiet = {**os.environ, "SVT_LOG": "1"}
+    subprocess.run(command, input=None if frames is None else frames.tobytes(), check=True, env=quiet)
+
+
+def encode(frames: np.ndarray, path: Path, options: list[str]) -> None:
+    height, width = frames.shape[1:3]
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "25", "-i", "-"]
+    ffmpeg(*raw, *options, path, frames=np.ascontiguousarray(frames))
+
+
+def draw(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """uint8 [NUM_FRAMES, height, width, 3]: smooth, so that coding costs little, with another blue in each frame."""
+    y, x = np.mgrid[:height, :width]
+    blue = np.linspace(20, 240, NUM_FRAMES)
+    red, green = 40 + 120 * x / width, 60 + 100 * y / height
+    return np.stack([np.stack([red, green, np.full_like(red, b)], axis=-1) for b in blue]).astype(np.uint8)
+
+
+def make_corpus(folder: Path, seed: int) -> dict[str, np.ndarray | None]:
+    """Write the corpus. Returns what each file shows, uint8 [T, H, W, 3], or None where it is no video."""
+    frames = draw()
+    shows: dict[str, np.ndarray | None] = {}
+    for name, options in WHOLE.items():
+        encode(frames, folder / name, options)
+        shows[name] = frames
+    for degrees in ROTATIONS:
+        name = f"rotated_{degrees}.mp4"
+        ffmpeg("-display_rotation", str(degrees), "-i", folder / "h264.mp4", "-c", "copy", folder / name)
+        shows[name] = np.rot90(frames, degrees // 90, axes=(1, 2))
+    for height, width in ODD_SIZES:
+        name = f"size_{height}x{width}.mp4"
+        shows[name] = draw(height, width)
+        encode(shows[name], folder / name, [*H264, "-pix_fmt", "yuv444p"])
+    encode(frames[:1], folder / "one_frame.mp4", [*H264, "-pix_fmt", "yuv420p"])
+    shows["one_frame.mp4"] = frames[:1]
+
+    generator = random.Random(seed)
+    for index in range(10):
+        for source in CUT:
+            data = (folder / source).read_bytes()
+            name = f"cut_{index}_{source}"
+            (folder / name).write_bytes(data[: generator.randrange(1, len(data) - 1)])
+            shows[name] = frames
+    for index in range(100):
+        source = generator.choice(ROTTEN)
+        data = bytearray((folder / source).read_bytes())
+        for _ in range(generator.choice([1, 4, 16])):
+            data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        name = f"rot_{index:03d}_{source}"
+        (folder / name).write_bytes(data)
+        shows[name] = frames
+    for name, data in {
+        "empty.mp4": b"",
+        "text.mp4": b"this is no video\n" * 500,
+        "page.webm": b"<!DOCTYPE html><html><body>404</body></html>",
+        "noise.mkv": generator.randbytes(20000),
+        "header.avi": b"RIFF\xff\xff\xff\x7fAVI LIST",
+        "zeros.mov": bytes(100000),
+    }.items():
+        (folder / name).write_bytes(data)
+        shows[name] = None
+    return shows
+
+
+def judge(path: Path, shows: np.ndarray | None, clips: dict | str) -> str:
+    """`right`, `recorded`, or what is wrong."""
+    if isinstance(clips, str):
+        return "recorded" if all(f"{backend}: " in clips for backend in vfm.BACKENDS) else f"reason: {clips}"
+    if shows is None:
+        return "read, but it is no video"
+    (clip,) = clips.values()
+    expected = shows[vfm.frame_indices(len(shows), NUM_FRAMES)]
+    expected = np.stack([vfm.resize_frame(np.ascontiguousarray(frame), clip.shape[1:3]) for frame in expected])
+    error = np.abs(clip.astype(int) - expected).mean(axis=(1, 2, 3)).max()
+    return "right" if error <= TOLERANCE else f"wrong by {error:.0f} levels"
+
+
+def decode_corpus(seed: int) -> dict[str, Counter]:
+    """Decodes a corpus and tells what is wrong. Returns, for each kind of video, how many are right, recorded, wrong."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shows = make_corpus(folder, seed)
+        start = time.perf_counter()
+        verdicts: dict[str, Counter] = {}
+        paths = [folder / file for file in shows]
+        for path, clips in vfm.decode_ahead(tqdm(paths, unit="video"), NUM_FRAMES, [(96, 128)], 2, timeout=20):
+            kind = path.name.split("_")[0] if path.name.startswith(("cut_", "rot_")) else "other"
+            kind = "not a video" if shows[path.name] is None else {"other": "whole", "rot": "bit rot"}.get(kind, kind)
+            verdict = judge(path, shows[path.name], clips)
+            expected = {"whole": ("right",), "not a video": ("recorded",)}.get(kind, ("right", "recorded"))
+            verdicts.setdefault(kind, Counter())[verdict if verdict in ("right", "recorded") else "WRONG"] += 1
+            if verdict not in expected:
+                tqdm.write(f"  {path.name}: {verdict} {clips if isinstance(clips, str) else ''}")
+    print(f"{len(shows)} videos in {time.perf_counter() - start:.0f} s")
+    return verdicts
+
+
+def mutated(data: bytes, generator: random.Random) -> bytes:
+    """Some bytes changed, dropped, doubled, or the end cut off."""
+    mutant = bytearray(data)
+    for _ in range(generator.choice([1, 2, 8, 64])):
+        place = generator.randrange(len(mutant))
+        kind = generator.randrange(4)
+        if kind == 0:
+            mutant[place] = generator.randrange(256)
+        elif kind == 1:
+            del mutant[place : place + generator.randrange(1, 20)]
+        elif kind == 2:
+            mutant[place:place] = mutant[place : place + generator.randrange(1, 20)]
+        elif generator.random() < 0.1:
+            del mutant[max(1, place) :]
+        if not mutant:
+            return b"\0"
+    return bytes(mutant)
+
+
+def load_mutants(seed: int, count: int) -> dict[str, Counter]:
+    """Mutated features, checkpoints and weights, through the functions that read them: how many load, are refused, or
+    raise what they should not."""
+    generator = random.Random(seed)
+    feature = {"feature": torch.randn(3, 2, 2, 4), "caption": "a dog", "video": "a.mp4", "model": "VideoMAE"}
+    flags = {"input_dim": 4, "model_dim": 8, "latent_dim": 2, "num_heads": 2, "num_layers": 1}
+    net = model.MotionFeatureAutoencoder(**flags)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.save(feature, folder / "feature.pt")
+        np.save(folder / "feature.npy", feature["feature"].numpy())
+        torch.save({"model": net.state_dict(), "config": net.config, "epoch": 1}, folder / "checkpoint.pt")
+        torch.save({"module": {"a.weight": torch.ones(3)}, "args": argparse.Namespace(lr=1)}, folder / "weights.pth")
+        reading = {
+            "feature.pt": model.load_feature,
+            "feature.npy": model.load_feature,
+            "checkpoint.pt": model.MotionFeatureAutoencoder.from_checkpoint,
+            "weights.pth": vfm.read_weights,
+        }
+        outcome: dict[str, Counter] = {file: Counter() for file in reading}
+        originals = {file: (folder / file).read_bytes() for file in reading}
+        for index in tqdm(range(count), unit="file"):
+            file = list(reading)[index % len(reading)]
+            path = folder / f"mutant{Path(file).suffix}"
+            path.write_bytes(mutated(originals[file], generator))
+            try:
+                reading[file](path)
+                outcome[file]["loads"] += 1
+            except model.UserError:
+                outcome[file]["refused"] += 1
+            except Exception as error:
+                outcome[file]["WRONG"] += 1
+                tqdm.write(f"  {file}: {type(error).__name__}: {error}"[:300])
+    return outcome
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mutations", type=int, default=10000)
+    args = parser.parse_args()
+    for results in (decode_corpus(args.seed), load_mutants(args.seed, args.mutations)):
+        for kind, count in results.items():
+            print(f"{kind:<14} {dict(count)}")
+
+
+if __name__ == "__main__":
+    main()
