@@ -160,7 +160,7 @@ def judge(path: Path, shows: np.ndarray | None, clips: dict | str) -> str:
 
 
 def decode_corpus(seed: int) -> dict[str, Counter]:
-    """Decodes a corpus and tells what is wrong. Returns, for each kind of video, how many are right, recorded, wrong."""
+    """Decode a corpus and tell what is wrong. Returns how many of each kind of video are right, recorded or wrong."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shows = make_corpus(folder, seed)
