@@ -400,8 +400,11 @@ class SpaceTimeCode(nn.Module):
             count += len(x)
         if not halves[1].count:  # a single batch has to do for both
             halves = (halves[0], halves[0])
+        variance = (halves[0] + halves[1]).covariance().diagonal().mean().item()
+        if not np.isfinite(variance):
+            raise UserError("the features' squares overflow float32; divide the features by a constant first")
         self.mean.copy_(origin + total / count)
-        self.scale.fill_((halves[0] + halves[1]).covariance().diagonal().mean().item() ** 0.5 or 1.0)
+        self.scale.fill_(max(variance, 0.0) ** 0.5 or 1.0)
         return halves
 
     def fit_gains(self, samples: list[tuple[Tensor, Tensor]]) -> None:

@@ -322,7 +322,7 @@ def compare(ours: dict[str, float], pca: dict[str, float], weights: Weights, use
         weights[0] * means["reconstruction"] + weights[1] * means["motion"] if use_token else means["motion"]
         for means in (ours, pca)
     )
-    return f"{ours_error / pca_error:.3f} x PCA's error" if pca_error else "PCA makes no error"
+    return f"{ours_error / pca_error:.3f} x PCA's error" if pca_error > 1e-6 else "PCA makes no error"
 
 
 def main() -> int:

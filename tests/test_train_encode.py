@@ -189,6 +189,21 @@ def test_bad_features_are_named(name, trained, tmp_path, run_here):
     assert not (tmp_path / "z.pt").exists()
 
 
+def test_features_too_large_to_square_are_refused(tmp_path, run_here):
+    save(tmp_path / "f" / "huge.pt", torch.randn(6, 3, 12) * 1e30)
+    result = run_here("train.py", "--feature_dir", tmp_path / "f", "--save_dir", tmp_path / "ck", *SIZES)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "overflow" in result.stderr
+
+
+def test_one_token_is_enough_to_train(tmp_path, run_here):
+    save(tmp_path / "f" / "one.pt", torch.randn(1, 1, 12))
+    flags = ["--feature_dir", tmp_path / "f", "--save_dir", tmp_path / "ck", *SIZES, "--epochs", 1, "--use_token"]
+    result = run_here("train.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "PCA makes no error" in result.stdout
+
+
 def test_a_truncated_file_is_named(trained, tmp_path, run_here):
     whole = (trained[0] / "features" / "nested" / "0000.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
