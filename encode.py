@@ -25,6 +25,7 @@ from model import (
     UserError,
     find_features,
     load_feature,
+    open_device,
     run_script,
     save_atomically,
 )
@@ -74,6 +75,8 @@ def plan(source: Path, target: Path) -> list[tuple[Path, Path]]:
     """
     if not source.exists():
         raise UserError(f"--input {source} does not exist")
+    if target.exists() and target.samefile(source):
+        raise UserError(f"--output {target} is the --input; the features would be lost, give another place")
     if not source.is_dir():
         if source.suffix.lower() not in FEATURE_SUFFIXES:
             raise UserError(f"--input {source} is not a {', '.join(FEATURE_SUFFIXES)} file")
@@ -112,11 +115,8 @@ def encode_file(
 @torch.inference_mode()
 def main() -> int:
     args = parse_args()
-    try:
-        device = torch.device(args.device)
-        model = MotionFeatureAutoencoder.from_checkpoint(args.checkpoint).to(device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {args.device} is not on this machine; take cpu") from None
+    device = open_device(args.device)
+    model = MotionFeatureAutoencoder.from_checkpoint(args.checkpoint).to(device)
     check_flags(args, model.config)
     pairs = plan(args.input, args.output)
 

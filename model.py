@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import signal
@@ -38,6 +39,32 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the flags")
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: an int or float in [low, high], refused in words otherwise."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            wanted = f">= {low}" if math.isinf(high) else f"in [{low}, {high}]"
+            raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+def open_device(name: str) -> torch.device:
+    """The torch device of that name; raises `UserError` where this machine does not have it."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name} is not on this machine; use cpu, cuda or cuda:N") from None
+    if device.type == "meta":
+        raise UserError("--device meta computes nothing; use cpu")
+    return device
 
 
 def run_script(main: Callable[[], int]) -> None:

@@ -32,6 +32,8 @@ from model import (
     UserError,
     find_features,
     load_feature,
+    number,
+    open_device,
     run_script,
     save_atomically,
 )
@@ -260,19 +262,6 @@ def describe(means: dict[str, float]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """An argparse type: an int or float in [low, high], refused in words otherwise."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} must be {f'in [{low}, {high}]' if high < 1e9 else f'>= {low}'}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
-    return parse
-
-
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input_dim", type=number(int, 1), default=768, help="channels C of the features")
     parser.add_argument("--model_dim", type=number(int, 1), default=384, help="width of encoder and decoder")
@@ -302,18 +291,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of weights, split and order")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1...")
     return parser.parse_args(argv)
-
-
-def open_device(name: str) -> torch.device:
-    """The torch device of that name; raises `UserError` where this machine does not have it."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name} is not on this machine; take cpu") from None
-    if device.type == "meta":
-        raise UserError("--device meta computes nothing; take cpu")
-    return device
 
 
 def compare(ours: dict[str, float], pca: dict[str, float], weights: Weights, use_token: bool) -> str:

@@ -44,7 +44,16 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from model import ArgumentParser, UserError, remove_leftovers, run_script, save_atomically, whole_file
+from model import (
+    ArgumentParser,
+    UserError,
+    number,
+    open_device,
+    remove_leftovers,
+    run_script,
+    save_atomically,
+    whole_file,
+)
 
 REPOSITORY = Path(__file__).resolve().parent
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".wmv")
@@ -699,13 +708,6 @@ def default_num_workers() -> int:
     return max(1, min(8, cores // 2))
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -714,22 +716,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_root", type=Path, default=DEFAULT_OUTPUT, help="features go to <output_root>/<model>/<stem>.pt")
     add("--models", nargs="+", choices=list(VFMS), default=list(VFMS), metavar="MODEL", help=f"of {', '.join(VFMS)}")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the models run")
-    add("--num_frames", type=positive_int, default=48, help="frames sampled per video")
-    add("--videomae_resize_h", type=positive_int, default=160, help="input height of VideoMAE, VideoMAEv2 and VJEPA2")
-    add("--videomae_resize_w", type=positive_int, default=240, help="input width of VideoMAE, VideoMAEv2 and VJEPA2")
-    add("--dinov2_resize_h", type=positive_int, default=420, help="input height of DINOv2")
-    add("--dinov2_resize_w", type=positive_int, default=630, help="input width of DINOv2")
-    add("--dinov2_chunk", type=positive_int, default=128, help="frames per DINOv2 forward pass")
+    add("--num_frames", type=number(int, 1), default=48, help="frames sampled per video")
+    add("--videomae_resize_h", type=number(int, 1), default=160, help="input height of VideoMAE, VideoMAEv2 and VJEPA2")
+    add("--videomae_resize_w", type=number(int, 1), default=240, help="input width of VideoMAE, VideoMAEv2 and VJEPA2")
+    add("--dinov2_resize_h", type=number(int, 1), default=420, help="input height of DINOv2")
+    add("--dinov2_resize_w", type=number(int, 1), default=630, help="input width of DINOv2")
+    add("--dinov2_chunk", type=number(int, 1), default=128, help="frames per DINOv2 forward pass")
     for name in VFMS:
         add(f"--{name.lower()}_ckpt", type=Path, default=DEFAULT_WEIGHTS.get(name), help=f"published weights of {name}")
     add("--allow_skip_missing", action="store_true", help="go on without models whose weights or packages are missing")
     add("--random_weights", action="store_true", help="a dry run without weights: the features mean nothing")
-    add("--batch_size", type=positive_int, default=1, help="clips per forward pass")
+    add("--batch_size", type=number(int, 1), default=1, help="clips per forward pass")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the models' matrix products")
     add("--save_dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the saved features")
     add("--overwrite", action="store_true", help="make features again that are finished")
-    add("--num_workers", type=positive_int, default=default_num_workers(), help="processes that decode")
-    add("--decode_timeout", type=positive_int, default=120, help="seconds after which a video counts as undecodable")
+    add("--num_workers", type=number(int, 1), default=default_num_workers(), help="processes that decode")
+    add("--decode_timeout", type=number(int, 1), default=120, help="seconds after which a video counts as undecodable")
     args = parser.parse_args(argv)
     args.models = list(dict.fromkeys(args.models))
     return args
@@ -745,13 +747,6 @@ def input_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
             nearest = max(step, round(value / step) * step)
             raise UserError(f"--{flag} {value}: {name} needs a multiple of {step}; try --{flag} {nearest}")
     return getattr(args, flags[0]), getattr(args, flags[1])
-
-
-def check_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one way to say it
-        raise UserError(f"--device {device}: not available on this machine; use cpu, cuda or cuda:N") from error
 
 
 def find_captions(csv_path: Path) -> Callable[[Path], str]:
@@ -1024,7 +1019,7 @@ def main(argv: list[str] | None = None) -> int:
         input_size(name, args)
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    check_device(args.device)
+    open_device(args.device)
     video_dir = REPOSITORY / args.video_dir if args.video_dir is DEFAULT_VIDEO_DIR else args.video_dir
     output_root = REPOSITORY / args.output_root if args.output_root is DEFAULT_OUTPUT else args.output_root
     videos = list_videos(video_dir)

@@ -236,6 +236,11 @@ MISTAKES = [
         "--latent_dim 7 contradicts ck/motion_ae_epoch1.pt, which was trained with 6",
     ),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input same_name --output z", "would both write"),
+    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output features", "would be lost"),
+    (
+        "encode.py --checkpoint ck/motion_ae_epoch1.pt --input features/nested/0000.pt --output features/nested/0000.pt",
+        "would be lost",
+    ),
 ]
 
 
