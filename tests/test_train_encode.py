@@ -238,7 +238,7 @@ MISTAKES = [
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input same_name --output z", "would both write"),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output features", "would be lost"),
     (
-        "encode.py --checkpoint ck/motion_ae_epoch1.pt --input features/nested/0000.pt --output features/nested/0000.pt",
+        "encode.py --checkpoint ck/motion_ae_epoch1.pt --input same_name/a.pt --output same_name/a.pt",
         "would be lost",
     ),
 ]
