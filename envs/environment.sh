@@ -15,7 +15,7 @@ make_environment() { # the folder to make it in
     for tool in micromamba mamba conda venv; do command -v "$tool" >/dev/null && break; done
     echo "Making the environment $1 with $tool; this downloads several GB the first time."
     if [ "$tool" != venv ]; then
-        "$tool" create --yes --quiet --prefix "$1" --channel conda-forge "python>=3.10" pip
+        "$tool" create --yes --quiet --prefix "$1" --channel conda-forge "python=3.11" pip
     else
         python=$(find_python)
         "$python" -m venv "$1" || { echo "Install Python's venv module (Debian: python3-venv), or conda." >&2 && return 2; }
