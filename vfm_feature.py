@@ -27,6 +27,7 @@ import resource
 import signal
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -443,8 +444,10 @@ def read_captions(csv_path: Path) -> Callable[[Path], str]:
     import pandas as pd
 
     try:
-        table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # pandas' own errors and a wrong encoding are ValueErrors
+        with warnings.catch_warnings():  # of rows longer than the header, which would lose their end
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:  # a wrong encoding is a ValueError too
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--csv_path {csv_path}: cannot be read as a CSV in UTF-8 ({reason})") from error
     columns = {str(column).strip().lower(): column for column in reversed(table.columns)}
@@ -453,11 +456,14 @@ def read_captions(csv_path: Path) -> Callable[[Path], str]:
     captions = table[columns["caption"]]
     named_by = next((columns[name] for name in VIDEO_COLUMNS if name in columns), None)
     if named_by is None:
-        by_name = {f"{row:04d}": caption for row, caption in enumerate(captions)}
+        by_name = by_stem = {f"{row:04d}": caption for row, caption in enumerate(captions)}
     else:
         names = table[named_by].str.strip().str.replace("\\", "/").str.rsplit("/", n=1).str[-1]
-        by_name = dict(zip(reversed(names), reversed(captions), strict=True))  # the first of equal names wins
-    return lambda video: by_name.get(video.name, by_name.get(video.stem, ""))
+        stems = [Path(name).stem if name.lower().endswith(VIDEO_SUFFIXES) else name for name in names]
+        by_name, by_stem = (  # the first of equal names wins
+            dict(zip(reversed(keys), reversed(captions), strict=True)) for keys in (list(names), stems)
+        )
+    return lambda video: by_name.get(video.name, by_stem.get(video.stem, ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -351,7 +351,7 @@ def test_resizing_is_bicubic_with_antialiasing_and_leaves_a_fitting_frame_alone(
         ("id,Caption\n7,first\n8,second\n", {"0000.mp4": "first", "0001.mkv": "second", "7.mp4": ""}),
         (
             "path,caption\n/data/b.mp4,bee\nsub\\a.mov,ay\nc,sea\n貓.mp4,cat\n",
-            {"a.mov": "ay", "b.mp4": "bee", "c.webm": "sea", "貓.mp4": "cat", "0000.mp4": ""},
+            {"a.mov": "ay", "b.mp4": "bee", "b.mkv": "bee", "c.webm": "sea", "貓.mp4": "cat", "0000.mp4": ""},
         ),
         (
             'caption,video\n"line\nbreak ""quoted""",a.mp4\nagain,a.mp4\n,b.mp4\n',
@@ -647,6 +647,7 @@ def assert_one_line(result: subprocess.CompletedProcess, text: str) -> None:
         (["--csv_path", "nowhere.csv"], "--csv_path nowhere.csv: no such file"),
         (["--csv_path", "words.csv"], "--csv_path words.csv: no column named caption; it has text"),
         (["--csv_path", "latin.csv"], "--csv_path latin.csv: cannot be read as a CSV in UTF-8"),
+        (["--csv_path", "unquoted.csv"], "--csv_path unquoted.csv: cannot be read as a CSV in UTF-8"),
         (["--csv_path", "ragged.csv"], "--csv_path ragged.csv: cannot be read as a CSV in UTF-8"),
         (["--models", "DINOv3"], "argument --models: invalid choice: 'DINOv3'"),
         (["--device", "cuda:99"], "--device cuda:99 is not on this machine; use cpu"),
@@ -673,6 +674,7 @@ def test_a_mistake_is_one_line_and_status_2(clips, tmp_path, run_here, monkeypat
         (tmp_path / "twice" / name).touch()
     (tmp_path / "words.csv").write_text("text\nhello\n")
     (tmp_path / "latin.csv").write_bytes("caption\ncafé\n".encode("latin-1"))
+    (tmp_path / "unquoted.csv").write_text("video,caption\na.mp4,a dog, running\nb.mp4,a cat, asleep\n")
     (tmp_path / "ragged.csv").write_text("caption,video\na,b\na,b,c,d\n")
     result = run_here("--video_dir", "clips", "--output_root", "out", *arguments)
     assert_one_line(result, text)
