@@ -6,13 +6,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . envs/environment.sh
 
-out="$PWD/.quickstart"
 if [ $# -eq 0 ]; then
+    out="$PWD/.quickstart/drawn"
     videos="$out/videos"
     "$PYTHON" tests/draw_clips.py "$videos"
     captions=(--csv_path "$videos/captions.csv")
 else
     videos="$given"
+    out="$PWD/.quickstart/$(basename "$videos")" # each folder its own, or one would be trained on with another's features
     captions=()
     [ ! -f "$videos/captions.csv" ] || captions=(--csv_path "$videos/captions.csv")
 fi
