@@ -607,6 +607,20 @@ def test_weights_from_a_file(clips, tmp_path, run_here):
     assert_one_line(result, "blocks.3.norm1.weight is missing, blocks.5.mlp.fc1.bias is [7] instead of [3072]")
 
 
+def test_a_feature_that_is_not_finite_is_not_written(clips, tmp_path, run_here):
+    """The weights are finite, and so are the features in float32; in float16 they are not."""
+    state = published_state("VideoMAEv2")
+    state["blocks.11.mlp.fc2.bias"][3] = 1e5
+    torch.save({"module": state}, tmp_path / "large.pth")
+    command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAEv2", *SMALL[1:]]
+    command += ["--videomaev2_ckpt", tmp_path / "large.pth"]
+    assert run_here(*command, "--save_dtype", "float16").returncode == 1
+    assert not list((tmp_path / "out").rglob("*.pt"))
+    failures = (tmp_path / "out" / "VideoMAEv2" / "failed_videos.txt").read_text()
+    assert failures.splitlines()[0] == "ball.mp4\tVideoMAEv2 gave NaN or infinity in float16"
+    assert summary(run_here(*command)) == [2, 0, 0]
+
+
 class Malicious:
     def __reduce__(self):
         return os.mkdir, ("malicious_code_ran",)
