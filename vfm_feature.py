@@ -552,17 +552,33 @@ HARMLESS = re.compile(
 def find_damage(path: str, printed: list[str]) -> str | None:
     """What is wrong with a video whose frames could be read, or None.
 
-    Both backends are built on FFmpeg, which paints over damage, and mentions it. An AVI that ends too early between two
-    frames shows in its header alone.
+    Both backends are built on FFmpeg, which paints over damage, and mentions it; a file that ends too early between two
+    frames shows in its headers alone.
     """
     for message in filter(None, map(FFMPEG_MESSAGE.match, printed)):
         if not HARMLESS.match(message[1]):
             return message[1]
+    return "the file is shorter than its headers say" if is_cut_short(path) else None
+
+
+def is_cut_short(path: str) -> bool:
+    """Whether an AVI, MP4 or MOV is shorter than the sizes of its outermost parts."""
+    boxes = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"sidx", b"mfra", b"free", b"skip", b"wide", b"uuid")
+    size = os.path.getsize(path)
     with open(path, "rb") as file:
-        header = file.read(8)
-        if header[:4] == b"RIFF" and int.from_bytes(header[4:], "little") + 8 > os.fstat(file.fileno()).st_size:
-            return "the file is shorter than its header says"
-    return None
+        header, end = file.read(16), 0
+        if header[:4] == b"RIFF":
+            return int.from_bytes(header[4:8], "little") + 8 > size
+        while header[4:8] in boxes and end < size:
+            length = int.from_bytes(header[:4], "big")
+            if length == 1:  # then it is the 64 bits behind the name
+                length = int.from_bytes(header[8:], "big")
+            if length < 8:  # 0: up to the end of the file
+                return False
+            end += length
+            file.seek(end)
+            header = file.read(16)
+    return end > size
 
 
 def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -592,6 +608,7 @@ def decode_clip(
         for frame in frames(indices.tolist()) if num_available else ():
             for size, clip in clips.items():
                 clip.append(resize_frame(frame, size))
+        del frames  # closes the reader, and with it ends what its threads still have to say
     damage = find_damage(path, printed)
     if damage or not num_available:
         with captured_output():
