@@ -10,12 +10,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 DETAIL_RMS = 0.15  # of a detail channel, a frame channel having 1: moves cosines little, clear of float16's rounding
@@ -55,10 +58,30 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     return parse
 
 
+def rank() -> int:
+    """Which of torchrun's processes this is; 0 if it is alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def say(message: str) -> None:
+    """One line on standard error, above the progress bars; of several ranks the first one speaks."""
+    if rank() == 0:
+        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+
+
+def join_ranks() -> None:
+    """Open torchrun's process group, if there is one; a rank waits for the others as long as they take."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=365))
+
+
 def open_device(name: str) -> torch.device:
-    """The torch device of that name; raises `UserError` where this machine does not have it."""
+    """The torch device of that name, `cuda` being this rank's GPU; raises `UserError` where the machine lacks it."""
     try:
-        device = torch.device(name)
+        device = torch.device(
+            f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
+        )
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name} is not on this machine; use cpu, cuda or cuda:N") from None

@@ -35,7 +35,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +47,14 @@ from tqdm import tqdm
 from model import (
     ArgumentParser,
     UserError,
+    join_ranks,
     number,
     open_device,
+    rank,
     remove_leftovers,
     run_script,
     save_atomically,
+    say,
     whole_file,
 )
 
@@ -65,17 +67,6 @@ VIDEO_COLUMNS = (
 )
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def rank() -> int:
-    """Which of torchrun's processes this is; 0 if it is alone."""
-    return int(os.environ.get("RANK", 0))
-
-
-def say(message: str) -> None:
-    """One line on standard error, above the progress bars; of several ranks the first one speaks."""
-    if rank() == 0:
-        tqdm.write(f"vfm_feature.py: {message}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -967,11 +958,6 @@ def extract(runs: list[Run], videos: list[Path], caption_of: Callable[[Path], st
 # done, and at the end collects what was. Nobody waits in between; the first waits for the last however long it takes.
 
 
-def join_ranks() -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=365))
-
-
 def share_out(runs: list[Run], videos: list[Path]) -> list[Path]:
     """This rank's part of the videos that any model has to do; all take rank 0's word for which these are."""
     todo = [run.todo for run in runs]
@@ -1040,9 +1026,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     for name in args.models:
         input_size(name, args)
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    open_device(args.device)
+    args.device = str(open_device(args.device))
     video_dir = REPOSITORY / args.video_dir if args.video_dir is DEFAULT_VIDEO_DIR else args.video_dir
     output_root = REPOSITORY / args.output_root if args.output_root is DEFAULT_OUTPUT else args.output_root
     videos = list_videos(video_dir)

@@ -652,49 +652,6 @@ def assert_one_line(result: subprocess.CompletedProcess, text: str) -> None:
     assert all(": warning: " in line for line in warnings), result.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--video_dir", "nowhere"], "--video_dir nowhere: no such folder"),
-        (["--video_dir", "empty"], "--video_dir empty: no videos in it"),
-        (["--video_dir", "twice"], "a.MP4 and a.mov would both write a.pt"),
-        (["--csv_path", "nowhere.csv"], "--csv_path nowhere.csv: no such file"),
-        (["--csv_path", "words.csv"], "--csv_path words.csv: no column named caption; it has text"),
-        (["--csv_path", "latin.csv"], "--csv_path latin.csv: cannot be read as a CSV in UTF-8"),
-        (["--csv_path", "unquoted.csv"], "--csv_path unquoted.csv: cannot be read as a CSV in UTF-8"),
-        (["--csv_path", "ragged.csv"], "--csv_path ragged.csv: cannot be read as a CSV in UTF-8"),
-        (["--models", "DINOv3"], "argument --models: invalid choice: 'DINOv3'"),
-        (["--device", "cuda:99"], "--device cuda:99 is not on this machine; use cpu"),
-        (["--device", "gpu"], "--device gpu is not on this machine; use cpu"),
-        (["--num_frames", "5"], "--num_frames 5: VideoMAEv2 needs a multiple of 2; try --num_frames 4"),
-        (["--num_frames", "0"], "argument --num_frames: 0 must be >= 1"),
-        (["--num_frames", "many"], "argument --num_frames: invalid int value: 'many'"),
-        (["--videomae_resize_h", "100"], "--videomae_resize_h 100: VideoMAEv2 needs a multiple of 16; try"),
-        (
-            ["--dinov2_resize_w", "640"],
-            "--dinov2_resize_w 640: DINOv2 needs a multiple of 14; try --dinov2_resize_w 644",
-        ),
-        (["--videomaev2_ckpt", "nowhere.pth"], "--videomaev2_ckpt nowhere.pth: no such file"),
-        (["--save_dtype", "int8"], "argument --save_dtype: invalid choice: 'int8'"),
-        (["--video-dir", "clips"], "unrecognized arguments: --video-dir clips"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_mistake_is_one_line_and_status_2(clips, tmp_path, run_here, monkeypatch, arguments, text):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "twice").mkdir()
-    for name in ("a.MP4", "a.mov"):
-        (tmp_path / "twice" / name).touch()
-    (tmp_path / "words.csv").write_text("text\nhello\n")
-    (tmp_path / "latin.csv").write_bytes("caption\ncafé\n".encode("latin-1"))
-    (tmp_path / "unquoted.csv").write_text("video,caption\na.mp4,a dog, running\nb.mp4,a cat, asleep\n")
-    (tmp_path / "ragged.csv").write_text("caption,video\na,b\na,b,c,d\n")
-    result = run_here("--video_dir", "clips", "--output_root", "out", *arguments)
-    assert_one_line(result, text)
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_hub_out_of_reach(clips, tmp_path):
     """The error says which file to bring and which flag takes it; with --allow_skip_missing the summary says it."""
     command = [sys.executable, ROOT / "vfm_feature.py", "--video_dir", clips, "--output_root", tmp_path / "out"]

@@ -1,0 +1,39 @@
+"""Made-up features, and the scripts run on them as a user runs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = ["--input_dim", "12", "--model_dim", "16", "--latent_dim", "6", "--num_heads", "2", "--num_layers", "1"]
+
+
+def run(script, *arguments, cwd=ROOT):
+    """The script as a user runs it."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments), "--device", "cpu"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def make_features(folder, count=12, shape=(6, 2, 3, 12), seed=0):
+    """Clips of a slowly moving low-rank signal with noise, in every suffix and dtype that is read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(5, shape[-1], generator=generator)
+    for index in range(count):
+        walk = torch.randn(*shape[:-1], 5, generator=generator).cumsum(0) * 0.3
+        walk = walk + torch.randn(1, *shape[1:-1], 5, generator=generator)
+        x = walk @ basis + 0.1 * torch.randn(shape, generator=generator)
+        if index % 4 == 3:
+            np.save(folder / f"{index:04d}.npy", x.numpy())
+        else:
+            data = {"feature": x.half() if index % 2 else x, "caption": f"clip {index}", "video": f"{index}.mp4"}
+            torch.save(data, folder / f"{index:04d}.pt")
+    return folder
+
+
+def save(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, data) if path.suffix == ".npy" else torch.save(data, path)

@@ -1,0 +1,152 @@
+"""What users do wrong, and the one line that each script says then."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from made_up import ROOT, SIZES, run, save
+
+
+class Unsafe:
+    def __reduce__(self):
+        return (print, ("code from a file ran",))
+
+
+BAD_FEATURES = {
+    "nan.pt": (torch.full((2, 3, 12), float("nan")), "NaN or infinity"),
+    "infinity.npy": (np.full((2, 3, 12), np.inf, dtype=np.float32), "NaN or infinity"),
+    "channels.pt": (torch.zeros(2, 3, 11), "C is 11, but --input_dim is 12"),
+    "rank.pt": (torch.zeros(3, 12), r"shape [3, 12]"),
+    "empty.pt": (torch.zeros(0, 3, 12), "not empty"),
+    "integers.npy": (np.zeros((2, 3, 12), dtype=np.int64), "floating point"),
+    "objects.npy": (np.array([Unsafe()], dtype=object), "no array of numbers"),
+    "words.pt": ({"caption": "no feature here"}, "no feature tensor"),
+    "nothing.pt": ({}, "no feature tensor"),
+    "unsafe.pt": ({"feature": Unsafe()}, "unsafe"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FEATURES)
+def test_bad_features_are_named(name, trained, tmp_path, run_here):
+    data, message = BAD_FEATURES[name]
+    save(tmp_path / "f" / name, data)
+    arguments = ["--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--output", tmp_path / "z.pt"]
+    for result in (
+        run_here("train.py", "--feature_dir", tmp_path / "f", "--save_dir", tmp_path / "ck", *SIZES),
+        run_here("encode.py", *arguments, "--input", tmp_path / "f" / name),
+    ):
+        assert result.returncode == 2
+        assert result.stderr.count("\n") == 1
+        assert name in result.stderr
+        assert message in result.stderr
+        assert "code from a file ran" not in result.stdout
+    assert not (tmp_path / "z.pt").exists()
+
+
+MISTAKES = [
+    ("vfm_feature.py --video_dir nowhere", "--video_dir nowhere: no such folder"),
+    ("vfm_feature.py --video_dir empty", "--video_dir empty: no videos in it"),
+    ("vfm_feature.py --video_dir twice", "a.MP4 and a.mov would both write a.pt"),
+    ("vfm_feature.py --video_dir clips --csv_path nowhere.csv", "--csv_path nowhere.csv: no such file"),
+    (
+        "vfm_feature.py --video_dir clips --csv_path words.csv",
+        "--csv_path words.csv: no column named caption; it has text",
+    ),
+    ("vfm_feature.py --video_dir clips --csv_path latin.csv", "--csv_path latin.csv: cannot be read as a CSV in UTF-8"),
+    ("vfm_feature.py --video_dir clips --csv_path unquoted.csv", "--csv_path unquoted.csv: cannot be read as a CSV"),
+    ("vfm_feature.py --video_dir clips --csv_path ragged.csv", "--csv_path ragged.csv: cannot be read as a CSV"),
+    ("vfm_feature.py --video_dir clips --models DINOv3", "argument --models: invalid choice: 'DINOv3'"),
+    ("vfm_feature.py --video_dir clips --device cuda:99", "--device cuda:99 is not on this machine; use cpu"),
+    ("vfm_feature.py --video_dir clips --device gpu", "--device gpu is not on this machine; use cpu"),
+    (
+        "vfm_feature.py --video_dir clips --num_frames 5",
+        "--num_frames 5: VideoMAEv2 needs a multiple of 2; try --num_frames 4",
+    ),
+    ("vfm_feature.py --video_dir clips --num_frames 0", "argument --num_frames: 0 must be >= 1"),
+    ("vfm_feature.py --video_dir clips --num_frames many", "argument --num_frames: invalid int value: 'many'"),
+    (
+        "vfm_feature.py --video_dir clips --videomae_resize_h 100",
+        "--videomae_resize_h 100: VideoMAEv2 needs a multiple of 16; try",
+    ),
+    (
+        "vfm_feature.py --video_dir clips --dinov2_resize_w 640",
+        "--dinov2_resize_w 640: DINOv2 needs a multiple of 14; try --dinov2_resize_w 644",
+    ),
+    ("vfm_feature.py --video_dir clips --videomaev2_ckpt nowhere.pth", "--videomaev2_ckpt nowhere.pth: no such file"),
+    ("vfm_feature.py --video_dir clips --save_dtype int8", "argument --save_dtype: invalid choice: 'int8'"),
+    ("vfm_feature.py --video-dir clips", "unrecognized arguments: --video-dir clips"),
+    ("train.py --feature_dir missing", "missing is not a folder"),
+    ("train.py --feature_dir empty", "empty holds no"),
+    ("train.py --feature_dir features --input_dim 12 --latent_dim 13", "--latent_dim 13 is above --input_dim 12"),
+    (
+        "train.py --feature_dir features --input_dim 12 --latent_dim 6 --model_dim 30",
+        "--model_dim 30 does not divide by --num_heads 8",
+    ),
+    ("train.py --feature_dir features --epochs 0", "argument --epochs: 0 must be"),
+    ("train.py --feature_dir features --latent_dim 1", "argument --latent_dim: 1 must be"),
+    ("train.py --feature_dir features --lr nan", "argument --lr: nan must be"),
+    ("train.py --feature_dir features --batch_size two", "invalid int value: 'two'"),
+    ("train.py --feature_dir features --input_dim 12 --latent_dim 6 --save_dir a_file", "--save_dir a_file"),
+    ("encode.py --checkpoint missing.pt --input features --output z", "missing.pt does not exist"),
+    ("encode.py --checkpoint features/nested/0000.pt --input features --output z", "is not a checkpoint of train.py"),
+    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input missing --output z", "--input missing does not exist"),
+    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output a_file", "--output a_file is a file"),
+    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input a_file --output z", "--input a_file is not a .pt"),
+    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features/nested/0000.pt --output ck", "ck is a folder"),
+    (
+        "encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output z --latent_dim 7",
+        "--latent_dim 7 contradicts ck/motion_ae_epoch1.pt, which was trained with 6",
+    ),
+    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input same_name --output z", "would both write"),
+    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output features", "would be lost"),
+    (
+        "encode.py --checkpoint ck/motion_ae_epoch1.pt --input same_name/a.pt --output same_name/a.pt",
+        "would be lost",
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES)
+def test_mistakes_end_in_one_line(command, message, trained, run_here):
+    folder, _ = trained
+    for name in ("empty", "twice", "clips"):
+        (folder / name).mkdir(exist_ok=True)
+    for name in ("a_file", "twice/a.MP4", "twice/a.mov", "clips/a.mp4"):
+        (folder / name).touch()
+    (folder / "words.csv").write_text("text\nhello\n")
+    (folder / "latin.csv").write_bytes("caption\ncafé\n".encode("latin-1"))
+    (folder / "unquoted.csv").write_text("video,caption\na.mp4,a dog, running\nb.mp4,a cat, asleep\n")
+    (folder / "ragged.csv").write_text("caption,video\na,b\na,b,c,d\n")
+    for name in ("same_name/a.pt", "same_name/a.pth"):
+        save(folder / name, torch.zeros(2, 3, 12))
+    script, *arguments = command.split()
+    if script == "vfm_feature.py":
+        arguments += ["--output_root", "z"]
+    result = run_here(script, *arguments, cwd=folder)
+    assert result.returncode == 2
+    *warnings, error = result.stderr.strip().splitlines()
+    assert error.startswith(f"{script}: error: ") and message in error, result.stderr
+    assert all(": warning: " in line for line in warnings), result.stderr
+    assert not (folder / "z").exists()
+
+
+def test_an_unknown_device_is_refused(trained):
+    command = [sys.executable, ROOT / "train.py", "--feature_dir", trained[0] / "features", "--device", "gpu"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "--device gpu" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "encode.py"])
+def test_help_shows_every_default(script):
+    text = " ".join(run(script, "--help").stdout.split())
+    defaults = {"input_dim": 768, "model_dim": 384, "latent_dim": 192, "num_heads": 8, "num_layers": 2, "dropout": 0.1}
+    if script == "train.py":
+        defaults |= {"save_dir": "checkpoints", "epochs": 10, "batch_size": 2, "lr": 0.0002, "weight_decay": 0.0001}
+        defaults |= {"num_workers": 4, "recon_weight": 1.0, "motion_weight": 1.0, "smooth_weight": 0.05}
+    for name, default in defaults.items():
+        description = text.split(f" --{name} {name.upper()} ")[-1].split(" --")[0]
+        assert f"(default: {default})" in description, name
+    assert "--use_token" in text
