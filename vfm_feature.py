@@ -52,6 +52,7 @@ from model import (
     open_device,
     rank,
     remove_leftovers,
+    reuse_memory,
     run_script,
     save_atomically,
     say,
@@ -480,7 +481,7 @@ def open_decord(path: str) -> Opened:
 
     def frames(indices: list[int]) -> Iterator[np.ndarray]:
         for index in indices:
-            frame = reader[index].asnumpy()
+            frame = torch.from_dlpack(reader[index].to_dlpack()).numpy()  # without a copy
             if frame.shape[-1] != 3:  # dmlc/decord issue 336: some narrow videos, the bytes are not those of the frame
                 raise ValueError(f"a frame of shape {list(frame.shape)} instead of [height, width, 3]")
             yield frame
@@ -624,6 +625,7 @@ def start_decoder() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    reuse_memory()
     if sys.platform == "linux":
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30,) * 2)

@@ -249,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     wanted = parser.parse_args().only
+    vfm.reuse_memory()  # as the script does
     folder = Path(tempfile.mkdtemp())
     try:
         draw_hd_clip(folder / "hd.mp4")
