@@ -580,7 +580,7 @@ def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if frame.shape[:2] == size:
         return frame
-    image = torch.from_numpy(frame).permute(2, 0, 1)[None]  # [1, 3, H, W]
+    image = torch.from_numpy(frame)[None].permute(0, 3, 1, 2)  # [1, 3, H, W], by its strides channels last
     image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
     return image[0].permute(1, 2, 0).numpy()
 
