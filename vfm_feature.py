@@ -626,6 +626,7 @@ def start_decoder() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     reuse_memory()
+    os.nice(10)  # a core that the model's threads share gives them the time they ask for: they wait for one another
     if sys.platform == "linux":
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30,) * 2)
