@@ -1047,6 +1047,8 @@ def main(argv: list[str] | None = None) -> int:
             runs, missing = start_runs(names, args, output_root)
             left_out |= missing
             all_runs += runs
+            if len(runs) > 1:
+                say(f"together, each video decoded once: {', '.join(run.name for run in runs)}")
             if rank() == 0:
                 for run in runs:
                     plan(run, videos, caption_of, args.overwrite)

@@ -410,6 +410,7 @@ def test_two_models_in_one_run(clips, tmp_path, run_here):
     assert result.returncode == 0, result.stderr
     assert "1 of 2 videos have no caption" in result.stderr
     assert "mean NOTHING" in result.stdout
+    assert "together, each video decoded once: VideoMAEv2, DINOv2" in result.stderr
     saved = torch.load(out / "VideoMAEv2" / "ball.pt", weights_only=True)
     assert saved["feature"].shape == (2, 2, 3, 768)
     assert saved["feature"].dtype == torch.float16
