@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 import platform
@@ -23,6 +24,9 @@ from tqdm import tqdm
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 DETAIL_RMS = 0.15  # of a detail channel, a frame channel having 1: moves cosines little, clear of float16's rounding
 STILL = 1e-3  # of the frame channels' scale: movement below it counts as none
+WINDOW = 240  # time steps that `encode_long` takes at once; longer clips are cut into windows
+OVERLAP = 48  # time steps on either side of a window that the networks see beyond those that are kept
+TOKENS = 2**14  # that `encode_long` takes at once
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,6 +140,15 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
         except (ValueError, OSError):  # not ours, or another user's that runs
             continue
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """A hash of the weights, so that a file tells which ones made it wherever theirs came from."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().flatten().view(torch.uint8).numpy())
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def save_atomically(data: dict[str, Any], path: Path) -> None:
@@ -346,10 +359,15 @@ class SpaceTimeCode(nn.Module):
         self.register_buffer("slots", torch.arange(block * self.detail_dim).repeat(block, 1))
         self.register_buffer("slot_gain", torch.ones(block, block * self.detail_dim))
 
-    def normalise(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor, clip_mean: Tensor | None = None) -> Tensor:
         """x [B, T, ..., C] -> what is coded: x without the training mean; for motion alone, x without the clip's mean
-        over time, which is all that delta_x says (its running sum, up to a constant)."""
-        return (x - (self.mean if self.use_token else x.mean(dim=1, keepdim=True))) / self.scale
+        over time, which is all that delta_x says (its running sum, up to a constant). `clip_mean` [..., C] is that
+        mean where x is a part of the clip."""
+        if self.use_token:
+            clip_mean = self.mean
+        elif clip_mean is None:
+            clip_mean = x.mean(dim=1, keepdim=True)
+        return (x - clip_mean) / self.scale
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `normalise`; for motion alone, the training mean stands for what is not known."""
@@ -507,8 +525,8 @@ class MotionFeatureEncoder(nn.Module):
         in_dim = 2 * input_dim if use_token else input_dim
         self.network = TemporalNetwork(in_dim, model_dim, self.code.detail_dim, num_heads, num_layers, dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.code.normalise(x)
+    def forward(self, x: Tensor, clip_mean: Tensor | None = None) -> Tensor:
+        tokens = self.code.normalise(x, clip_mean)
         delta = frame_differences(tokens)
         seen = to_sequences(torch.cat([tokens, delta], dim=-1) if self.use_token else delta)  # [B * N, T, C or 2C]
         correction = nn.functional.pad(self.network(seen), (self.code.frame_dim, 0))
@@ -546,6 +564,23 @@ class MotionFeatureDecoder(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         linear, refinement = self.parts(latent)
         return self.code.restore(linear + self.trust * refinement)
+
+
+def windows(length: int, positions: int, block: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut a clip [T, N, ...] into parts that fit in memory: (positions, kept, seen), slices of N, of T, and of T.
+
+    `seen` is `kept` and what a model has to see around it: `OVERLAP` steps or a little more on either side, where there
+    are as many, so that what comes of `kept` does not depend on where the cuts are. `seen` begins where a block of the
+    space-time code does. All steps of some positions come in order before the next positions.
+    """
+    overlap = -(-OVERLAP // block) * block
+    stride = length if length <= WINDOW else max(block, (WINDOW - 2 * overlap) // block * block)
+    width = max(1, TOKENS // min(length, WINDOW))
+    for first in range(0, positions, width):
+        for start in range(0, length, stride):
+            stop = min(start + stride, length)
+            seen = slice(max(start - overlap, 0), min(stop + overlap, length))
+            yield slice(first, min(first + width, positions)), slice(start, stop), seen
 
 
 class MotionFeatureAutoencoder(nn.Module):
@@ -617,6 +652,36 @@ class MotionFeatureAutoencoder(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """latent -> reconstruction of x."""
         return self.decoder(latent)
+
+    @torch.no_grad()
+    def encode_long(self, x: Tensor) -> Tensor:
+        """One clip [T, N, C] or [T, H, W, C], any T, any floating dtype, anywhere (on disk too, by mmap) -> its latent,
+        on the CPU.
+
+        What `encode` gives, to rounding, up to `WINDOW` steps; beyond, the networks see windows of time. The memory
+        that it takes beside x and the latent depends on neither T nor N.
+        """
+        code = self.encoder.code
+        clip = x.flatten(1, -2)
+        latent = torch.empty(*clip.shape[:2], self.config["latent_dim"])
+        clip_mean = None
+        for positions, kept, seen in windows(*clip.shape[:2], code.block):
+            if kept.start == 0 and not code.use_token:
+                parts = clip[:, positions].split(WINDOW)
+                clip_mean = sum(part.to(code.mean).sum(dim=0) for part in parts) / len(clip)  # [n, C]
+            z = self.encoder(clip[None, seen, positions].to(code.mean), clip_mean)  # [1, t, n, D]
+            latent[kept, positions] = z[0, kept.start - seen.start :][: kept.stop - kept.start].cpu()
+        return latent.unflatten(1, x.shape[1:-1])
+
+    @torch.no_grad()
+    def decode_long(self, latent: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The latent of one clip [T, N, D] or [T, H, W, D] -> its reconstruction [T, N, C] in parts, as `windows` cuts
+        it: (steps, positions, [t, n, C] on the model's device)."""
+        code = self.encoder.code
+        clip = latent.flatten(1, -2)
+        for positions, kept, seen in windows(*clip.shape[:2], code.block):
+            x = self.decoder(clip[None, seen, positions].to(code.mean))  # [1, t, n, C]
+            yield kept, positions, x[0, kept.start - seen.start :][: kept.stop - kept.start]
 
     def embed(self, latent: Tensor) -> Tensor:
         """latent [B, T, ..., D] -> motion embedding [B, T, D]: what is there, and how much of it moves.
