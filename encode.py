@@ -41,16 +41,21 @@ from model import (
     ArgumentParser,
     MotionFeatureAutoencoder,
     UserError,
+    check_preview_packages,
     find_features,
     fingerprint,
+    has_preview,
     join_ranks,
     load_feature,
     open_device,
+    preview_steps,
     rank,
     remove_leftovers,
     run_script,
     save_atomically,
+    say,
     whole_file,
+    write_preview,
 )
 
 AHEAD = 2  # files that are read before their turn, and that wait to be written
@@ -69,6 +74,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_format", choices=["pt", "npz"], default="pt", help="of the files of a folder")
     parser.add_argument("--save_reconstruction", action="store_true", help="keep the reconstructed feature too")
     parser.add_argument("--overwrite", action="store_true", help="make outputs of a folder again that are finished")
+    parser.add_argument("--preview", action="store_true", help="draw each clip: <stem>.mp4 and .png beside the output")
+    parser.add_argument("--video_dir", type=Path, help="folder of the videos, for the frames in the previews")
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -98,6 +105,18 @@ def check_flags(args: argparse.Namespace, config: dict[str, Any]) -> None:
             raise UserError(
                 f"--{name} {given} contradicts {args.checkpoint}, which was trained with {recorded}; leave --{name} out"
             )
+
+
+def check_preview(args: argparse.Namespace) -> None:
+    """Raise `UserError` where --preview or --video_dir cannot do what they are for."""
+    if args.video_dir and not args.preview:
+        raise UserError("--video_dir is where the frames of previews come from; add --preview")
+    if args.video_dir and not args.video_dir.is_dir():
+        raise UserError(f"--video_dir {args.video_dir}: no such folder")
+    if args.preview:
+        check_preview_packages()
+        if not args.video_dir:
+            say("--preview without --video_dir: features and latents without frames")
 
 
 def plan(source: Path, target: Path, output_format: str) -> dict[Path, Path]:
@@ -206,24 +225,70 @@ def encode_file(
     return result | ({"reconstruction": reconstruction} if save_reconstruction else {})
 
 
+def decode_frames(path: Path, count: int) -> np.ndarray:
+    """`count` frames evenly spread over a video, upright and at most 480 pixels wide: uint8 RGB [count, h, w, 3].
+
+    Raises what PyAV raises for a video that it cannot read, and `ValueError` for one of no frames.
+    """
+    import av
+
+    with av.open(str(path)) as container:
+        available = sum(packet.size > 0 for packet in container.demux(video=0))
+    wanted = np.linspace(0, available - 1, count).round().astype(int)
+    frames: list[np.ndarray] = []
+    with av.open(str(path)) as container:
+        for index, frame in enumerate(container.decode(video=0)):
+            if index == wanted[len(frames)]:
+                width = min(frame.width, 480)
+                height = max(1, round(frame.height * width / frame.width))
+                picture = frame.to_ndarray(format="rgb24", width=width, height=height)
+                frames += [np.rot90(picture, frame.rotation // 90)] * int((wanted == index).sum())
+            if len(frames) == count:
+                break
+    if not frames:
+        raise ValueError("it has no frames")
+    return np.stack(frames + frames[-1:] * (count - len(frames)))  # a container may promise more frames than it has
+
+
+def draw(feature: Tensor, result: dict[str, Any], output: Path, video_dir: Path | None) -> None:
+    """Write the preview of an output; without frames, and a word about it, where the video is not to be had."""
+    frames = None
+    if video_dir:
+        video = video_dir / Path(result.get("video", "")).name  # the name alone: a feature may come from anywhere
+        try:
+            frames = decode_frames(video, len(preview_steps(len(feature))))
+        except Exception as error:  # decoders raise their own kinds
+            say(f"warning: the preview of {output} has no frames: {video}: {error}")
+    frame_channels = result["latent"].shape[-1] - max(1, result["latent"].shape[-1] // 8)
+    write_preview(output, feature, result["latent"][..., :frame_channels], frames)
+
+
 def settings_of(path: Path, made_with: dict[str, Any]) -> str:
     """What the output of a feature file is made of and with, in JSON. A file that was replaced shows in its time."""
     stat = path.stat()
     return json.dumps({**made_with, "feature_bytes": stat.st_size, "feature_mtime_ns": stat.st_mtime_ns})
 
 
-def save(result: dict[str, Any], output: Path) -> None:
-    """Write an output dict by its suffix, whole or not at all; in a .npz, words and numbers are arrays of no axes."""
+def save(result: dict[str, Any], output: Path, feature: Tensor, args: argparse.Namespace) -> None:
+    """Write an output dict by its suffix, whole or not at all, and its preview, if there is to be one.
+
+    In a .npz, words and numbers are arrays of no axes.
+    """
     try:
-        if output.suffix != ".npz":
-            return save_atomically(result, output)
-        with whole_file(output) as file:
-            np.savez(file, **{name: np.asarray(value) for name, value in result.items()})
+        if output.suffix == ".npz":
+            with whole_file(output) as file:
+                np.savez(file, **{name: np.asarray(value) for name, value in result.items()})
+        else:
+            save_atomically(result, output)
+        if args.preview:
+            draw(feature, result, output, args.video_dir)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror or error}") from None
 
 
-def finished_figures(path: Path, output: Path, made_with: dict[str, Any]) -> dict[str, float] | None:
+def finished_figures(
+    path: Path, output: Path, made_with: dict[str, Any], with_preview: bool
+) -> dict[str, float] | None:
     """The `FIGURES` of an output that an earlier run made of the same feature with the same settings, or None."""
     try:
         if output.suffix == ".npz":
@@ -231,7 +296,7 @@ def finished_figures(path: Path, output: Path, made_with: dict[str, Any]) -> dic
                 saved = {name: archive[name].item() for name in (*FIGURES, "settings")}
         else:
             saved = torch.load(output, weights_only=True, mmap=True)
-        same = saved["settings"] == settings_of(path, made_with)
+        same = saved["settings"] == settings_of(path, made_with) and (has_preview(output) or not with_preview)
         return {name: float(saved[name]) for name in FIGURES} if same else None
     except Exception:  # a file of somebody else's can be anything; it is made again
         return None
@@ -259,6 +324,7 @@ def encode_all(
     jobs: list[tuple[Path, Path]],
     made_with: dict[str, Any],
     outcomes: Outcomes,
+    args: argparse.Namespace,
 ) -> None:
     """Encode (feature file, file to write) pairs. What comes of each goes into `outcomes` when it is on the disk."""
     writing: deque[tuple[Path, dict[str, float], Future]] = deque()
@@ -282,9 +348,9 @@ def encode_all(
                 outcomes[path] = str(error)
                 bar.update()
                 continue
-            result = encode_file(model, feature, metadata, made_with["save_reconstruction"])
+            result = encode_file(model, feature, metadata, args.save_reconstruction) | {"settings": settings}
             figures = {name: result[name] for name in FIGURES}
-            writing.append((path, figures, writer.submit(save, result | {"settings": settings}, output)))
+            writing.append((path, figures, writer.submit(save, result, output, feature, args)))
             finish_writing(at_most=AHEAD)
         finish_writing(at_most=0)
 
@@ -356,6 +422,7 @@ def main() -> int:
     device = open_device(args.device)
     model = MotionFeatureAutoencoder.from_checkpoint(args.checkpoint)
     check_flags(args, model.config)
+    check_preview(args)
     made_with = {
         "weights": fingerprint(model.state_dict()),
         **model.config,
@@ -371,11 +438,11 @@ def main() -> int:
             remove_leftovers(folder)
         if args.input.is_dir() and not args.overwrite:
             for path, output in tqdm(jobs.items(), unit="file", leave=False, disable=None):
-                if figures := finished_figures(path, output, made_with):
+                if figures := finished_figures(path, output, made_with, args.preview):
                     finished[path] = figures
     outcomes: Outcomes = {}
     try:
-        encode_all(model, share_out([job for job in jobs.items() if job[0] not in finished]), made_with, outcomes)
+        encode_all(model, share_out([job for job in jobs.items() if job[0] not in finished]), made_with, outcomes, args)
         outcomes = collect(outcomes)
     finally:
         if rank() == 0 and args.input.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import math
 import os
 import platform
@@ -701,3 +702,184 @@ class MotionFeatureAutoencoder(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         latent = self.encoder(x)
         return {"latent": latent, "reconstruction": self.decode(latent), "motion_embedding": self.embed(latent)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Previews
+# ---------------------------------------------------------------------------------------------------------------------
+
+PANEL_PIXELS = 240 * 360  # of a picture in a preview's video
+PREVIEW_STEPS = 240  # of a clip that a preview shows, at most
+PREVIEW_FPS = 8
+MARGIN, TITLE, CURVE = 8, 16, 120  # pixels: around things, a line of text, the height of the curve
+CURSOR = (230, 40, 40)
+
+
+def check_preview_packages() -> None:
+    """Raise `UserError` where a package that only previews need is not here."""
+    try:
+        import av  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--preview needs the package {error.name}; install it, or leave --preview out") from None
+
+
+def has_preview(path: Path) -> bool:
+    """Whether the preview of the file `path` was made after it."""
+    pictures = [path.with_suffix(suffix) for suffix in (".mp4", ".png")]
+    return all(picture.exists() and picture.stat().st_mtime >= path.stat().st_mtime for picture in pictures)
+
+
+def preview_steps(length: int) -> list[int]:
+    """The time steps of a clip that its preview shows: all, or `PREVIEW_STEPS` of them evenly spread."""
+    return torch.linspace(0, length - 1, min(length, PREVIEW_STEPS), dtype=torch.float64).round().int().tolist()
+
+
+def leading_components(x: Tensor) -> tuple[Tensor, float]:
+    """The first three principal components of features [T, H, W, C], one basis and one scale for the whole clip, and
+    their share of its variance: [steps, H, W, 3] of `preview_steps`, the 2nd to 98th percentile in [-0.5, 0.5]. What
+    does not vary is 0."""
+    tokens = x.flatten(0, -2)
+    sample = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), 4096)).long()].float()
+    mean = sample.mean(dim=0)
+    covariance = (sample - mean).mT @ (sample - mean) / len(sample)
+    basis = nn.functional.pad(principal_components(covariance)[:, :3], (0, max(0, 3 - x.shape[-1])))
+    spread = (sample - mean) @ basis  # [K, 3]
+    low, high = spread.quantile(0.02, dim=0), spread.quantile(0.98, dim=0)
+    rounding = 1e-4 * sample.square().mean().sqrt() + 1e-12  # must not be blown up to look like a signal
+    steps = torch.stack([(x[step].float() - mean) @ basis for step in preview_steps(len(x))])
+    share = spread.square().mean(dim=0).sum() / covariance.trace().clamp_min(rounding**2)
+    return (steps - (low + high) / 2) / (high - low).clamp_min(rounding), share.item()
+
+
+def motion_energy(x: Tensor) -> np.ndarray:
+    """How far features [T, ..., C] move at each step but the first, [T - 1]: the root mean square of delta_x over that
+    of x around its mean, so that features and latents compare."""
+    deviation = x[preview_steps(len(x))].float()
+    deviation = deviation - deviation.flatten(0, -2).mean(dim=0)
+    scale = deviation.square().mean().sqrt().clamp_min(1e-12)
+    return np.array([((b.float() - a.float()).square().mean().sqrt() / scale).item() for a, b in itertools.pairwise(x)])
+
+
+def draw_page(
+    height: int, width: int, labels: list[tuple[int, int, str]], motion: dict[str, np.ndarray]
+) -> tuple[np.ndarray, Callable[[float], slice]]:
+    """A page, uint8 [height, width, 3], with `labels` (x, y from the top left, text) and at its foot the curves of
+    `motion`; and the function from a time step to its pixel columns there."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    for x, y, text in labels:
+        figure.text(x / width, 1 - y / height, text, fontsize=8, va="top")
+    left, foot = 5 * MARGIN, 3 * MARGIN  # room for the numbers at the axes
+    axes = figure.add_axes(
+        (left / width, foot / height, 1 - (left + 2 * MARGIN) / width, (CURVE - foot - MARGIN) / height)
+    )
+    for name, curve in motion.items():
+        axes.plot(np.arange(1, len(curve) + 1), curve, linewidth=1.2, label=name)
+    axes.set_xlim(0, max(1, *(len(curve) for curve in motion.values())))
+    axes.set_ylim(0, 1.4 * max((curve.max() for curve in motion.values() if len(curve)), default=0) or 1)
+    axes.tick_params(labelsize=7)
+    axes.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    page = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+    def columns(step: float) -> slice:
+        column = round(axes.transData.transform((step, 0))[0])
+        return slice(column - 1, column + 1)
+
+    return page, columns
+
+
+def paste(page: np.ndarray, picture: np.ndarray, x: int, y: int, size: tuple[int, int]) -> None:
+    """Put a picture, uint8 [h, w, 3], on the page, of `size` = (height, width): nearest when it grows, so that a token
+    stays a block."""
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    options = {"mode": "nearest"} if picture.shape[0] <= size[0] else {"mode": "bilinear", "antialias": True}
+    image = nn.functional.interpolate(image, size, **options)[0].permute(1, 2, 0)
+    page[y : y + size[0], x : x + size[1]] = image.numpy()
+
+
+def draw_sheet(
+    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], length: int, size: tuple[int, int]
+) -> np.ndarray:
+    """Six moments of a clip of `length` steps side by side, a row for each kind of picture, over the motion."""
+    height, width = size[0] + TITLE + MARGIN, size[1] + MARGIN
+    labels = [(MARGIN, MARGIN + row * height, title.replace("\n", "  ")) for row, title in enumerate(pictures)]
+    page, columns = draw_page(MARGIN + len(pictures) * height + CURVE, MARGIN + 6 * width, labels, motion)
+    for column, step in enumerate(np.linspace(0, length - 1, 6).round().astype(int)):
+        for row, shown in enumerate(pictures.values()):
+            corner = MARGIN + column * width, MARGIN + TITLE + row * height
+            paste(page, shown[step * len(shown) // length], *corner, size)
+        page[-CURVE:, columns(step)][MARGIN : -3 * MARGIN] = CURSOR
+    return page
+
+
+def draw_frames(
+    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], length: int, size: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """The frames of the preview's video, uint8 [even height, even width, 3]: pictures side by side, over the motion."""
+    height, width = MARGIN + 2 * TITLE + size[0] + MARGIN + CURVE, MARGIN + len(pictures) * (size[1] + MARGIN)
+    labels = [(MARGIN + column * (size[1] + MARGIN), MARGIN, title) for column, title in enumerate(pictures)]
+    page, columns = draw_page(height + height % 2, max(480, width + width % 2), labels, motion)
+    count = max(len(shown) for shown in pictures.values())
+    for index in range(count):
+        frame = page.copy()
+        for (x, y, _), shown in zip(labels, pictures.values(), strict=True):
+            paste(frame, shown[index * len(shown) // count], x, y + 2 * TITLE, size)
+        frame[-CURVE:, columns(index * length / count)][MARGIN : -3 * MARGIN] = CURSOR
+        yield frame
+
+
+def write_video(file: BinaryIO, frames: Iterable[np.ndarray]) -> None:
+    """Frames, uint8 RGB [even height, even width, 3], as H.264 in MP4, in the form that browsers play."""
+    import av
+
+    with av.open(file, mode="w", format="mp4") as container:
+        stream = None
+        for frame in frames:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=PREVIEW_FPS, options={"crf": "20", "preset": "veryfast"})
+                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
+                stream.thread_count = 1  # the cores are the models'
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, frames: np.ndarray | None = None) -> None:
+    """Beside the file `path`, `<stem>.mp4` and `<stem>.png`: what a clip's features look like, and how they move.
+
+    feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: uint8 RGB
+    [F, h, w, 3], evenly spread over the clip; their aspect ratio, or else the grid's, is that of all pictures. Both
+    files are whole or not there; raises `OSError` where they cannot be written.
+    """
+    from matplotlib.image import imsave
+
+    pictures, motion = {}, {}
+    if frames is not None:
+        pictures["frames"] = frames
+    for name, x in {"features": feature, "latent": latent}.items():
+        if x is None:
+            continue
+        if x.ndim == 3:
+            rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
+            x = x.unflatten(1, (rows, -1))
+        components, share = leading_components(x)
+        told = f"3 components: {share:.0%} of the variance" if components.any() else "NOTHING VARIES"
+        if name == "latent":  # turned so that what is alike has the same colours (orthogonal Procrustes)
+            u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
+            components = components @ (u @ v)
+        reference = components
+        pictures[f"{name} {list(x.shape)}\n{told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
+        motion[f"motion of the {name}"] = motion_energy(x)
+
+    _, height, width, _ = next(iter(pictures.values())).shape
+    aspect = min(max(width / height, 1 / 8), 8.0)
+    size = round((PANEL_PIXELS / aspect) ** 0.5), round((PANEL_PIXELS * aspect) ** 0.5)
+    small = size[0] // 2, size[1] // 2
+    with whole_file(path.with_suffix(".png")) as file:
+        imsave(file, draw_sheet(pictures, motion, len(feature), small), format="png")
+    with whole_file(path.with_suffix(".mp4")) as file:
+        write_video(file, draw_frames(pictures, motion, len(feature), size))
