@@ -735,6 +735,11 @@ def preview_steps(length: int) -> list[int]:
     return torch.linspace(0, length - 1, min(length, PREVIEW_STEPS), dtype=torch.float64).round().int().tolist()
 
 
+def rounding_of(x: Tensor) -> Tensor:
+    """Differences that a preview must not blow up to look like a signal."""
+    return 1e-4 * x.square().mean().sqrt() + 1e-12
+
+
 def leading_components(x: Tensor) -> tuple[Tensor, float]:
     """The first three principal components of features [T, H, W, C], one basis and one scale for the whole clip, and
     their share of its variance: [steps, H, W, 3] of `preview_steps`, the 2nd to 98th percentile in [-0.5, 0.5]. What
@@ -746,7 +751,7 @@ def leading_components(x: Tensor) -> tuple[Tensor, float]:
     basis = nn.functional.pad(principal_components(covariance)[:, :3], (0, max(0, 3 - x.shape[-1])))
     spread = (sample - mean) @ basis  # [K, 3]
     low, high = spread.quantile(0.02, dim=0), spread.quantile(0.98, dim=0)
-    rounding = 1e-4 * sample.square().mean().sqrt() + 1e-12  # must not be blown up to look like a signal
+    rounding = rounding_of(sample)
     steps = torch.stack([(x[step].float() - mean) @ basis for step in preview_steps(len(x))])
     share = spread.square().mean(dim=0).sum() / covariance.trace().clamp_min(rounding**2)
     return (steps - (low + high) / 2) / (high - low).clamp_min(rounding), share.item()
@@ -755,9 +760,8 @@ def leading_components(x: Tensor) -> tuple[Tensor, float]:
 def motion_energy(x: Tensor) -> np.ndarray:
     """How far features [T, ..., C] move at each step but the first, [T - 1]: the root mean square of delta_x over that
     of x around its mean, so that features and latents compare."""
-    deviation = x[preview_steps(len(x))].float()
-    deviation = deviation - deviation.flatten(0, -2).mean(dim=0)
-    scale = deviation.square().mean().sqrt().clamp_min(1e-12)
+    some = x[preview_steps(len(x))].float()
+    scale = (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(rounding_of(some))
     return np.array([((b.float() - a.float()).square().mean().sqrt() / scale).item() for a, b in itertools.pairwise(x)])
 
 
@@ -779,7 +783,7 @@ def draw_page(
     for name, curve in motion.items():
         axes.plot(np.arange(1, len(curve) + 1), curve, linewidth=1.2, label=name)
     axes.set_xlim(0, max(1, *(len(curve) for curve in motion.values())))
-    axes.set_ylim(0, 1.4 * max((curve.max() for curve in motion.values() if len(curve)), default=0) or 1)
+    axes.set_ylim(0, 1.4 * max([0.1, *(value for curve in motion.values() for value in curve)]))
     axes.tick_params(labelsize=7)
     axes.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
     canvas = FigureCanvasAgg(figure)
@@ -867,11 +871,12 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
             rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
             x = x.unflatten(1, (rows, -1))
         components, share = leading_components(x)
-        told = f"3 components: {share:.0%} of the variance" if components.any() else "NOTHING VARIES"
-        if name == "latent":  # turned so that what is alike has the same colours (orthogonal Procrustes)
+        told = f"3 components: {share:.0%} of the variance" if components.abs().max() > 0.01 else "NOTHING VARIES"
+        if name == "features":
+            reference = components
+        else:  # turned so that what is alike has the same colours (orthogonal Procrustes)
             u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
             components = components @ (u @ v)
-        reference = components
         pictures[f"{name} {list(x.shape)}\n{told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
         motion[f"motion of the {name}"] = motion_energy(x)
 
