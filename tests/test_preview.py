@@ -16,7 +16,7 @@ from model import has_preview, write_preview
 
 
 def read(path):
-    """The pictures of a preview, uint8 RGB: its sheet and the frames of its video, which must be one that browsers play."""
+    """A preview, uint8 RGB: its sheet, and the frames of its video, which must be one that browsers play."""
     with av.open(str(path.with_suffix(".mp4"))) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
@@ -157,7 +157,7 @@ def test_vfm_feature_draws_what_the_model_saw(tmp_path, run_here):
         result = run_here(*arguments, "--preview")
         assert f"VideoMAE         {2 - skipped:>2}       {skipped}       0" in result.stdout
     for index in range(2):
-        sheet, video = read(tmp_path / "VideoMAE" / f"{index}.pt")
+        _, video = read(tmp_path / "VideoMAE" / f"{index}.pt")
         assert len(video) == 4
     top, bottom, left, right = boxes(video[3], (110, 110, 110), 6)
     assert (bottom - top) / (right - left) == pytest.approx(32 / 24, rel=0.05)  # the left half of the frames
