@@ -41,7 +41,8 @@ describe 'features/vfm_dimensions.txt' "shape and channels of each model's featu
 describe 'features/VideoMAE/*.pt' "feature [T, H, W, 768], caption, video, model, settings"
 describe 'features/VideoMAE/failed_videos.txt' "videos that could not be read, and why"
 describe 'checkpoints/*' "the motion autoencoder after an epoch: weights, configuration, losses"
-describe 'latents/*' "latent [T, H, W, 192], motion_embedding [T, 192], compression_ratio"
+describe 'latents/*.pt' "latent [T, H, W, 192], motion_embedding [T, 192], compression_ratio"
+describe 'latents/*.csv' "how well each latent decodes"
 if [ ${#weights[@]} -gt 0 ]; then
     echo
     echo "*******************************************************************************"

@@ -1,11 +1,23 @@
 """encode.py from the command line, on made-up features and a checkpoint that train.py made of them."""
 
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
-from made_up import SIZES, run
+from made_up import ROOT, SIZES, make_features, run
+from test_autoencoder import fitted, made_up_clips
 
-from model import MotionFeatureAutoencoder
+from model import OVERLAP, TOKENS, WINDOW, MotionFeatureAutoencoder, windows
+
+FIGURES = ("reconstruction_error", "motion_error", "cosine")
 
 
 def test_encode_needs_no_model_flag(trained, tmp_path):
@@ -15,13 +27,16 @@ def test_encode_needs_no_model_flag(trained, tmp_path):
     result = run("encode.py", "--checkpoint", checkpoint, "--input", source, "--output", tmp_path / "deep" / "z.pt")
     assert result.returncode == 0, result.stderr
     output = torch.load(tmp_path / "deep" / "z.pt", weights_only=True)
-    assert set(output) == {"latent", "motion_embedding", "compression_ratio", "caption", "video"}
+    documented = {"latent", "motion_embedding", "compression_ratio", "caption", "video"}
+    assert set(output) == documented | {*FIGURES, "settings"}
     assert output["caption"] == "clip 1"
     assert output["compression_ratio"] == 0.5
     x = torch.load(source, weights_only=True)["feature"].float()[None]
     expected = MotionFeatureAutoencoder.from_checkpoint(checkpoint)(x)
     torch.testing.assert_close(output["latent"], expected["latent"][0])
     torch.testing.assert_close(output["motion_embedding"], expected["motion_embedding"][0])
+    for name in FIGURES:
+        assert f"{name.removesuffix('_error'):<16}{output[name]:>8.3f}" in result.stdout
 
 
 def test_encode_mirrors_a_folder(trained, tmp_path, run_here):
@@ -36,3 +51,189 @@ def test_encode_mirrors_a_folder(trained, tmp_path, run_here):
     output = torch.load(tmp_path / "z" / "nested" / "0003.pt", weights_only=True)
     assert output["reconstruction"].shape == (6, 2, 3, 12)
     assert "caption" not in output
+
+
+def encode_folder(run_here, trained, source, target, *flags, epoch=1):
+    """Standard output's counts (written, skipped, failed) of a run over a folder, and its result."""
+    checkpoint = trained[0] / "ck" / f"motion_ae_epoch{epoch}.pt"
+    result = run_here("encode.py", "--checkpoint", checkpoint, "--input", source, "--output", target, *flags)
+    words = result.stdout.replace(",", "").replace(";", "").split()
+    return [int(words[words.index(name) - 1]) for name in ("written", "skipped", "failed")], result
+
+
+def rows(target):
+    with open(target / "encode_report.csv", newline="", encoding="utf-8") as file:
+        return {row["file"]: row for row in csv.DictReader(file)}
+
+
+def test_finished_files_are_skipped_and_keep_their_row(trained, tmp_path, run_here):
+    source, target = make_features(tmp_path / "f", count=6), tmp_path / "z"
+    assert encode_folder(run_here, trained, source, target)[0] == [6, 0, 0]
+    made, report = {path: path.read_bytes() for path in target.glob("*.pt")}, rows(target)
+    (target / "0001.pt").write_bytes(made[target / "0001.pt"][:1000])  # torn, as another program might
+    (target / "0002.pt").unlink()
+    torch.save({"feature": torch.randn(6, 2, 3, 12)}, source / "0004.pt")  # another feature
+    leftover = target / f".{os.uname().nodename}.999999999.0005.tmp"
+    leftover.touch()
+    counts, result = encode_folder(run_here, trained, source, target)
+    assert counts == [3, 3, 0]
+    assert not leftover.exists()
+    assert {path for path in made if path.read_bytes() != made[path]} == {target / "0004.pt"}
+    assert [name for name, row in rows(target).items() if row != report[name]] == ["0004.pt"]
+    assert len(rows(target)) == 6 and "cosine" in result.stdout
+    assert encode_folder(run_here, trained, source, target, "--overwrite")[0] == [6, 0, 0]
+    assert encode_folder(run_here, trained, source, target, epoch=2)[0] == [6, 0, 0]
+    assert encode_folder(run_here, trained, source, target, "--save_reconstruction", epoch=2)[0] == [6, 0, 0]
+    assert encode_folder(run_here, trained, source, target, "--save_reconstruction", epoch=2)[0] == [0, 6, 0]
+
+
+def test_failed_files_are_named_and_the_others_are_made(trained, tmp_path, run_here):
+    source, target = make_features(tmp_path / "f", count=4), tmp_path / "f" / "latents"  # below its own input
+    torch.save(torch.full((6, 2, 3, 12), float("nan")), source / "nan.pt")
+    (source / "torn.pt").write_bytes((source / "0000.pt").read_bytes()[:-100])
+    for _ in range(2):  # a failed file has another try
+        counts, result = encode_folder(run_here, trained, source, target)
+        assert counts[2] == 2 and result.returncode == 0
+        assert "nan.pt holds NaN or infinity" in result.stderr and "torn.pt is damaged" in result.stderr
+    assert sorted(path.name for path in target.iterdir()) == [*(f"000{i}.pt" for i in range(4)), "encode_report.csv"]
+    assert "NaN" in rows(target)["nan.pt"]["failure"] and rows(target)["0000.pt"]["failure"] == ""
+    shutil.rmtree(target)
+    for path in source.glob("000*"):
+        path.unlink()
+    counts, result = encode_folder(run_here, trained, source, tmp_path / "z")
+    assert (counts, result.returncode) == ([0, 0, 2], 1)
+
+
+def test_npz_holds_the_same(trained, tmp_path, run_here):
+    source, target = make_features(tmp_path / "f", count=4), tmp_path / "z"
+    encode_folder(run_here, trained, source, target)
+    for _ in range(2):
+        counts, _ = encode_folder(run_here, trained, source, target, "--output_format", "npz")
+    assert counts == [0, 4, 0]
+    expected = torch.load(target / "0001.pt", weights_only=True)
+    with np.load(target / "0001.npz", allow_pickle=False) as saved:
+        assert set(saved) == set(expected)
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                np.testing.assert_array_equal(saved[name], value.numpy())
+            else:
+                assert saved[name].item() == value
+        assert str(saved["caption"]) == "clip 1"
+    single = ["--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--input", source / "0001.pt"]
+    assert run_here("encode.py", *single, "--output", tmp_path / "one.npz").returncode == 0
+    assert (tmp_path / "one.npz").read_bytes() == (target / "0001.npz").read_bytes()
+
+
+def test_the_figures_are_what_numpy_says(trained, tmp_path, run_here):
+    source = trained[0] / "features" / "nested" / "0002.pt"
+    command = ["--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--input", source, "--save_reconstruction"]
+    assert run_here("encode.py", *command, "--output", tmp_path / "z.npz").returncode == 0
+    x = torch.load(source, weights_only=True)["feature"].double().numpy()
+    with np.load(tmp_path / "z.npz", allow_pickle=False) as saved:
+        r, found = saved["reconstruction"].astype(float), {name: saved[name].item() for name in FIGURES}
+    error = r - x
+    expected = {
+        "reconstruction_error": (error**2).sum() / ((x - x.mean(axis=(0, 1, 2))) ** 2).sum(),
+        "motion_error": (np.diff(error, axis=0) ** 2).sum() / (np.diff(x, axis=0) ** 2).sum(),
+        "cosine": ((r * x).sum(-1) / np.linalg.norm(r, axis=-1) / np.linalg.norm(x, axis=-1)).mean(),
+    }
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_clip_of_one_step_has_no_motion(trained, tmp_path, run_here):
+    make_features(tmp_path / "f", count=1, shape=(1, 2, 3, 12))
+    counts, result = encode_folder(run_here, trained, tmp_path / "f", tmp_path / "z")
+    assert counts == [1, 0, 0]
+    assert rows(tmp_path / "z")["0000.pt"]["motion_error"] == "nan"
+    assert "\nmotion " not in result.stdout and "\ncosine " in result.stdout
+
+
+def test_ranks_of_torchrun_write_what_one_process_writes(trained, tmp_path):
+    arguments = ["encode.py", "--checkpoint", trained[0] / "ck" / "motion_ae_epoch2.pt", "--device", "cpu"]
+    arguments += ["--input", trained[0] / "features", "--output"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun sets it; sums depend on the number of threads
+    for launcher, target in (([sys.executable], tmp_path / "one"), (torchrun, tmp_path / "two")):
+        command = [*launcher, *map(str, arguments), str(target)]
+        result = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=100)
+        assert result.returncode == 0, result.stderr
+        assert "12 written, 0 skipped, 0 failed" in result.stdout
+    one, two = (
+        {path.relative_to(t): path.read_bytes() for path in t.rglob("*.*")}
+        for t in (tmp_path / "one", tmp_path / "two")
+    )
+    assert one == two and len(one) == 13
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_path, run_here, number):
+    source, target = make_features(tmp_path / "f", count=8, shape=(30, 8, 8, 12)), tmp_path / "z"
+    for index in range(200):
+        os.link(source / f"000{index % 3}.pt", source / f"more{index:03d}.pt")
+    command = [
+        "encode.py",
+        "--checkpoint",
+        trained[0] / "ck" / "motion_ae_epoch1.pt",
+        "--input",
+        source,
+        "--device",
+        "cpu",
+    ]
+    command = [sys.executable, *map(str, command), "--output", str(target)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1)
+    while len(list(target.glob("*.pt"))) < 5:
+        time.sleep(0.005)
+        assert process.poll() is None
+    process.send_signal(number)
+    stdout, stderr = (stream.decode() for stream in process.communicate(timeout=10))
+    assert "Traceback" not in stderr
+    if number != signal.SIGKILL:
+        assert process.returncode == 130 and "stopped" in stderr
+        assert " written, 0 skipped, 0 failed" in stdout
+    finished = {path: path.read_bytes() for path in target.glob("*.pt")}
+    assert 5 <= len(finished) < 208
+    counts, _ = encode_folder(run_here, trained, source, target)
+    assert sum(counts) == 208 and counts[1] >= len(finished) - 1 and counts[2] == 0
+    assert len(rows(target)) == 208 and not list(target.glob(".*"))
+    assert {path: path.read_bytes() for path in finished} == finished
+    whole = tmp_path / "whole"
+    encode_folder(run_here, trained, source, whole)
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in target.iterdir()}
+
+
+@pytest.mark.parametrize("block", [24, 7, 100])
+@pytest.mark.parametrize("shape", [(1, 1), (24, 150), (WINDOW, 40), (WINDOW + 1, 500), (2000, 1350)])
+def test_windows_cover_a_clip_once_and_fit_in_memory(shape, block):
+    covered = np.zeros(shape, dtype=int)
+    for positions, kept, seen in windows(*shape, block):
+        covered[kept, positions] += 1
+        assert seen.start % block == 0
+        assert seen.start <= max(0, kept.start - OVERLAP) and seen.stop >= min(shape[0], kept.stop + OVERLAP)
+        assert (seen.stop - seen.start) * (positions.stop - positions.start) <= TOKENS * (2 if block == 100 else 1)
+    assert (covered == 1).all()
+
+
+@pytest.mark.parametrize("use_token", [True, False])
+def test_a_long_clip_is_encoded_as_well_at_the_seams_as_inside(use_token):
+    """Against the plain pass, which sees all of the clip; the networks, which alone look beyond a block, take part."""
+    torch.manual_seed(0)
+    model = fitted(made_up_clips(), use_token=use_token).requires_grad_(False)
+    x = made_up_clips(count=1, length=2 * WINDOW + 50, seed=1)[0]
+    x = x + torch.linspace(0, 5, len(x))[:, None, None]  # a window's mean is not the clip's
+    for network in (model.encoder.network, model.decoder.network):
+        torch.nn.init.normal_(network.head.weight, std=0.02)
+    for clip in (x[:WINDOW], x[:7].reshape(7, 2, 5, 48).half()):
+        latent = model.encode_long(clip)
+        torch.testing.assert_close(latent, model.encode(clip[None].float())[0], rtol=1e-5, atol=1e-5)
+        parts = torch.empty(*clip.flatten(1, -2).shape)
+        for steps, positions, part in model.decode_long(latent):
+            parts[steps, positions] = part
+        torch.testing.assert_close(parts, model.decode(latent[None])[0].flatten(1, -2), rtol=1e-5, atol=1e-5)
+
+    latent, plain = model.encode_long(x), model.encode(x[None])[0]
+    difference = (latent - plain).square().mean(dim=(1, 2)).sqrt() / plain.std()
+    seams = [kept.start for positions, kept, _ in windows(*x.shape[:2], 24) if positions.start == 0 and kept.start]
+    near = sorted({seam + offset for seam in seams for offset in range(-4, 4)})
+    print(difference[near].max(), difference.median(), difference.max())
+    assert difference[near].max() < 2 * difference.median()
+    assert difference.max() < 0.05
