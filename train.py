@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import shlex
@@ -245,7 +246,7 @@ def stack_clips(clips: list[Tensor | str]) -> Tensor | str:
 def make_loader(
     clips: Clips, batch_size: int, positions: int, args: argparse.Namespace, shuffled: bool = False, ranks: int = 1
 ) -> DataLoader:
-    workers = 0 if clips.kept is not None else args.num_workers
+    workers = 0 if clips.kept is not None else min(args.num_workers, os.cpu_count())
     return DataLoader(
         clips,
         batch_sampler=EqualShapeBatches(clips, batch_size, positions, args.seed, shuffled, ranks),
@@ -253,6 +254,7 @@ def make_loader(
         collate_fn=stack_clips,
         persistent_workers=workers > 0,
         pin_memory=torch.device(args.device).type == "cuda",
+        generator=torch.Generator(),  # else starting workers changes what dropout draws, and --resume would tell
     )
 
 
@@ -309,7 +311,6 @@ class Trainer:
         self.model, self.lr, self.step, self.steps = model, args.lr, 0, steps
         self.weights = (args.recon_weight, args.motion_weight, args.smooth_weight)
         self.autocast = args.precision == "bfloat16"
-        # wrapping also gives every rank the first one's linear path
         self.network = DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         # the mean over the last tenth or so of the run generalises better than the last step's weights
@@ -477,7 +478,7 @@ def find_start(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, 
 def remove_training_state(path: Path) -> None:
     """Only the newest checkpoint needs it, and it is two thirds of a file."""
     if path.exists():
-        checkpoint = load_checked(path)
+        checkpoint = load_checked(path, mmap=True)
         if checkpoint.pop("training", None):
             save_atomically(checkpoint, path)
 
@@ -515,7 +516,8 @@ def write_epoch(checkpoint: dict[str, Any], training: dict[str, Any], measured_o
     write_metrics(history, save_dir / "metrics.csv")
     draw_curves(history, measured_on, save_dir / "loss_curves.png")
     save_atomically({**checkpoint, "training": training}, epoch_path(save_dir, epoch))
-    remove_training_state(epoch_path(save_dir, epoch - 1))
+    for earlier in (epoch - 2, epoch - 1):  # a run that was killed may have left two
+        remove_training_state(epoch_path(save_dir, earlier))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -570,10 +572,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def fit_linear_path(
     model: MotionFeatureAutoencoder, clips: Clips, args: argparse.Namespace, device: torch.device
 ) -> None:
-    loader = make_loader(clips, args.batch_size * num_ranks(), FIT_POSITIONS, args, shuffled=True)
-    model.encoder.code.fit(
-        lambda: (x for x, _, _ in islice(batches(loader, device), FIT_BATCHES)), args.recon_weight, args.motion_weight
-    )
+    """Rank 0 fits, on clips of all ranks' first batches; the others get what it found."""
+    if rank() == 0:
+        loader = make_loader(clips, args.batch_size * num_ranks(), FIT_POSITIONS, args, shuffled=True)
+        model.encoder.code.fit(
+            lambda: (x for x, _, _ in islice(batches(loader, device), FIT_BATCHES)),
+            args.recon_weight,
+            args.motion_weight,
+        )
+    if dist.is_initialized():
+        for buffer in model.encoder.code.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def train_and_measure(
@@ -619,7 +628,7 @@ def main() -> int:
     torch.manual_seed(args.seed)
     block = min(MAX_BLOCK, max(file.shape[0] for file in train_files))
     model = MotionFeatureAutoencoder(**{name: getattr(args, name) for name in MODEL_FLAGS}, block=block).to(device)
-    if checkpoint is None and rank() == 0:
+    if checkpoint is None:
         fit_linear_path(model, train_set, args, device)
     trainer = Trainer(model, args, args.epochs * len(train_loader))
 
