@@ -26,7 +26,7 @@ fi
 step() { echo; echo "== $*"; "$PYTHON" "$@"; }
 step vfm_feature.py --video_dir "$videos" "${captions[@]}" --output_root "$out/features" --models VideoMAE "${weights[@]}"
 step train.py --feature_dir "$out/features/VideoMAE" --save_dir "$out/checkpoints" --batch_size 1 --epochs 3 \
-    --num_workers 0 --use_token
+    --num_workers 0 --use_token --overwrite
 step encode.py --checkpoint "$out/checkpoints/motion_ae_epoch3.pt" --input "$out/features/VideoMAE" \
     --output "$out/latents/VideoMAE"
 
@@ -40,7 +40,9 @@ describe 'videos/*.csv' "the captions of the drawn clips"
 describe 'features/vfm_dimensions.txt' "shape and channels of each model's features"
 describe 'features/VideoMAE/*.pt' "feature [T, H, W, 768], caption, video, model, settings"
 describe 'features/VideoMAE/failed_videos.txt' "videos that could not be read, and why"
-describe 'checkpoints/*' "the motion autoencoder after an epoch: weights, configuration, losses"
+describe 'checkpoints/*.pt' "the motion autoencoder after an epoch: weights, configuration, losses"
+describe 'checkpoints/metrics.csv' "the errors, a row an epoch"
+describe 'checkpoints/loss_curves.png' "the errors, drawn"
 describe 'latents/*.pt' "latent [T, H, W, 192], motion_embedding [T, 192], compression_ratio"
 describe 'latents/*.csv' "how well each latent decodes"
 if [ ${#weights[@]} -gt 0 ]; then

@@ -1,0 +1,142 @@
+"""How fast train.py is, as ratios in one run: python tests/bench_training.py FEATURE_DIR
+
+Trains on the features given, as they are; run it on an idle machine. `--only ROW...` prints some of the rows. The last
+row needs a GPU and takes random features of DINOv2's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from bench_extraction import family, proportional_size, show
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+from model import MotionFeatureAutoencoder, load_feature  # noqa: E402
+
+
+def settings(feature_dir: Path, *flags: str) -> argparse.Namespace:
+    """train.py's flags for the features in `feature_dir`, compressed to a quarter."""
+    channels = load_feature(next(path for path in sorted(feature_dir.iterdir()) if path.suffix == ".pt"))[0].shape[-1]
+    sizes = ["--input_dim", str(channels), "--latent_dim", str(channels // 4)]
+    return train.parse_args(["--feature_dir", str(feature_dir), *sizes, "--use_token", *flags])
+
+
+def trainer_of(args: argparse.Namespace, device: str, steps: int) -> train.Trainer:
+    torch.manual_seed(0)
+    flags = {name: getattr(args, name) for name in train.MODEL_FLAGS}
+    return train.Trainer(MotionFeatureAutoencoder(**flags).to(device), args, steps)
+
+
+def loader_of(args: argparse.Namespace) -> torch.utils.data.DataLoader:
+    """train.py's loader of training clips; every file is new to it."""
+    files = train.look_at_files(args.feature_dir, args.input_dim)
+    clips = train.Clips(files, args.input_dim)
+    return train.make_loader(clips, args.batch_size, train.STEP_POSITIONS, args, shuffled=True)
+
+
+def tokens_per_second(trainer: train.Trainer, clips: Iterable[tuple[Tensor, int, int]]) -> float:
+    tokens = 0
+
+    def counted() -> Iterable[tuple[Tensor, int, int]]:
+        nonlocal tokens
+        for x, mine, whole in clips:
+            tokens += x[..., 0].numel()
+            yield x, mine, whole
+
+    start = time.perf_counter()
+    trainer.train_epoch(counted())
+    return tokens / (time.perf_counter() - start)
+
+
+def row_loop(feature_dir: Path) -> None:
+    """The second epoch of the loop, when its loader processes run, against the same batches at hand."""
+    for where, limit in (("kept in memory", train.IN_MEMORY_BYTES), ("read from the disk", 0)):
+        train.IN_MEMORY_BYTES, before = limit, train.IN_MEMORY_BYTES
+        args = settings(feature_dir)
+        loader = loader_of(args)
+        trainer = trainer_of(args, "cpu", 3 * len(loader))
+        at_hand = list(train.batches(loader, torch.device("cpu")))
+        alone = tokens_per_second(trainer, at_hand)
+        loop = tokens_per_second(trainer, train.batches(loader, torch.device("cpu")))
+        train.IN_MEMORY_BYTES = before
+        show(f"features {where}: tokens/s of the loop / at hand ({alone:.0f})", loop / alone, ">= 0.85")
+
+
+def run_train(args: argparse.Namespace, *flags: str) -> tuple[dict, float]:
+    """The last checkpoint of a run of two epochs as a user starts it, and its peak memory in GB (Linux)."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "train.py"), "--feature_dir", str(args.feature_dir), "--use_token"]
+        command += ["--input_dim", str(args.input_dim), "--latent_dim", str(args.latent_dim), "--epochs", "2"]
+        process = subprocess.Popen(
+            [*command, "--save_dir", folder, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, sum(proportional_size(pid) for pid in family(process.pid)))
+            time.sleep(0.2)
+        return torch.load(Path(folder) / "motion_ae_epoch2.pt", weights_only=True), peak / 1e6
+
+
+def row_precision(feature_dir: Path) -> None:
+    args = settings(feature_dir)
+    full, memory = run_train(args)
+    low, _ = run_train(args, "--precision", "bfloat16")
+    seconds = [sum(row["seconds"] for row in checkpoint["history"]) for checkpoint in (full, low)]
+    show("float32 / bfloat16: seconds of an epoch, measuring included", seconds[0] / seconds[1], ">= 1.4")
+    ratio = low["history"][-1]["val_loss"] / full["history"][-1]["val_loss"]
+    show("bfloat16 / float32: held-out loss at the end", ratio, "0.99 to 1.01")
+    show("peak memory, GB", memory, "")
+
+
+def row_gpu(feature_dir: Path) -> None:
+    """Clips per second against a plain loop: float32, attention written out, one whole clip at a time."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        for index in range(32):
+            torch.save(torch.randn(48, 30, 45, 768, dtype=torch.float16), folder / f"{index}.pt")
+        args = settings(folder, "--device", "cuda", "--precision", "bfloat16")
+        loader = loader_of(args)
+        device = torch.device("cuda")
+        trainer = trainer_of(args, "cuda", 3 * len(loader))
+        trainer.train_epoch(train.batches(loader, device))
+        start = time.perf_counter()
+        trainer.train_epoch(train.batches(loader, device))
+        ours = len(loader.dataset) / (time.perf_counter() - start)
+
+        plain = trainer_of(settings(folder, "--device", "cuda"), "cuda", 100)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            start = time.perf_counter()
+            for path in sorted(folder.iterdir())[:8]:
+                plain.train_epoch([(load_feature(path)[0].flatten(1, -2)[None].to(device).float(), 1, 1)])
+            theirs = 8 / (time.perf_counter() - start)
+        show(f"GPU, DINOv2's size: clips/s / those of a plain loop ({theirs:.1f})", ours / theirs, ">= 3")
+    finally:
+        shutil.rmtree(folder)
+
+
+ROWS = {name.removeprefix("row_"): row for name, row in list(globals().items()) if name.startswith("row_")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("feature_dir", type=Path)
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    args = parser.parse_args()
+    for name in args.only:
+        if name != "gpu" or torch.cuda.is_available():
+            ROWS[name](args.feature_dir)
+
+
+if __name__ == "__main__":
+    main()
