@@ -19,6 +19,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -243,6 +244,11 @@ def stack_clips(clips: list[Tensor | str]) -> Tensor | str:
     return errors[0] if errors else torch.stack(clips)
 
 
+def ignore_sigterm(worker: int) -> None:
+    """Schedulers send it to all processes of a job: the main one says so, and ends its loader processes."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def make_loader(
     clips: Clips, batch_size: int, positions: int, args: argparse.Namespace, shuffled: bool = False, ranks: int = 1
 ) -> DataLoader:
@@ -252,6 +258,7 @@ def make_loader(
         batch_sampler=EqualShapeBatches(clips, batch_size, positions, args.seed, shuffled, ranks),
         num_workers=workers,
         collate_fn=stack_clips,
+        worker_init_fn=ignore_sigterm,
         persistent_workers=workers > 0,
         pin_memory=torch.device(args.device).type == "cuda",
         generator=torch.Generator(),  # else starting workers changes what dropout draws, and --resume would tell
@@ -260,12 +267,17 @@ def make_loader(
 
 def batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, int, int]]:
     """This rank's share of each batch [B, T, n, C] on `device`, how many of its clips count, and how many the batch has
-    on all ranks. Raises the `UserError` of a file that could not be read."""
+    on all ranks. Raises `UserError` for a file that could not be read, and for a loader process that was killed."""
     progress = tqdm(loader, unit="batch", leave=False, disable=True if rank() else None)
-    for batch, (mine, whole) in zip(progress, loader.batch_sampler.shares(), strict=True):
-        if isinstance(batch, str):
-            raise UserError(batch)
-        yield batch.to(device, non_blocking=True).float(), mine, whole  # float16 travels, float32 is computed with
+    try:
+        for batch, (mine, whole) in zip(progress, loader.batch_sampler.shares(), strict=True):
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield batch.to(device, non_blocking=True).float(), mine, whole  # float16 travels, float32 is computed with
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"{error}; if memory ran out, lower --num_workers") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
