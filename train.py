@@ -19,6 +19,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -243,6 +244,11 @@ def stack_clips(clips: list[Tensor | str]) -> Tensor | str:
     return errors[0] if errors else torch.stack(clips)
 
 
+def ignore_sigterm(worker: int) -> None:
+    """Schedulers send it to all processes of a job: the main one says so, and ends its loader processes."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def make_loader(
     clips: Clips, batch_size: int, positions: int, args: argparse.Namespace, shuffled: bool = False, ranks: int = 1
 ) -> DataLoader:
@@ -252,6 +258,7 @@ def make_loader(
         batch_sampler=EqualShapeBatches(clips, batch_size, positions, args.seed, shuffled, ranks),
         num_workers=workers,
         collate_fn=stack_clips,
+        worker_init_fn=ignore_sigterm,
         persistent_workers=workers > 0,
         pin_memory=torch.device(args.device).type == "cuda",
         generator=torch.Generator(),  # else starting workers changes what dropout draws, and --resume would tell
@@ -260,12 +267,17 @@ def make_loader(
 
 def batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, int, int]]:
     """This rank's share of each batch [B, T, n, C] on `device`, how many of its clips count, and how many the batch has
-    on all ranks. Raises the `UserError` of a file that could not be read."""
+    on all ranks. Raises `UserError` for a file that could not be read, and for a loader process that was killed."""
     progress = tqdm(loader, unit="batch", leave=False, disable=True if rank() else None)
-    for batch, (mine, whole) in zip(progress, loader.batch_sampler.shares(), strict=True):
-        if isinstance(batch, str):
-            raise UserError(batch)
-        yield batch.to(device, non_blocking=True).float(), mine, whole  # float16 travels, float32 is computed with
+    try:
+        for batch, (mine, whole) in zip(progress, loader.batch_sampler.shares(), strict=True):
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield batch.to(device, non_blocking=True).float(), mine, whole  # float16 travels, float32 is computed with
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"{error}; if memory ran out, lower --num_workers") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,12 +333,18 @@ class Trainer:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
 
     def go_on(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["training"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.averaged.module.load_state_dict(checkpoint["model"])
-        self.step = state["step"]
-        self.averaged.n_averaged.fill_(self.step)
+        """Raises `UserError` for a checkpoint that is not what `state` and the averaged model gave."""
+        try:
+            state = checkpoint["training"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.averaged.module.load_state_dict(checkpoint["model"])
+            self.step = state["step"]
+            self.averaged.n_averaged.fill_(self.step)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(
+                f"--resume: the checkpoint's training state does not fit ({type(error).__name__})"
+            ) from None
 
     def train_epoch(self, clips: Iterable[tuple[Tensor, int, int]]) -> dict[str, float]:
         """One step for each of `batches`; the mean of the loss and its terms.
@@ -443,6 +461,8 @@ def find_start(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, 
         args.save_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--save_dir {args.save_dir} cannot be made: {error.strerror}") from None
+    if not os.access(args.save_dir, os.W_OK):
+        raise UserError(f"--save_dir {args.save_dir} cannot be written")
     remove_leftovers(args.save_dir)
     there = sorted(args.save_dir.glob("motion_ae_*.pt"))
     path = newest_checkpoint(args.save_dir) if args.resume is True else args.resume
@@ -456,8 +476,8 @@ def find_start(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, 
             report(f"no checkpoint in {args.save_dir} yet: training from the start")
         return None
     checkpoint = load_checked(path)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("settings"), dict):
-        raise UserError(f"--resume {path}: no checkpoint of train.py")
+    if not isinstance(checkpoint, dict) or not {"settings", "epoch", "history", "pca_mean"} <= checkpoint.keys():
+        raise UserError(f"--resume {path}: no checkpoint of train.py, or of an older one")
     names = {"clips_per_step": "--batch_size times ranks", "fingerprint": "the fingerprint of --feature_dir"}
     for name, ours in settings.items():
         recorded = checkpoint["settings"].get(name)
@@ -491,18 +511,17 @@ def write_metrics(history: list[dict[str, float]], path: Path) -> None:
 
 
 def draw_curves(history: list[dict[str, float]], measured_on: str, path: Path) -> None:
-    """The errors over the epochs, of training, of the files measured on, and of PCA."""
+    """The loss and its terms over the epochs: of training, of the files measured on, and of PCA."""
     epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, term in zip(figure.subplots(1, 2), ("reconstruction", "motion"), strict=True):
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for axes, term in zip(figure.subplots(1, 3), TERMS[:3], strict=True):
         axes.plot(epochs, [row[f"train_{term}"] for row in history], ".-", label="training, with dropout")
         axes.plot(epochs, [row[f"val_{term}"] for row in history], ".-", label=measured_on)
-        axes.axhline(history[-1][f"pca_{term}"], color="gray", linestyle="--", label="motion-weighted PCA")
-        axes.set(title=f"{term} error", xlabel="epoch", ylim=(0, None))
+        axes.axhline(history[-1][f"pca_{term}"], color="gray", linestyle="--", label=f"{measured_on}, PCA")
+        axes.set(title="loss" if term == "loss" else f"{term} error", xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    figure.get_axes()[0].set_ylabel("mean square / features' variance")
-    figure.get_axes()[0].legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=80)
 
@@ -604,6 +623,8 @@ def train_and_measure(
 def main() -> int:
     args = parse_args()
     device = open_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # which NCCL and pinned memory go by
     join_ranks()
     files = from_first_rank(lambda: look_at_files(args.feature_dir, args.input_dim))
     settings = {name: getattr(args, name) for name in RUN_FLAGS}

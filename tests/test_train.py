@@ -233,7 +233,7 @@ def test_metrics_and_curves_tell_the_run(trained):
 
 def test_the_best_checkpoint_is_the_epoch_of_least_held_out_loss(trained, tmp_path, run_here):
     flags = ["--feature_dir", trained[0] / "features", "--save_dir", tmp_path, *SIZES, "--use_token"]
-    assert run_here("train.py", *flags, "--epochs", 5, "--lr", 0.5).returncode == 0
+    assert run_here("train.py", *flags, "--epochs", 5, "--lr", 0.1).returncode == 0
     losses = [
         torch.load(tmp_path / f"motion_ae_epoch{epoch}.pt", weights_only=True)["val_mean"]["loss"]
         for epoch in range(1, 6)
