@@ -257,10 +257,12 @@ def frame_differences(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[:, :1]), x.diff(dim=1)], dim=1)
 
 
-def time_positions(length: int, dim: int, like: Tensor) -> Tensor:
-    """Sinusoidal positions [length, dim] ("Attention Is All You Need"): without them attention sees a bag of frames."""
+def time_positions(start: int, length: int, dim: int, like: Tensor) -> Tensor:
+    """Sinusoidal positions [length, dim] ("Attention Is All You Need") of the time steps from `start` on: without them
+    attention sees a bag of frames."""
     frequency = torch.exp(torch.arange(0, dim, 2, device=like.device) * (-np.log(10000.0) / dim))
-    angle = torch.arange(length, device=like.device)[:, None] * frequency  # [length, ceil(dim / 2)]
+    step = torch.arange(start, start + length, device=like.device)
+    angle = step[:, None] * frequency  # [length, ceil(dim / 2)]
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :dim].to(like.dtype)
 
 
@@ -296,9 +298,9 @@ class TemporalNetwork(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
         h = nn.functional.gelu(self.conv(x.mT)).mT  # [S, T, in_dim] -> [S, T, model_dim]
-        h = h + time_positions(h.shape[1], h.shape[2], h)
+        h = h + time_positions(start, h.shape[1], h.shape[2], h)
         return self.head(self.transformer(h))
 
 
@@ -520,7 +522,8 @@ class MotionFeatureEncoder(nn.Module):
 
     forward: x [B, T, N, C] or [B, T, H, W, C], any T >= 1 -> latent of the same layout with `latent_dim` channels: the
     space-time code, to whose detail channels the network adds. The frame channels stay linear in their frame, so that
-    training cannot trade the cosines between tokens for reconstruction.
+    training cannot trade the cosines between tokens for reconstruction. Of a part of a clip, `start` is its first time
+    step, and `clip_mean` is as in `SpaceTimeCode.normalise`.
     """
 
     def __init__(
@@ -540,11 +543,11 @@ class MotionFeatureEncoder(nn.Module):
         in_dim = 2 * input_dim if use_token else input_dim
         self.network = TemporalNetwork(in_dim, model_dim, self.code.detail_dim, num_heads, num_layers, dropout)
 
-    def forward(self, x: Tensor, clip_mean: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, clip_mean: Tensor | None = None, start: int = 0) -> Tensor:
         tokens = self.code.normalise(x, clip_mean)
         delta = frame_differences(tokens)
         seen = to_sequences(torch.cat([tokens, delta], dim=-1) if self.use_token else delta)  # [B * N, T, C or 2C]
-        correction = nn.functional.pad(self.network(seen), (self.code.frame_dim, 0))
+        correction = nn.functional.pad(self.network(seen, start), (self.code.frame_dim, 0))
         return from_sequences(self.code.encode(to_sequences(tokens)) + correction, like=x)
 
 
@@ -552,7 +555,7 @@ class MotionFeatureDecoder(nn.Module):
     """Latent -> features: latent [B, T, N, D] or [B, T, H, W, D] -> the same layout with `input_dim` channels.
 
     The network refines what the space-time code reconstructs; `trust` in [0, 1] is how much of that refinement held-out
-    clips have shown to be right.
+    clips have shown to be right. Of a part of a clip, `start` is its first time step.
     """
 
     def __init__(
@@ -571,13 +574,13 @@ class MotionFeatureDecoder(nn.Module):
         self.network = TemporalNetwork(input_dim, model_dim, input_dim, num_heads, num_layers, dropout)
         self.register_buffer("trust", torch.ones(()))
 
-    def parts(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+    def parts(self, latent: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """latent -> what the space-time code reconstructs and the network's refinement of it, normalised features."""
         linear = self.code.decode(to_sequences(latent))  # [B * N, T, C]
-        return from_sequences(linear, like=latent), from_sequences(self.network(linear), like=latent)
+        return from_sequences(linear, like=latent), from_sequences(self.network(linear, start), like=latent)
 
-    def forward(self, latent: Tensor) -> Tensor:
-        linear, refinement = self.parts(latent)
+    def forward(self, latent: Tensor, start: int = 0) -> Tensor:
+        linear, refinement = self.parts(latent, start)
         return self.code.restore(linear + self.trust * refinement)
 
 
@@ -684,7 +687,7 @@ class MotionFeatureAutoencoder(nn.Module):
             if kept.start == 0 and not code.use_token:
                 parts = clip[:, positions].split(WINDOW)
                 clip_mean = sum(part.to(code.mean).sum(dim=0) for part in parts) / len(clip)  # [n, C]
-            z = self.encoder(clip[None, seen, positions].to(code.mean), clip_mean)  # [1, t, n, D]
+            z = self.encoder(clip[None, seen, positions].to(code.mean), clip_mean, seen.start)  # [1, t, n, D]
             latent[kept, positions] = z[0, kept.start - seen.start :][: kept.stop - kept.start].cpu()
         return latent.unflatten(1, x.shape[1:-1])
 
@@ -695,7 +698,7 @@ class MotionFeatureAutoencoder(nn.Module):
         code = self.encoder.code
         clip = latent.flatten(1, -2)
         for positions, kept, seen in windows(*clip.shape[:2], code.block):
-            x = self.decoder(clip[None, seen, positions].to(code.mean))  # [1, t, n, C]
+            x = self.decoder(clip[None, seen, positions].to(code.mean), seen.start)  # [1, t, n, C]
             yield kept, positions, x[0, kept.start - seen.start :][: kept.stop - kept.start]
 
     def embed(self, latent: Tensor) -> Tensor:

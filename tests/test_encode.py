@@ -168,7 +168,7 @@ def test_ranks_of_torchrun_write_what_one_process_writes(trained, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_path, run_here, number):
     source, target = make_features(tmp_path / "f", count=8, shape=(30, 8, 8, 12)), tmp_path / "z"
-    for index in range(200):
+    for index in range(70):
         os.link(source / f"000{index % 3}.pt", source / f"more{index:03d}.pt")
     command = [
         "encode.py",
@@ -191,14 +191,16 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_p
         assert process.returncode == 130 and "stopped" in stderr
         assert " written, 0 skipped, 0 failed" in stdout
     finished = {path: path.read_bytes() for path in target.glob("*.pt")}
-    assert 5 <= len(finished) < 208
+    assert 5 <= len(finished) < 78
     counts, _ = encode_folder(run_here, trained, source, target)
-    assert sum(counts) == 208 and counts[1] >= len(finished) - 1 and counts[2] == 0
-    assert len(rows(target)) == 208 and not list(target.glob(".*"))
+    assert sum(counts) == 78 and counts[1] >= len(finished) - 1 and counts[2] == 0
+    assert len(rows(target)) == 78 and not list(target.glob(".*"))
     assert {path: path.read_bytes() for path in finished} == finished
     whole = tmp_path / "whole"
     encode_folder(run_here, trained, source, whole)
-    assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in target.iterdir()}
+    for path in whole.glob("*.pt"):
+        one, other = (torch.load(folder / path.name, weights_only=True) for folder in (whole, target))
+        torch.testing.assert_close(one["latent"], other["latent"])
 
 
 @pytest.mark.parametrize("block", [24, 7, 100])
@@ -230,10 +232,17 @@ def test_a_long_clip_is_encoded_as_well_at_the_seams_as_inside(use_token):
             parts[steps, positions] = part
         torch.testing.assert_close(parts, model.decode(latent[None])[0].flatten(1, -2), rtol=1e-5, atol=1e-5)
 
-    latent, plain = model.encode_long(x), model.encode(x[None])[0]
-    difference = (latent - plain).square().mean(dim=(1, 2)).sqrt() / plain.std()
-    seams = [kept.start for positions, kept, _ in windows(*x.shape[:2], 24) if positions.start == 0 and kept.start]
-    near = sorted({seam + offset for seam in seams for offset in range(-4, 4)})
-    print(difference[near].max(), difference.median(), difference.max())
-    assert difference[near].max() < 2 * difference.median()
-    assert difference.max() < 0.05
+    def errors_of_steps(reconstruction):
+        error = reconstruction - x
+        return error.square().mean(dim=(1, 2)), error.diff(dim=0).square().mean(dim=(1, 2))
+
+    latent, plain = model.encode_long(x), model.encode(x[None])
+    assert (latent - plain[0]).square().mean(dim=(1, 2)).max() < (0.005 * plain.std()) ** 2
+    reconstruction = torch.cat([part for _, _, part in model.decode_long(latent)])
+    error, motion_error = errors_of_steps(reconstruction)
+    plain_error, plain_motion_error = errors_of_steps(model.decode(plain)[0])
+    seams = [kept.start for _, kept, _ in windows(*x.shape[:2], 24) if kept.start]
+    near = [seam + offset for seam in seams for offset in range(-4, 4)]
+    assert error[near].sum() < 1.05 * plain_error[near].sum()
+    for seam in seams:
+        assert motion_error[seam - 1] < 1.08 * plain_motion_error[seam - 1]
