@@ -34,6 +34,21 @@ TOLERANCE = (
 )
 H264 = ["-c:v", "libx264", "-crf", "10"]
 HEVC = ["-c:v", "libx265", "-crf", "10", "-x265-params", "log-level=none"]
+VP9 = ["-c:v", "libvpx-vp9", "-b:v", "4M"]
+AV1 = ["-c:v", "libsvtav1", "-crf", "10"]
+
+
+def colours(matrix: str, primaries: str, transfer: str, colour_range: str = "tv") -> list[str]:
+    """Convert the pixels to these colours, and say so in the file."""
+    convert = ["-vf", f"scale=out_color_matrix={matrix.removesuffix('nc')}:out_range={colour_range}"]
+    tags = {"colorspace": matrix, "color_primaries": primaries, "color_trc": transfer, "color_range": colour_range}
+    return [*convert, *(word for name, value in tags.items() for word in (f"-{name}", value))]
+
+
+BT601 = colours("smpte170m", "smpte170m", "smpte170m")
+BT709 = colours("bt709", "bt709", "bt709")
+PQ = colours("bt2020nc", "bt2020", "smpte2084")
+HLG = colours("bt2020nc", "bt2020", "arib-std-b67")
 WHOLE = {  # file name -> FFmpeg's options
     "h264.mp4": [*H264, "-pix_fmt", "yuv420p"],
     "h264_444.mp4": [*H264, "-pix_fmt", "yuv444p"],
@@ -44,7 +59,11 @@ WHOLE = {  # file name -> FFmpeg's options
     "h264_fragments.mp4": [*H264, "-pix_fmt", "yuv420p", "-movflags", "frag_keyframe+empty_moov", "-g", "10"],
     "h264_stream.mpg": [*H264, "-pix_fmt", "yuv420p", "-f", "mpegts"],
     "h264_full_range.mp4": [*H264, "-pix_fmt", "yuvj420p"],
-    "h264_bt709.mp4": [*H264, "-pix_fmt", "yuv420p", "-vf", "scale=out_color_matrix=bt709", "-colorspace", "bt709"],
+    "h264_bt601.mp4": [*H264, "-pix_fmt", "yuv420p", *BT601],
+    "h264_bt709.mp4": [*H264, "-pix_fmt", "yuv420p", *BT709],
+    "h264_bt709_full.mp4": [*H264, "-pix_fmt", "yuv420p", *colours("bt709", "bt709", "bt709", "pc")],
+    "h264_10bit_bt709.mp4": [*H264, "-pix_fmt", "yuv420p10le", *BT709],
+    "h264_pq.mp4": [*H264, "-pix_fmt", "yuv420p10le", *PQ],
     "h264_slow_then_fast.mp4": [
         *(*H264, "-pix_fmt", "yuv420p", "-fps_mode", "passthrough"),
         *("-vf", "setpts=if(lt(N\\,20)\\,N\\,20+(N-20)*7)/20/TB"),
@@ -53,11 +72,19 @@ WHOLE = {  # file name -> FFmpeg's options
     "hevc.mp4": [*HEVC, "-pix_fmt", "yuv420p"],
     "hevc_10bit.mkv": [*HEVC, "-pix_fmt", "yuv420p10le"],
     "hevc_444.mp4": [*HEVC, "-pix_fmt", "yuv444p"],
+    "hevc_444_bt709.mp4": [*HEVC, "-pix_fmt", "yuv444p", *BT709],
+    "hevc_pq.mp4": [*HEVC, "-pix_fmt", "yuv420p10le", *PQ],
+    "hevc_hlg.mov": [*HEVC, "-pix_fmt", "yuv420p10le", *HLG],
     "vp8.webm": ["-c:v", "libvpx", "-b:v", "4M"],
-    "vp9.webm": ["-c:v", "libvpx-vp9", "-b:v", "4M"],
-    "vp9_444.mkv": ["-c:v", "libvpx-vp9", "-b:v", "4M", "-pix_fmt", "yuv444p"],
-    "av1.mp4": ["-c:v", "libsvtav1", "-crf", "10"],
-    "av1.webm": ["-c:v", "libsvtav1", "-crf", "10"],
+    "vp9.webm": VP9,
+    "vp9_444.mkv": [*VP9, "-pix_fmt", "yuv444p"],
+    "vp9_10bit.webm": [*VP9, "-pix_fmt", "yuv420p10le"],
+    "vp9_full_range.webm": [*VP9, "-pix_fmt", "yuv420p", *colours("smpte170m", "smpte170m", "smpte170m", "pc")],
+    "vp9_hlg.webm": [*VP9, "-pix_fmt", "yuv420p10le", *HLG],
+    "av1.mp4": AV1,
+    "av1.webm": AV1,
+    "av1_10bit.mp4": [*AV1, "-pix_fmt", "yuv420p10le"],
+    "av1_pq.mp4": [*AV1, "-pix_fmt", "yuv420p10le", *PQ],
     "mpeg4.avi": ["-c:v", "mpeg4", "-q:v", "2"],
     "mpeg4.mp4": ["-c:v", "mpeg4", "-q:v", "2"],
     "mjpeg.avi": ["-c:v", "mjpeg", "-q:v", "2"],

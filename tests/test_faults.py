@@ -1,11 +1,122 @@
-"""Broken videos and mutated files: what `bench_faults.py` does at length."""
+"""Broken videos, hostile names, mutated files, full disks, killed processes; `bench_faults.py` does some at length."""
 
-from bench_faults import decode_corpus, load_mutants
+import os
+
+import numpy as np
+import torch
+from bench_faults import decode_corpus, draw, encode, load_mutants, make_corpus
+from made_up import SIZES, make_features
+
+import vfm_feature as vfm
+
+# A ViT is quick on a clip of two tubelets and six patches.
+SMALL = ["--random_weights", "--num_frames", "4", "--videomae_resize_h", "32", "--videomae_resize_w", "48"]
+SMALL += ["--models", "VideoMAE", "--num_workers", "1"]
+TRAINING = ["--model_dim", "16", "--latent_dim", "6", "--num_heads", "2", "--num_layers", "1", "--epochs", "1"]
+
+
+def small_clip(path):
+    encode(draw(48, 64)[::8], path.parent / "clip.avi", ["-c:v", "mjpeg"])  # FFmpeg's % and : are not for file names
+    (path.parent / "clip.avi").rename(path)
+
+
+HOSTILE = ["two..dots", "a ", "貓 跑", "😀" * 50, "line\nbreak\ttab", "x" * 250, "-v", "%04d", "concat:a", "pipe:0"]
+HOSTILE += ["*", "[a]", "'; exit;", "$HOME", "\\"]
+CHANGED = ("cut_", "rot_", "empty", "text", "page", "noise", "header", "zeros")
+NOT_UTF8 = os.fsdecode(b"\xff\xfe broken.mp4")
+
+
+def test_hostile_names_do_no_harm(tmp_path, run_here):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    small_clip(clips / "x.mp4")
+    clip = (clips / "x.mp4").read_bytes()
+    for name in HOSTILE:
+        (clips / f"{name}.mp4").write_bytes(clip)
+        (clips / f"{name[:240]} broken.mp4").write_bytes(b"no video")
+    (clips / "x.mp4").unlink()
+    (clips / NOT_UTF8).write_bytes(clip)
+
+    result = run_here("vfm_feature.py", "--video_dir", ".", "--output_root", tmp_path / "f", *SMALL, cwd=clips)
+    assert result.returncode == 0, result.stderr
+    features = tmp_path / "f" / "VideoMAE"
+    assert {path.stem for path in features.glob("*.pt")} == set(HOSTILE)
+    assert {torch.load(path, weights_only=True)["video"] for path in features.glob("*.pt")} == {
+        f"{n}.mp4" for n in HOSTILE
+    }
+    failures = (features / "failed_videos.txt").read_text().splitlines()
+    assert len(failures) == len(HOSTILE) + 1
+    assert all(line.count("\t") == 1 and " broken.mp4\t" in line for line in failures)
+
+    result = run_here("train.py", "--feature_dir", features, "--save_dir", tmp_path / "ck", *TRAINING)
+    assert result.returncode == 0, result.stderr
+    checkpoint = tmp_path / "ck" / "motion_ae_epoch1.pt"
+    result = run_here("encode.py", "--checkpoint", checkpoint, "--input", ".", "--output", tmp_path / "z", cwd=features)
+    assert result.returncode == 0, result.stderr
+    assert {path.stem for path in (tmp_path / "z").glob("*.pt")} == set(HOSTILE)
+    assert {path.name for path in tmp_path.iterdir()} == {"clips", "f", "ck", "z"}
+
+
+def test_links_pipes_and_devices_are_passed_over(tmp_path, run_here, trained):
+    """A pipe would be waited for, a device would never end, a folder that holds itself would be searched for ever."""
+    folder = tmp_path / "in"
+    make_features(folder, 2)
+    small_clip(folder / "clip.mp4")
+    (folder / "again").symlink_to(folder)
+    (folder / "folder.mp4").mkdir()
+    (folder / "folder.pt").mkdir()
+    for suffix in (".mp4", ".pt", ".npy", ".csv"):
+        (folder / f"itself{suffix}").symlink_to(folder / f"itself{suffix}")
+        (folder / f"device{suffix}").symlink_to("/dev/zero")
+        os.mkfifo(folder / f"pipe{suffix}")
+    (folder / "empty.mp4").touch()
+
+    result = run_here("vfm_feature.py", "--video_dir", folder, "--output_root", tmp_path / "f", *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in (tmp_path / "f" / "VideoMAE").glob("*.pt")] == ["clip.pt"]
+    assert (tmp_path / "f" / "VideoMAE" / "failed_videos.txt").read_text().startswith("empty.mp4\t")
+    result = run_here("train.py", "--feature_dir", folder, "--save_dir", tmp_path / "ck", *SIZES, "--epochs", 1)
+    assert result.returncode == 0, result.stderr
+    assert "2 training files" in result.stdout
+    encoding = ["--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--output"]
+    assert run_here("encode.py", *encoding, tmp_path / "z", "--input", folder).returncode == 0
+    assert len(list((tmp_path / "z").rglob("*.pt"))) == 2
+
+    for name in ("itself", "device", "pipe"):
+        for command in (
+            ["vfm_feature.py", "--video_dir", folder, "--csv_path", folder / f"{name}.csv"],
+            ["train.py", "--feature_dir", folder / f"{name}.pt"],
+            ["encode.py", *encoding, tmp_path / "one.pt", "--input", folder / f"{name}.pt"],
+            ["encode.py", *encoding, tmp_path / "one.pt", "--input", folder / f"{name}.npy"],
+            ["encode.py", "--checkpoint", folder / f"{name}.pt", "--input", folder, "--output", tmp_path / "one"],
+        ):
+            result = run_here(*command)
+            assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+
+
+def test_whichever_backend_reads_a_video_the_frames_are_the_same(tmp_path):
+    """8 and 10 bit, HDR, full range, BT.601, BT.709, 4:4:4, rotated, variable frame rate..."""
+    shows = {name: frames for name, frames in make_corpus(tmp_path, seed=1).items() if not name.startswith(CHANGED)}
+    refused = set()
+    for name, frames in shows.items():
+        size, expected = frames.shape[1:3], frames[vfm.frame_indices(len(frames), 8)]
+        clips = [expected.astype(int)]
+        for backend in vfm.BACKENDS:
+            try:
+                clips.append(vfm.decode_clip(str(tmp_path / name), 8, [size], backend)[size].astype(int))
+            except Exception:  # decord has its own kind
+                refused.add((backend, name))
+        for clip in clips[1:]:
+            assert np.abs(clip - clips[0]).mean(axis=(1, 2, 3)).max() <= 5, name
+            assert np.abs(clip - clips[1]).mean(axis=(1, 2, 3)).max() <= 3, name
+    # a stream that decord would mistake, a width that it would garble; OpenCV alone has no AV1
+    decord, opencv = ({name for backend, name in refused if backend == wanted} for wanted in vfm.BACKENDS)
+    assert decord <= {"h264_stream.mpg", "size_121x96.mp4"} and all("av1" in name for name in opencv)
 
 
 def test_every_video_is_right_or_recorded():
     verdicts = decode_corpus(seed=1)
-    assert verdicts["whole"] == {"right": 34}
+    assert verdicts["whole"] == {"right": 46}
     assert verdicts["not a video"] == {"recorded": 6}
     assert verdicts["cut"]["WRONG"] == 0 and verdicts["cut"]["recorded"] > 60
     # VP8, VP9 and HEVC have no checks of their own: a flipped bit can look like another picture

@@ -366,8 +366,9 @@ def test_resizing_is_bicubic_with_antialiasing_and_leaves_a_fitting_frame_alone(
 )
 def test_captions(tmp_path, table, expected):
     (tmp_path / "captions.csv").write_text(table, encoding="utf-8")
-    caption_of = vfm.read_captions(tmp_path / "captions.csv")
-    assert {name: caption_of(Path("somewhere") / name) for name in expected} == expected
+    videos = {name: Path("somewhere") / name for name in expected}
+    caption_of = vfm.read_captions(tmp_path / "captions.csv", videos.values())
+    assert {name: caption_of(video) for name, video in videos.items()} == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
