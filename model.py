@@ -142,7 +142,10 @@ def remove_leftovers(folder: Path) -> None:
 def save_atomically(data: dict[str, Any], path: Path) -> None:
     """`torch.save` into a `whole_file`."""
     with whole_file(path) as file:
-        torch.save(data, file)
+        try:
+            torch.save(data, file)
+        except RuntimeError as error:  # its archive complains of a short file and hides why, say a full disk
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def find_features(folder: Path) -> list[Path]:

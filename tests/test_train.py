@@ -10,7 +10,8 @@ from model import MotionFeatureAutoencoder
 def test_train_writes_a_checkpoint_that_explains_itself(trained):
     folder, stdout = trained
     assert "11 training files, 1 held out" in stdout
-    assert sorted(path.name for path in (folder / "ck").iterdir()) == ["motion_ae_epoch1.pt", "motion_ae_epoch2.pt"]
+    checkpoints = ["motion_ae_best.pt", "motion_ae_epoch1.pt", "motion_ae_epoch2.pt"]
+    assert sorted(path.name for path in (folder / "ck").iterdir()) == ["loss_curves.png", "metrics.csv", *checkpoints]
     checkpoint = torch.load(folder / "ck" / "motion_ae_epoch2.pt", weights_only=True)
     assert checkpoint["epoch"] == 2
     assert checkpoint["config"]["latent_dim"] == 6
