@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import math
 import os
 import platform
@@ -24,6 +26,9 @@ from tqdm import tqdm
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 DETAIL_RMS = 0.15  # of a detail channel, a frame channel having 1: moves cosines little, clear of float16's rounding
 STILL = 1e-3  # of the frame channels' scale: movement below it counts as none
+WINDOW = 240  # time steps that `encode_long` takes at once; longer clips are cut into windows
+OVERLAP = 48  # time steps on either side of a window that the networks see beyond those that are kept
+TOKENS = 2**14  # that `encode_long` takes at once
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +142,15 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
         except (ValueError, OSError):  # not ours, or another user's that runs
             continue
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """A hash of the weights, so that a file tells which ones made it wherever theirs came from."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().flatten().view(torch.uint8).numpy())
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def save_atomically(data: dict[str, Any], path: Path) -> None:
@@ -354,10 +368,15 @@ class SpaceTimeCode(nn.Module):
         self.register_buffer("slots", torch.arange(block * self.detail_dim).repeat(block, 1))
         self.register_buffer("slot_gain", torch.ones(block, block * self.detail_dim))
 
-    def normalise(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor, clip_mean: Tensor | None = None) -> Tensor:
         """x [B, T, ..., C] -> what is coded: x without the training mean; for motion alone, x without the clip's mean
-        over time, which is all that delta_x says (its running sum, up to a constant)."""
-        return (x - (self.mean if self.use_token else x.mean(dim=1, keepdim=True))) / self.scale
+        over time, which is all that delta_x says (its running sum, up to a constant). `clip_mean` [..., C] is that
+        mean where x is a part of the clip."""
+        if self.use_token:
+            clip_mean = self.mean
+        elif clip_mean is None:
+            clip_mean = x.mean(dim=1, keepdim=True)
+        return (x - clip_mean) / self.scale
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `normalise`; for motion alone, the training mean stands for what is not known."""
@@ -515,8 +534,8 @@ class MotionFeatureEncoder(nn.Module):
         in_dim = 2 * input_dim if use_token else input_dim
         self.network = TemporalNetwork(in_dim, model_dim, self.code.detail_dim, num_heads, num_layers, dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.code.normalise(x)
+    def forward(self, x: Tensor, clip_mean: Tensor | None = None) -> Tensor:
+        tokens = self.code.normalise(x, clip_mean)
         delta = frame_differences(tokens)
         seen = to_sequences(torch.cat([tokens, delta], dim=-1) if self.use_token else delta)  # [B * N, T, C or 2C]
         correction = nn.functional.pad(self.network(seen), (self.code.frame_dim, 0))
@@ -554,6 +573,23 @@ class MotionFeatureDecoder(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         linear, refinement = self.parts(latent)
         return self.code.restore(linear + self.trust * refinement)
+
+
+def windows(length: int, positions: int, block: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut a clip [T, N, ...] into parts that fit in memory: (positions, kept, seen), slices of N, of T, and of T.
+
+    `seen` is `kept` and what a model has to see around it: `OVERLAP` steps or a little more on either side, where there
+    are as many, so that what comes of `kept` does not depend on where the cuts are. `seen` begins where a block of the
+    space-time code does. All steps of some positions come in order before the next positions.
+    """
+    overlap = -(-OVERLAP // block) * block
+    stride = length if length <= WINDOW else max(block, (WINDOW - 2 * overlap) // block * block)
+    width = max(1, TOKENS // min(length, WINDOW))
+    for first in range(0, positions, width):
+        for start in range(0, length, stride):
+            stop = min(start + stride, length)
+            seen = slice(max(start - overlap, 0), min(stop + overlap, length))
+            yield slice(first, min(first + width, positions)), slice(start, stop), seen
 
 
 class MotionFeatureAutoencoder(nn.Module):
@@ -626,6 +662,36 @@ class MotionFeatureAutoencoder(nn.Module):
         """latent -> reconstruction of x."""
         return self.decoder(latent)
 
+    @torch.no_grad()
+    def encode_long(self, x: Tensor) -> Tensor:
+        """One clip [T, N, C] or [T, H, W, C], any T, any floating dtype, anywhere (on disk too, by mmap) -> its latent,
+        on the CPU.
+
+        What `encode` gives, to rounding, up to `WINDOW` steps; beyond, the networks see windows of time. The memory
+        that it takes beside x and the latent depends on neither T nor N.
+        """
+        code = self.encoder.code
+        clip = x.flatten(1, -2)
+        latent = torch.empty(*clip.shape[:2], self.config["latent_dim"])
+        clip_mean = None
+        for positions, kept, seen in windows(*clip.shape[:2], code.block):
+            if kept.start == 0 and not code.use_token:
+                parts = clip[:, positions].split(WINDOW)
+                clip_mean = sum(part.to(code.mean).sum(dim=0) for part in parts) / len(clip)  # [n, C]
+            z = self.encoder(clip[None, seen, positions].to(code.mean), clip_mean)  # [1, t, n, D]
+            latent[kept, positions] = z[0, kept.start - seen.start :][: kept.stop - kept.start].cpu()
+        return latent.unflatten(1, x.shape[1:-1])
+
+    @torch.no_grad()
+    def decode_long(self, latent: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The latent of one clip [T, N, D] or [T, H, W, D] -> its reconstruction [T, N, C] in parts, as `windows` cuts
+        it: (steps, positions, [t, n, C] on the model's device)."""
+        code = self.encoder.code
+        clip = latent.flatten(1, -2)
+        for positions, kept, seen in windows(*clip.shape[:2], code.block):
+            x = self.decoder(clip[None, seen, positions].to(code.mean))  # [1, t, n, C]
+            yield kept, positions, x[0, kept.start - seen.start :][: kept.stop - kept.start]
+
     def embed(self, latent: Tensor) -> Tensor:
         """latent [B, T, ..., D] -> motion embedding [B, T, D]: what is there, and how much of it moves.
 
@@ -644,3 +710,184 @@ class MotionFeatureAutoencoder(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         latent = self.encoder(x)
         return {"latent": latent, "reconstruction": self.decode(latent), "motion_embedding": self.embed(latent)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Previews
+# ---------------------------------------------------------------------------------------------------------------------
+
+PANEL_PIXELS = 240 * 360  # of a picture in a preview's video
+PREVIEW_STEPS = 240  # of a clip that a preview shows, at most
+PREVIEW_FPS = 8
+MARGIN, TITLE, CURVE = 8, 16, 120  # pixels: around things, a line of text, the height of the curve
+CURSOR = (230, 40, 40)
+
+
+def check_preview_packages() -> None:
+    """Raise `UserError` where a package that only previews need is not here."""
+    try:
+        import av  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--preview needs the package {error.name}; install it, or leave --preview out") from None
+
+
+def has_preview(path: Path) -> bool:
+    """Whether the preview of the file `path` was made after it."""
+    pictures = [path.with_suffix(suffix) for suffix in (".mp4", ".png")]
+    return all(picture.exists() and picture.stat().st_mtime >= path.stat().st_mtime for picture in pictures)
+
+
+def preview_steps(length: int) -> list[int]:
+    """The time steps of a clip that its preview shows: all, or `PREVIEW_STEPS` of them evenly spread."""
+    return torch.linspace(0, length - 1, min(length, PREVIEW_STEPS), dtype=torch.float64).round().int().tolist()
+
+
+def leading_components(x: Tensor) -> tuple[Tensor, float]:
+    """The first three principal components of features [T, H, W, C], one basis and one scale for the whole clip, and
+    their share of its variance: [steps, H, W, 3] of `preview_steps`, the 2nd to 98th percentile in [-0.5, 0.5]. What
+    does not vary is 0."""
+    tokens = x.flatten(0, -2)
+    sample = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), 4096)).long()].float()
+    mean = sample.mean(dim=0)
+    covariance = (sample - mean).mT @ (sample - mean) / len(sample)
+    basis = nn.functional.pad(principal_components(covariance)[:, :3], (0, max(0, 3 - x.shape[-1])))
+    spread = (sample - mean) @ basis  # [K, 3]
+    low, high = spread.quantile(0.02, dim=0), spread.quantile(0.98, dim=0)
+    rounding = 1e-4 * sample.square().mean().sqrt() + 1e-12  # must not be blown up to look like a signal
+    steps = torch.stack([(x[step].float() - mean) @ basis for step in preview_steps(len(x))])
+    share = spread.square().mean(dim=0).sum() / covariance.trace().clamp_min(rounding**2)
+    return (steps - (low + high) / 2) / (high - low).clamp_min(rounding), share.item()
+
+
+def motion_energy(x: Tensor) -> np.ndarray:
+    """How far features [T, ..., C] move at each step but the first, [T - 1]: the root mean square of delta_x over that
+    of x around its mean, so that features and latents compare."""
+    deviation = x[preview_steps(len(x))].float()
+    deviation = deviation - deviation.flatten(0, -2).mean(dim=0)
+    scale = deviation.square().mean().sqrt().clamp_min(1e-12)
+    return np.array([((b.float() - a.float()).square().mean().sqrt() / scale).item() for a, b in itertools.pairwise(x)])
+
+
+def draw_page(
+    height: int, width: int, labels: list[tuple[int, int, str]], motion: dict[str, np.ndarray]
+) -> tuple[np.ndarray, Callable[[float], slice]]:
+    """A page, uint8 [height, width, 3], with `labels` (x, y from the top left, text) and at its foot the curves of
+    `motion`; and the function from a time step to its pixel columns there."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    for x, y, text in labels:
+        figure.text(x / width, 1 - y / height, text, fontsize=8, va="top")
+    left, foot = 5 * MARGIN, 3 * MARGIN  # room for the numbers at the axes
+    axes = figure.add_axes(
+        (left / width, foot / height, 1 - (left + 2 * MARGIN) / width, (CURVE - foot - MARGIN) / height)
+    )
+    for name, curve in motion.items():
+        axes.plot(np.arange(1, len(curve) + 1), curve, linewidth=1.2, label=name)
+    axes.set_xlim(0, max(1, *(len(curve) for curve in motion.values())))
+    axes.set_ylim(0, 1.4 * max((curve.max() for curve in motion.values() if len(curve)), default=0) or 1)
+    axes.tick_params(labelsize=7)
+    axes.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    page = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+    def columns(step: float) -> slice:
+        column = round(axes.transData.transform((step, 0))[0])
+        return slice(column - 1, column + 1)
+
+    return page, columns
+
+
+def paste(page: np.ndarray, picture: np.ndarray, x: int, y: int, size: tuple[int, int]) -> None:
+    """Put a picture, uint8 [h, w, 3], on the page, of `size` = (height, width): nearest when it grows, so that a token
+    stays a block."""
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    options = {"mode": "nearest"} if picture.shape[0] <= size[0] else {"mode": "bilinear", "antialias": True}
+    image = nn.functional.interpolate(image, size, **options)[0].permute(1, 2, 0)
+    page[y : y + size[0], x : x + size[1]] = image.numpy()
+
+
+def draw_sheet(
+    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], length: int, size: tuple[int, int]
+) -> np.ndarray:
+    """Six moments of a clip of `length` steps side by side, a row for each kind of picture, over the motion."""
+    height, width = size[0] + TITLE + MARGIN, size[1] + MARGIN
+    labels = [(MARGIN, MARGIN + row * height, title.replace("\n", "  ")) for row, title in enumerate(pictures)]
+    page, columns = draw_page(MARGIN + len(pictures) * height + CURVE, MARGIN + 6 * width, labels, motion)
+    for column, step in enumerate(np.linspace(0, length - 1, 6).round().astype(int)):
+        for row, shown in enumerate(pictures.values()):
+            corner = MARGIN + column * width, MARGIN + TITLE + row * height
+            paste(page, shown[step * len(shown) // length], *corner, size)
+        page[-CURVE:, columns(step)][MARGIN : -3 * MARGIN] = CURSOR
+    return page
+
+
+def draw_frames(
+    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], length: int, size: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """The frames of the preview's video, uint8 [even height, even width, 3]: pictures side by side, over the motion."""
+    height, width = MARGIN + 2 * TITLE + size[0] + MARGIN + CURVE, MARGIN + len(pictures) * (size[1] + MARGIN)
+    labels = [(MARGIN + column * (size[1] + MARGIN), MARGIN, title) for column, title in enumerate(pictures)]
+    page, columns = draw_page(height + height % 2, max(480, width + width % 2), labels, motion)
+    count = max(len(shown) for shown in pictures.values())
+    for index in range(count):
+        frame = page.copy()
+        for (x, y, _), shown in zip(labels, pictures.values(), strict=True):
+            paste(frame, shown[index * len(shown) // count], x, y + 2 * TITLE, size)
+        frame[-CURVE:, columns(index * length / count)][MARGIN : -3 * MARGIN] = CURSOR
+        yield frame
+
+
+def write_video(file: BinaryIO, frames: Iterable[np.ndarray]) -> None:
+    """Frames, uint8 RGB [even height, even width, 3], as H.264 in MP4, in the form that browsers play."""
+    import av
+
+    with av.open(file, mode="w", format="mp4") as container:
+        stream = None
+        for frame in frames:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=PREVIEW_FPS, options={"crf": "20", "preset": "veryfast"})
+                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
+                stream.thread_count = 1  # the cores are the models'
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, frames: np.ndarray | None = None) -> None:
+    """Beside the file `path`, `<stem>.mp4` and `<stem>.png`: what a clip's features look like, and how they move.
+
+    feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: uint8 RGB
+    [F, h, w, 3], evenly spread over the clip; their aspect ratio, or else the grid's, is that of all pictures. Both
+    files are whole or not there; raises `OSError` where they cannot be written.
+    """
+    from matplotlib.image import imsave
+
+    pictures, motion = {}, {}
+    if frames is not None:
+        pictures["frames"] = frames
+    for name, x in {"features": feature, "latent": latent}.items():
+        if x is None:
+            continue
+        if x.ndim == 3:
+            rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
+            x = x.unflatten(1, (rows, -1))
+        components, share = leading_components(x)
+        told = f"3 components: {share:.0%} of the variance" if components.any() else "NOTHING VARIES"
+        if name == "latent":  # turned so that what is alike has the same colours (orthogonal Procrustes)
+            u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
+            components = components @ (u @ v)
+        reference = components
+        pictures[f"{name} {list(x.shape)}\n{told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
+        motion[f"motion of the {name}"] = motion_energy(x)
+
+    _, height, width, _ = next(iter(pictures.values())).shape
+    aspect = min(max(width / height, 1 / 8), 8.0)
+    size = round((PANEL_PIXELS / aspect) ** 0.5), round((PANEL_PIXELS * aspect) ** 0.5)
+    small = size[0] // 2, size[1] // 2
+    with whole_file(path.with_suffix(".png")) as file:
+        imsave(file, draw_sheet(pictures, motion, len(feature), small), format="png")
+    with whole_file(path.with_suffix(".mp4")) as file:
+        write_video(file, draw_frames(pictures, motion, len(feature), size))

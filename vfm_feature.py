@@ -48,6 +48,8 @@ from tqdm import tqdm
 from model import (
     ArgumentParser,
     UserError,
+    check_preview_packages,
+    has_preview,
     join_ranks,
     number,
     open_device,
@@ -57,6 +59,7 @@ from model import (
     save_atomically,
     say,
     whole_file,
+    write_preview,
 )
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -780,6 +783,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the models' matrix products")
     add("--save_dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the saved features")
     add("--overwrite", action="store_true", help="make features again that are finished")
+    add("--preview", action="store_true", help="draw each clip and its features: <stem>.mp4 and .png beside the .pt")
     add("--num_workers", type=number(int, 1), default=default_num_workers(), help="processes that decode")
     add("--decode_timeout", type=number(int, 1), default=120, help="seconds after which a video counts as undecodable")
     args = parser.parse_args(argv)
@@ -889,7 +893,9 @@ def video_settings(run: Run, video: Path, video_bytes: int) -> dict[str, int | s
     return {**run.settings, "video": video.name, "video_bytes": video_bytes}
 
 
-def plan(run: Run, videos: list[Path], caption_of: Callable[[Path], str], overwrite: bool) -> None:
+def plan(
+    run: Run, videos: list[Path], caption_of: Callable[[Path], str], overwrite: bool, with_preview: bool = False
+) -> None:
     """Find out which videos `run` has to do. A finished feature whose caption has changed is saved with the new one."""
     remove_leftovers(run.folder)
     for video in tqdm(videos, desc=f"{run.name}: looking for finished features", unit="video", leave=False):
@@ -901,6 +907,9 @@ def plan(run: Run, videos: list[Path], caption_of: Callable[[Path], str], overwr
         path = run.folder / f"{video.stem}.pt"
         saved = None if overwrite else read_saved(path)
         if saved is None or saved.get("settings") != video_settings(run, video, video_bytes):
+            run.todo[video] = video_bytes
+            continue
+        if with_preview and not has_preview(path):
             run.todo[video] = video_bytes
             continue
         run.count["skipped"] += 1
@@ -934,8 +943,9 @@ def forward(run: Run, clips: list[np.ndarray], args: argparse.Namespace) -> torc
         ) from error
 
 
-def save_feature(run: Run, video: Path, feature: torch.Tensor, caption: str) -> None:
-    """Fetch a feature from the device and write its file. What comes of it goes into `run`."""
+def save_feature(run: Run, video: Path, feature: torch.Tensor, caption: str, clip: np.ndarray | None = None) -> None:
+    """Fetch a feature from the device and write its file, and its preview if there is a `clip` for it. What comes of it
+    goes into `run`."""
     feature = feature.to(getattr(torch, run.settings["save_dtype"])).cpu()
     if not torch.isfinite(feature).all():
         run.failed[video.name] = f"{run.name} gave NaN or infinity in {run.settings['save_dtype']}"
@@ -950,6 +960,8 @@ def save_feature(run: Run, video: Path, feature: torch.Tensor, caption: str) -> 
         "settings": settings,
     }
     save_atomically(data, run.folder / f"{video.stem}.pt")
+    if clip is not None:
+        write_preview(run.folder / f"{video.stem}.pt", feature, frames=clip)
     run.shape = list(feature.shape)
     run.count["written"] += 1
 
@@ -975,8 +987,9 @@ def extract(runs: list[Run], videos: list[Path], caption_of: Callable[[Path], st
         if not run.batch:
             return
         features = forward(run, [clip for _, clip in run.batch], args)
-        for (video, _), feature in zip(run.batch, features, strict=True):
-            saving.append((run, writer.submit(save_feature, run, video, feature, caption_of(video))))
+        for (video, clip), feature in zip(run.batch, features, strict=True):
+            shown = clip if args.preview else None
+            saving.append((run, writer.submit(save_feature, run, video, feature, caption_of(video), shown)))
         run.batch.clear()
         finish_saving(at_most=2 * args.batch_size)
 
@@ -1073,6 +1086,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.models:
         input_size(name, args)
     args.device = str(open_device(args.device))
+    if args.preview:
+        check_preview_packages()
     video_dir = REPOSITORY / args.video_dir if args.video_dir is DEFAULT_VIDEO_DIR else args.video_dir
     output_root = REPOSITORY / args.output_root if args.output_root is DEFAULT_OUTPUT else args.output_root
     videos = list_videos(video_dir)
@@ -1093,7 +1108,7 @@ def main(argv: list[str] | None = None) -> int:
             all_runs += runs
             if rank() == 0:
                 for run in runs:
-                    plan(run, videos, caption_of, args.overwrite)
+                    plan(run, videos, caption_of, args.overwrite, args.preview)
             extract(runs, share_out(runs, videos), caption_of, args)
             collect(runs)
             for run in runs:
