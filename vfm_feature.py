@@ -486,12 +486,30 @@ def frame_indices(num_available: int, num_frames: int) -> np.ndarray:
 Opened = tuple[int, Callable[[list[int]], Iterator[np.ndarray]]]
 
 
+BOXES = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"sidx", b"mfra", b"free", b"skip", b"wide", b"uuid")  # MP4, MOV
+
+
+def decord_seeks_right(path: str) -> bool:
+    """Whether decord finds the frames behind a keyframe: in MP4, MOV, Matroska and WebM, of codecs whose every keyframe
+    can be decoded from. In others (HEVC, MPEG-2, B-frames in AVI...) it takes other frames for them, without a word."""
+    import cv2
+
+    with open(path, "rb") as file:
+        header = file.read(8)
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)
+    codec = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").lower()
+    has_index = header[4:] in BOXES or header.startswith(b"\x1aE\xdf\xa3")
+    return has_index and codec in (b"h264", b"avc1", b"vp80", b"vp90", b"vp09", b"av01")
+
+
 def open_decord(path: str) -> Opened:
     import decord
 
     decord.logging.set_level(decord.logging.ERROR)
     # fault_tol: decord would put a neighbour in the place of a frame that it cannot find, and say nothing
     reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
+    if len(reader.get_key_indices()) < len(reader) and not decord_seeks_right(path):
+        raise ValueError("seeks to other frames in videos of this kind")
 
     def frames(indices: list[int]) -> Iterator[np.ndarray]:
         for index in indices:
@@ -590,13 +608,12 @@ def find_damage(path: str, printed: list[str]) -> str | None:
 
 def is_cut_short(path: str) -> bool:
     """Whether an AVI, MP4 or MOV is shorter than the sizes of its outermost parts."""
-    boxes = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"sidx", b"mfra", b"free", b"skip", b"wide", b"uuid")
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         header, end = file.read(16), 0
         if header[:4] == b"RIFF":
             return int.from_bytes(header[4:8], "little") + 8 > size
-        while header[4:8] in boxes and end < size:
+        while header[4:8] in BOXES and end < size:
             length = int.from_bytes(header[:4], "big")
             if length == 1:  # then it is the 64 bits behind the name
                 length = int.from_bytes(header[8:], "big")

@@ -92,6 +92,16 @@ WHOLE = {  # file name -> FFmpeg's options
     "mpeg2.mpg": ["-c:v", "mpeg2video", "-q:v", "2"],
     "wmv2.wmv": ["-c:v", "wmv2", "-q:v", "2"],
     "prores.mov": ["-c:v", "prores_ks"],
+    # several keyframes, which decord mistakes the frames behind of
+    "h264_keys.avi": [*H264, "-pix_fmt", "yuv420p", "-g", "10"],
+    "h264_keys.mp4": [*H264, "-pix_fmt", "yuv420p", "-g", "10", "-x264-params", "open-gop=1:bframes=3"],
+    "hevc_keys.mkv": [*HEVC, "-pix_fmt", "yuv420p", "-g", "10"],
+    "hevc_keys.mp4": [*HEVC, "-pix_fmt", "yuv420p", "-g", "10"],
+    "vp9_keys.webm": [*VP9, "-g", "10"],
+    "av1_keys.mp4": [*AV1, "-g", "10"],
+    "mpeg4_b_frames.mp4": ["-c:v", "mpeg4", "-q:v", "2", "-g", "10", "-bf", "2"],
+    "mpeg4_b_frames.avi": ["-c:v", "mpeg4", "-q:v", "2", "-g", "10", "-bf", "2"],
+    "mpeg2_b_frames.mkv": ["-c:v", "mpeg2video", "-q:v", "2", "-g", "10", "-bf", "2"],
 }
 ROTATIONS = (90, 180, 270)
 ODD_SIZES = ((119, 157), (121, 96), (64, 200))  # 96 columns are what decord garbles
