@@ -1,13 +1,20 @@
 """Broken videos, hostile names, mutated files, full disks, killed processes; `bench_faults.py` does some at length."""
 
 import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from bench_faults import decode_corpus, draw, encode, load_mutants, make_corpus
-from made_up import SIZES, make_features
+from bench_faults import decode_corpus, draw, encode, kill_scripts, load_mutants, make_corpus
+from made_up import ROOT, SIZES, make_features
 
 import vfm_feature as vfm
+from model import UserError
 
 # A ViT is quick on a clip of two tubelets and six patches.
 SMALL = ["--random_weights", "--num_frames", "4", "--videomae_resize_h", "32", "--videomae_resize_w", "48"]
@@ -128,3 +135,76 @@ def test_mutated_files_load_or_are_refused():
     for file, counts in load_mutants(seed=1, count=400).items():
         assert counts["WRONG"] == 0, file
         assert counts["loads"] > 0 and counts["refused"] > 0, file
+
+
+def test_killed_scripts_finish_on_the_second_run():
+    for script, counts in kill_scripts(seed=1, count=3).items():
+        assert counts["WRONG"] == 0, script
+
+
+def disk_of(size):
+    """Called in a process before it starts: it can write files of `size` bytes and no longer ones, as on a full disk."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+def test_a_full_disk_ends_the_run_in_one_line(tmp_path):
+    (tmp_path / "clips").mkdir()
+    for index in range(3):
+        small_clip(tmp_path / "clips" / f"{index}.mp4")
+    command = [
+        sys.executable,
+        ROOT / "vfm_feature.py",
+        "--video_dir",
+        tmp_path / "clips",
+        "--output_root",
+        tmp_path / "f",
+    ]
+    command = [str(part) for part in [*command, "--device", "cpu", *SMALL]]
+    result = subprocess.run(command, preexec_fn=disk_of(10_000), capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1
+    assert "error: [Errno 27] File too large; finished files are whole" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr and "VideoMAE" in result.stdout
+    assert not [path for path in (tmp_path / "f").rglob("*") if path.is_file() and path.suffix in (".pt", ".tmp")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0 and len(list((tmp_path / "f").rglob("*.pt"))) == 3
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, run_here):
+    (tmp_path / "clips").mkdir()
+    small_clip(tmp_path / "clips" / "a.mp4")
+    (tmp_path / "file").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "VideoMAE").touch()
+    for out in ("file", "file/below", "out"):
+        result = run_here("vfm_feature.py", "--video_dir", tmp_path / "clips", "--output_root", tmp_path / out, *SMALL)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert f"--output_root {tmp_path / out}" in result.stderr and "no folder" in result.stderr
+
+
+BROKEN_TABLES = {
+    "empty": (b"", "no column named caption; it has nothing"),
+    "header alone": (b"video,caption\n", ""),
+    "unclosed quote": (b'video,caption\na.mp4,"a dog\nb.mp4,a cat\n', "unexpected end of data"),
+    "quote within": (b'video,caption\na.mp4,"a" dog\n', "',' expected after"),
+    "binary": (bytes(range(256)), "cannot be read as a CSV in UTF-8"),
+    "commas": (b"," * 2**21, "a line is longer than"),
+    "field": (b"video,caption\na.mp4," + b"x" * 2**18, "field larger than field limit"),
+    "long row": (b"video,caption\n" + b"x.mp4,word\n" * 10000 + b"a.mp4,a dog, running\n", "row 10001 is longer"),
+    "same columns": (b"caption,video,caption\na dog,a.mp4,two\n", "a dog"),
+    "short row": (b"video,caption\na.mp4\n", ""),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_TABLES)
+def test_a_broken_table_gives_captions_or_an_error(name, tmp_path):
+    table, outcome = BROKEN_TABLES[name]
+    (tmp_path / "captions.csv").write_bytes(table)
+    try:
+        assert vfm.read_captions(tmp_path / "captions.csv", [Path("a.mp4")])(Path("a.mp4")) == outcome
+    except UserError as error:
+        assert outcome and outcome in str(error)
