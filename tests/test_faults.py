@@ -143,7 +143,7 @@ def test_killed_scripts_finish_on_the_second_run():
 
 
 def disk_of(size):
-    """Called in a process before it starts: it can write files of `size` bytes and no longer ones, as on a full disk."""
+    """Called in a process before it starts: no file of it can grow beyond `size` bytes, as on a full disk."""
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
