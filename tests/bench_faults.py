@@ -297,17 +297,17 @@ def results(out: Path) -> dict[str, dict]:
     """What the .pt files below `out` hold, less what tells of the run itself; fails where one is torn."""
     held = {str(path.relative_to(out)): torch.load(path, weights_only=True) for path in out.rglob("[!.]*.pt")}
     return {
-        name: {key: value for key, value in data.items() if key not in ("args", "command", "seconds")}
+        name: {key: value for key, value in data.items() if key not in ("args", "command")}
         for name, data in held.items()
     }
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether nested values are the same to the last bit."""
+    """Whether nested values are the same to the last bit, except how many seconds an epoch took."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one if key != "seconds")
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(equal, one, other))
     return one == other
