@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -131,7 +132,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises `OSError` when the disk is full or the folder cannot be written; the half-written file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{platform.node()}.{os.getpid()}.{path.stem[:50]}.tmp")
+    temporary = path.with_name(f".{platform.node()}.{os.getpid()}.{threading.get_native_id()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -191,15 +192,20 @@ def find_features(folder: Path) -> list[Path]:
     return paths
 
 
+def check_file(path: Path) -> None:
+    """Raise `UserError` unless `path` is a file; a pipe would be waited for."""
+    if not path.is_file():
+        raise UserError(f"{path} is no file" if path.exists() else f"{path} does not exist")
+
+
 def load_checked(path: Path, mmap: bool = False) -> Any:
     """`torch.load` on the CPU that never runs code from the file. `mmap` leaves tensors on disk.
 
     Raises `UserError` when the file is absent, damaged, or holds more than tensors and plain values.
     """
+    check_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
     except Exception as error:  # damaged files raise almost anything
         if mmap:  # files of torch < 1.6 cannot be mapped
             return load_checked(path)
@@ -219,11 +225,10 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
     """
     metadata: dict[str, str] = {}
     if path.suffix.lower() == ".npy":
+        check_file(path)
         try:
             data = np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
             feature = torch.from_numpy(data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("=")))
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist") from None
         except Exception as error:  # damaged, an archive, Python objects, text
             raise UserError(
                 f"{path} is damaged or no array of numbers ({type(error).__name__}); save it with numpy.save"

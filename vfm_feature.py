@@ -17,6 +17,7 @@ goes on where it was: features that exist already, made with the same settings, 
 from __future__ import annotations
 
 import argparse
+import csv
 import ctypes
 import functools
 import hashlib
@@ -27,7 +28,6 @@ import resource
 import signal
 import sys
 import tempfile
-import warnings
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +36,7 @@ from concurrent.futures import TimeoutError as DecodeTimeoutError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -69,6 +70,7 @@ VIDEO_COLUMNS = (
     *("video", "video_name", "video_path", "video_file", "file", "file_name", "filename", "file_path", "filepath"),
     *("path", "name", "video_id", "videoid", "clip"),
 )
+LONGEST_LINE = 2**20  # characters of a caption CSV
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -430,35 +432,45 @@ def list_videos(folder: Path) -> list[Path]:
     return videos
 
 
-def read_captions(csv_path: Path) -> Callable[[Path], str]:
-    """The captions of a CSV file as a function from a video's path to its caption, an empty string where there is none.
+def read_captions(csv_path: Path, videos: Iterable[Path]) -> Callable[[Path], str]:
+    """The captions of `videos` in a CSV file, as a function from a video's path to its caption, which may be empty.
 
     A column named as one of `VIDEO_COLUMNS` holds the video's file name, path or stem; without such a column row i
-    belongs to the stem `%04d` of i. Raises `UserError` when the file cannot be read or has no `caption` column.
+    belongs to the stem `%04d` of i. Of several rows for a video the first counts. Memory holds one row at a time, so
+    the file may be that of a whole data set. Raises `UserError` when it cannot be read or has no `caption` column.
     """
-    import pandas as pd
-
+    wanted = {name for video in videos for name in (video.name, video.stem)}
+    by_name: dict[str, str] = {}
+    by_stem: dict[str, str] = {}
     try:
-        with warnings.catch_warnings():  # of rows longer than the header, which would lose their end
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
-    except (OSError, ValueError, pd.errors.ParserWarning) as error:  # a wrong encoding is a ValueError too
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--csv_path {csv_path}: cannot be read as a CSV in UTF-8 ({reason})") from error
-    columns = {str(column).strip().lower(): column for column in reversed(table.columns)}
-    if "caption" not in columns:
-        raise UserError(f"--csv_path {csv_path}: no column named caption; it has {', '.join(map(str, table.columns))}")
-    captions = table[columns["caption"]]
-    named_by = next((columns[name] for name in VIDEO_COLUMNS if name in columns), None)
-    if named_by is None:
-        by_name = by_stem = {f"{row:04d}": caption for row, caption in enumerate(captions)}
-    else:
-        names = table[named_by].str.strip().str.replace("\\", "/").str.rsplit("/", n=1).str[-1]
-        stems = [Path(name).stem if name.lower().endswith(VIDEO_SUFFIXES) else name for name in names]
-        by_name, by_stem = (  # the first of equal names wins
-            dict(zip(reversed(keys), reversed(captions), strict=True)) for keys in (list(names), stems)
-        )
+        with open(csv_path, encoding="utf-8-sig", newline="") as file:
+            rows = filter(None, csv.reader(bounded_lines(file), strict=True))  # a blank line is no row
+            header = next(rows, [])
+            columns = {name.strip().lower(): place for place, name in reversed(list(enumerate(header)))}
+            if "caption" not in columns:
+                found = ", ".join(map(repr, header))[:300] or "nothing"
+                raise UserError(f"--csv_path {csv_path}: no column named caption; it has {found}")
+            named_by = next((columns[name] for name in VIDEO_COLUMNS if name in columns), None)
+            for index, row in enumerate(rows):
+                if any(row[len(header) :]):
+                    raise ValueError(f"row {index + 1} is longer than the header; quote captions that hold commas")
+                row += [""] * (len(header) - len(row))
+                name = f"{index:04d}" if named_by is None else row[named_by].strip().replace("\\", "/").split("/")[-1]
+                stem = os.path.splitext(name)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name
+                for key, captions in ((name, by_name), (stem, by_stem)):
+                    if key in wanted:
+                        captions.setdefault(key, row[columns["caption"]])
+    except (OSError, ValueError, csv.Error) as error:  # a wrong encoding is a ValueError too
+        raise UserError(f"--csv_path {csv_path}: cannot be read as a CSV in UTF-8 ({error})") from error
     return lambda video: by_name.get(video.name, by_stem.get(video.stem, ""))
+
+
+def bounded_lines(file: TextIO) -> Iterator[str]:
+    """The lines of a text file, of which a single one could otherwise fill the memory."""
+    while line := file.readline(LONGEST_LINE):
+        if len(line) == LONGEST_LINE:
+            raise ValueError(f"a line is longer than {LONGEST_LINE} characters")
+        yield line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,12 +487,30 @@ def frame_indices(num_available: int, num_frames: int) -> np.ndarray:
 Opened = tuple[int, Callable[[list[int]], Iterator[np.ndarray]]]
 
 
+BOXES = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"sidx", b"mfra", b"free", b"skip", b"wide", b"uuid")  # MP4, MOV
+
+
+def decord_seeks_right(path: str) -> bool:
+    """Whether decord finds the frames behind a keyframe: in MP4, MOV, Matroska and WebM, of codecs whose every keyframe
+    can be decoded from. In others (HEVC, MPEG-2, B-frames in AVI...) it takes other frames for them, without a word."""
+    import cv2
+
+    with open(path, "rb") as file:
+        header = file.read(8)
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)
+    codec = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").lower()
+    has_index = header[4:] in BOXES or header.startswith(b"\x1aE\xdf\xa3")
+    return has_index and codec in (b"h264", b"avc1", b"vp80", b"vp90", b"vp09", b"av01")
+
+
 def open_decord(path: str) -> Opened:
     import decord
 
     decord.logging.set_level(decord.logging.ERROR)
     # fault_tol: decord would put a neighbour in the place of a frame that it cannot find, and say nothing
     reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
+    if len(reader.get_key_indices()) < len(reader) and not decord_seeks_right(path):
+        raise ValueError("seeks to other frames in videos of this kind")
 
     def frames(indices: list[int]) -> Iterator[np.ndarray]:
         for index in indices:
@@ -492,18 +522,39 @@ def open_decord(path: str) -> Opened:
     return len(reader), frames
 
 
+# An MPEG-2 video: one frame, 16 x 16, plain green (0, 200, 0), its colours said to be BT.709.
+GREEN_BT709 = bytes.fromhex(
+    "000001b301001013ffffe018000001b5148a00010000000001b52b02020100420080000001b80008004000000100000ffff8000001b5"
+    "8ffff341800000010113d54a52fceefcbe"
+)
+
+
+@functools.cache
+def opencv_obeys_colours() -> bool:
+    """Whether OpenCV converts colours as the video says. 4.9 takes all for BT.601: BT.709 is then 6 levels off."""
+    import cv2
+
+    with tempfile.NamedTemporaryFile(suffix=".m2v") as file:
+        file.write(GREEN_BT709)
+        file.flush()
+        found, frame = cv2.VideoCapture(file.name, cv2.CAP_FFMPEG).read()
+    return found and bool(np.abs(frame.mean(axis=(0, 1)) - [0, 200, 0]).max() < 4)  # else [4, 233, 14]
+
+
 def open_opencv(path: str) -> Opened:
     """OpenCV estimates the number of frames and seeks inexactly, so it reads all frames in order, twice."""
     os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors
     import cv2
 
-    counter = cv2.VideoCapture(path)
+    if not opencv_obeys_colours():
+        raise ValueError(f"OpenCV {cv2.__version__} mistakes colours; install opencv-python-headless 4.14 or newer")
+    counter = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # not as images whose names are numbered
     num_available = 0
     while counter.grab():
         num_available += 1
 
     def frames(indices: list[int]) -> Iterator[np.ndarray]:
-        capture = cv2.VideoCapture(path)
+        capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)
         wanted = set(indices)
         for index in range(num_available):
             if not capture.grab():
@@ -558,13 +609,12 @@ def find_damage(path: str, printed: list[str]) -> str | None:
 
 def is_cut_short(path: str) -> bool:
     """Whether an AVI, MP4 or MOV is shorter than the sizes of its outermost parts."""
-    boxes = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"sidx", b"mfra", b"free", b"skip", b"wide", b"uuid")
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         header, end = file.read(16), 0
         if header[:4] == b"RIFF":
             return int.from_bytes(header[4:8], "little") + 8 > size
-        while header[4:8] in boxes and end < size:
+        while header[4:8] in BOXES and end < size:
             length = int.from_bytes(header[:4], "big")
             if length == 1:  # then it is the 64 bits behind the name
                 length = int.from_bytes(header[8:], "big")
@@ -596,6 +646,9 @@ def decode_clip(
     The video is decoded once for all sizes, and one full-size frame at a time is held. Raises what the backend raises,
     and `ValueError` if the video is damaged or cut short.
     """
+    path = os.path.abspath(path)  # the name pipe:0 would be a protocol to FFmpeg if no folder came before it
+    if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
+        raise ValueError("its name is not in UTF-8; rename it")  # OpenCV would crash
     clips: dict[tuple[int, int], list[np.ndarray]] = {size: [] for size in sizes}
     with captured_output() as printed:
         num_available, frames = BACKENDS[backend](path)
@@ -617,7 +670,7 @@ def frames_promised(path: str) -> int:
     """How many frames the container says it holds, or its duration and rate, 0 if it does not say."""
     import cv2
 
-    return max(0, round(cv2.VideoCapture(path).get(cv2.CAP_PROP_FRAME_COUNT)))
+    return max(0, round(cv2.VideoCapture(path, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)))
 
 
 def start_decoder() -> None:
@@ -770,16 +823,26 @@ def input_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
     return getattr(args, flags[0]), getattr(args, flags[1])
 
 
-def find_captions(csv_path: Path) -> Callable[[Path], str]:
+def find_captions(csv_path: Path, videos: list[Path]) -> Callable[[Path], str]:
     """As `read_captions`; the default CSV may be absent, then no video has a caption."""
     if csv_path is not DEFAULT_CSV:
         if not csv_path.is_file():
             raise UserError(f"--csv_path {csv_path}: no such file")
-        return read_captions(csv_path)
+        return read_captions(csv_path, videos)
     if (REPOSITORY / csv_path).is_file():
-        return read_captions(REPOSITORY / csv_path)
+        return read_captions(REPOSITORY / csv_path, videos)
     say(f"warning: no captions: {csv_path} does not exist; --csv_path names another file")
     return lambda video: ""
+
+
+def check_output(output_root: Path, models: list[str]) -> None:
+    """Raise `UserError` where the models' folders can be neither made nor written, before time is spent on them."""
+    for folder in (output_root / name for name in models):
+        nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not nearest.is_dir():
+            raise UserError(f"--output_root {output_root}: {nearest} is no folder; give another place")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"--output_root {output_root}: {nearest} cannot be written into; give another place")
 
 
 def start_run(name: str, args: argparse.Namespace, output_root: Path) -> Run:
@@ -1002,21 +1065,7 @@ def collect(runs: list[Run]) -> None:
 
 
 def report(runs: list[Run], left_out: dict[str, str], output_root: Path) -> None:
-    """Write `failed_videos.txt` of each model and `vfm_dimensions.txt`, and print the summary."""
-    for run in runs:
-        failures = run.folder / "failed_videos.txt"
-        if run.failed:
-            one_line = (f"{' '.join(name.split())}\t{reason}\n" for name, reason in sorted(run.failed.items()))
-            with whole_file(failures) as file:
-                file.write("".join(one_line).encode())
-        else:
-            failures.unlink(missing_ok=True)
-    known = [run for run in runs if run.shape]
-    dimensions = "".join(f"{run.name}: feature shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
-    if known:
-        with whole_file(output_root / "vfm_dimensions.txt") as file:
-            file.write(dimensions.encode())
-
+    """Print the summary, and write `failed_videos.txt` of each model and `vfm_dimensions.txt`."""
     print(f"\n{'model':<11}{'written':>8}{'skipped':>8}{'failed':>8}  {'feature':<20}{'dtype':<9}{'size':>10}  folder")
     for run in runs:
         counts = f"{run.count['written']:>8}{run.count['skipped']:>8}{len(run.failed):>8}"
@@ -1029,6 +1078,20 @@ def report(runs: list[Run], left_out: dict[str, str], output_root: Path) -> None
         print(f"not run: {reason}")
     if any(run.settings["weights"] == "random" for run in runs):
         print(RANDOM_WARNING)
+
+    for run in runs:
+        failures = run.folder / "failed_videos.txt"
+        if run.failed:
+            one_line = (f"{' '.join(name.split())}\t{reason}\n" for name, reason in sorted(run.failed.items()))
+            with whole_file(failures) as file:
+                file.write("".join(one_line).encode(errors="backslashreplace"))  # names that are not in UTF-8
+        else:
+            failures.unlink(missing_ok=True)
+    known = [run for run in runs if run.shape]
+    dimensions = "".join(f"{run.name}: feature shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
+    if known:
+        with whole_file(output_root / "vfm_dimensions.txt") as file:
+            file.write(dimensions.encode())
 
 
 RANDOM_WARNING = """
@@ -1048,7 +1111,8 @@ def main(argv: list[str] | None = None) -> int:
     video_dir = REPOSITORY / args.video_dir if args.video_dir is DEFAULT_VIDEO_DIR else args.video_dir
     output_root = REPOSITORY / args.output_root if args.output_root is DEFAULT_OUTPUT else args.output_root
     videos = list_videos(video_dir)
-    caption_of = find_captions(args.csv_path)
+    check_output(output_root, args.models)
+    caption_of = find_captions(args.csv_path, videos)
     without = sum(not caption_of(video) for video in videos)
     if without and args.csv_path is not DEFAULT_CSV:
         say(f"warning: {without} of {len(videos)} videos have no caption in {args.csv_path}")

@@ -1,9 +1,10 @@
-"""What becomes of broken input: python tests/bench_faults.py [--seed N] [--mutations N]
+"""What becomes of broken input: python tests/bench_faults.py [--seed N] [--mutations N] [--kills N]
 
 Makes a corpus of videos with FFmpeg (codecs, depths, subsamplings, odd sizes, rotations, variable frame rate, cut
 short, bit rot, no videos at all), decodes each as vfm_feature.py does, and compares it with the frames that were
 encoded: every video must be right or recorded with a reason. Then mutates feature and checkpoint files and loads them:
-each loads or raises the loader's own error. Prints a table and the exceptions to the rule.
+each loads or raises the loader's own error. At last kills the scripts at random moments and runs them again: the
+results must be those of an unbroken run. Prints counts, and the exceptions to these rules.
 """
 
 from __future__ import annotations
@@ -11,20 +12,25 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from made_up import SIZES, make_features  # noqa: E402
+
 import model  # noqa: E402
 import vfm_feature as vfm  # noqa: E402
 
@@ -34,6 +40,21 @@ TOLERANCE = (
 )
 H264 = ["-c:v", "libx264", "-crf", "10"]
 HEVC = ["-c:v", "libx265", "-crf", "10", "-x265-params", "log-level=none"]
+VP9 = ["-c:v", "libvpx-vp9", "-b:v", "4M"]
+AV1 = ["-c:v", "libsvtav1", "-crf", "10"]
+
+
+def colours(matrix: str, primaries: str, transfer: str, colour_range: str = "tv") -> list[str]:
+    """Convert the pixels to these colours, and say so in the file."""
+    convert = ["-vf", f"scale=out_color_matrix={matrix.removesuffix('nc')}:out_range={colour_range}"]
+    tags = {"colorspace": matrix, "color_primaries": primaries, "color_trc": transfer, "color_range": colour_range}
+    return [*convert, *(word for name, value in tags.items() for word in (f"-{name}", value))]
+
+
+BT601 = colours("smpte170m", "smpte170m", "smpte170m")
+BT709 = colours("bt709", "bt709", "bt709")
+PQ = colours("bt2020nc", "bt2020", "smpte2084")
+HLG = colours("bt2020nc", "bt2020", "arib-std-b67")
 WHOLE = {  # file name -> FFmpeg's options
     "h264.mp4": [*H264, "-pix_fmt", "yuv420p"],
     "h264_444.mp4": [*H264, "-pix_fmt", "yuv444p"],
@@ -44,7 +65,11 @@ WHOLE = {  # file name -> FFmpeg's options
     "h264_fragments.mp4": [*H264, "-pix_fmt", "yuv420p", "-movflags", "frag_keyframe+empty_moov", "-g", "10"],
     "h264_stream.mpg": [*H264, "-pix_fmt", "yuv420p", "-f", "mpegts"],
     "h264_full_range.mp4": [*H264, "-pix_fmt", "yuvj420p"],
-    "h264_bt709.mp4": [*H264, "-pix_fmt", "yuv420p", "-vf", "scale=out_color_matrix=bt709", "-colorspace", "bt709"],
+    "h264_bt601.mp4": [*H264, "-pix_fmt", "yuv420p", *BT601],
+    "h264_bt709.mp4": [*H264, "-pix_fmt", "yuv420p", *BT709],
+    "h264_bt709_full.mp4": [*H264, "-pix_fmt", "yuv420p", *colours("bt709", "bt709", "bt709", "pc")],
+    "h264_10bit_bt709.mp4": [*H264, "-pix_fmt", "yuv420p10le", *BT709],
+    "h264_pq.mp4": [*H264, "-pix_fmt", "yuv420p10le", *PQ],
     "h264_slow_then_fast.mp4": [
         *(*H264, "-pix_fmt", "yuv420p", "-fps_mode", "passthrough"),
         *("-vf", "setpts=if(lt(N\\,20)\\,N\\,20+(N-20)*7)/20/TB"),
@@ -53,11 +78,19 @@ WHOLE = {  # file name -> FFmpeg's options
     "hevc.mp4": [*HEVC, "-pix_fmt", "yuv420p"],
     "hevc_10bit.mkv": [*HEVC, "-pix_fmt", "yuv420p10le"],
     "hevc_444.mp4": [*HEVC, "-pix_fmt", "yuv444p"],
+    "hevc_444_bt709.mp4": [*HEVC, "-pix_fmt", "yuv444p", *BT709],
+    "hevc_pq.mp4": [*HEVC, "-pix_fmt", "yuv420p10le", *PQ],
+    "hevc_hlg.mov": [*HEVC, "-pix_fmt", "yuv420p10le", *HLG],
     "vp8.webm": ["-c:v", "libvpx", "-b:v", "4M"],
-    "vp9.webm": ["-c:v", "libvpx-vp9", "-b:v", "4M"],
-    "vp9_444.mkv": ["-c:v", "libvpx-vp9", "-b:v", "4M", "-pix_fmt", "yuv444p"],
-    "av1.mp4": ["-c:v", "libsvtav1", "-crf", "10"],
-    "av1.webm": ["-c:v", "libsvtav1", "-crf", "10"],
+    "vp9.webm": VP9,
+    "vp9_444.mkv": [*VP9, "-pix_fmt", "yuv444p"],
+    "vp9_10bit.webm": [*VP9, "-pix_fmt", "yuv420p10le"],
+    "vp9_full_range.webm": [*VP9, "-pix_fmt", "yuv420p", *colours("smpte170m", "smpte170m", "smpte170m", "pc")],
+    "vp9_hlg.webm": [*VP9, "-pix_fmt", "yuv420p10le", *HLG],
+    "av1.mp4": AV1,
+    "av1.webm": AV1,
+    "av1_10bit.mp4": [*AV1, "-pix_fmt", "yuv420p10le"],
+    "av1_pq.mp4": [*AV1, "-pix_fmt", "yuv420p10le", *PQ],
     "mpeg4.avi": ["-c:v", "mpeg4", "-q:v", "2"],
     "mpeg4.mp4": ["-c:v", "mpeg4", "-q:v", "2"],
     "mjpeg.avi": ["-c:v", "mjpeg", "-q:v", "2"],
@@ -65,6 +98,16 @@ WHOLE = {  # file name -> FFmpeg's options
     "mpeg2.mpg": ["-c:v", "mpeg2video", "-q:v", "2"],
     "wmv2.wmv": ["-c:v", "wmv2", "-q:v", "2"],
     "prores.mov": ["-c:v", "prores_ks"],
+    # several keyframes, which decord mistakes the frames behind of
+    "h264_keys.avi": [*H264, "-pix_fmt", "yuv420p", "-g", "10"],
+    "h264_keys.mp4": [*H264, "-pix_fmt", "yuv420p", "-g", "10", "-x264-params", "open-gop=1:bframes=3"],
+    "hevc_keys.mkv": [*HEVC, "-pix_fmt", "yuv420p", "-g", "10"],
+    "hevc_keys.mp4": [*HEVC, "-pix_fmt", "yuv420p", "-g", "10"],
+    "vp9_keys.webm": [*VP9, "-g", "10"],
+    "av1_keys.mp4": [*AV1, "-g", "10"],
+    "mpeg4_b_frames.mp4": ["-c:v", "mpeg4", "-q:v", "2", "-g", "10", "-bf", "2"],
+    "mpeg4_b_frames.avi": ["-c:v", "mpeg4", "-q:v", "2", "-g", "10", "-bf", "2"],
+    "mpeg2_b_frames.mkv": ["-c:v", "mpeg2video", "-q:v", "2", "-g", "10", "-bf", "2"],
 }
 ROTATIONS = (90, 180, 270)
 ODD_SIZES = ((119, 157), (121, 96), (64, 200))  # 96 columns are what decord garbles
@@ -211,11 +254,13 @@ def load_mutants(seed: int, count: int) -> dict[str, Counter]:
         np.save(folder / "feature.npy", feature["feature"].numpy())
         torch.save({"model": net.state_dict(), "config": net.config, "epoch": 1}, folder / "checkpoint.pt")
         torch.save({"module": {"a.weight": torch.ones(3)}, "args": argparse.Namespace(lr=1)}, folder / "weights.pth")
+        save_file({"encoder.a.weight": torch.ones(3), "b": torch.ones(2, 2)}, folder / "weights.safetensors")
         reading = {
             "feature.pt": model.load_feature,
             "feature.npy": model.load_feature,
             "checkpoint.pt": model.MotionFeatureAutoencoder.from_checkpoint,
             "weights.pth": vfm.read_weights,
+            "weights.safetensors": vfm.read_weights,
         }
         outcome: dict[str, Counter] = {file: Counter() for file in reading}
         originals = {file: (folder / file).read_bytes() for file in reading}
@@ -234,14 +279,99 @@ def load_mutants(seed: int, count: int) -> dict[str, Counter]:
     return outcome
 
 
+def run_and_wait(command: list[str], folder: Path, seconds: float | None = None, number: int = 0) -> tuple[int, float]:
+    """Run a command on one thread, sending the signal `number` after some seconds. Returns its status and duration."""
+    start = time.perf_counter()
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=one_thread, start_new_session=True)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, number)
+        status = process.wait(120)
+    return status, time.perf_counter() - start
+
+
+def results(out: Path) -> dict[str, dict]:
+    """What the .pt files below `out` hold, less what tells of the run itself; fails where one is torn."""
+    held = {str(path.relative_to(out)): torch.load(path, weights_only=True) for path in out.rglob("[!.]*.pt")}
+    return {
+        name: {key: value for key, value in data.items() if key not in ("args", "command")}
+        for name, data in held.items()
+    }
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether nested values are the same to the last bit, except how many seconds an epoch took."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one if key != "seconds")
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def kill_scripts(seed: int, count: int) -> dict[str, Counter]:
+    """Kill the scripts in turn at random moments, `count` times in all, and run each killed command again. Every file
+    must be whole after the first run; after the second, the results those of an unbroken run, and nothing left over."""
+    generator = random.Random(seed)
+    outcome: dict[str, Counter] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "clips").mkdir()
+        for index in range(8):
+            encode(draw(48, 64), folder / "clips" / f"{index}.mp4", [*H264, "-pix_fmt", "yuv420p"])
+        make_features(folder / "features", count=24)
+        small = ["--num_frames", "4", "--videomae_resize_h", "32", "--videomae_resize_w", "48", "--num_workers", "1"]
+        commands = {
+            "vfm_feature.py": [
+                "--video_dir",
+                "clips",
+                "--models",
+                "VideoMAE",
+                "--random_weights",
+                *small,
+                "--output_root",
+            ],
+            "train.py": ["--feature_dir", "features", *SIZES, "--epochs", "8", "--resume", "--save_dir"],
+            "encode.py": ["--checkpoint", "train.py/motion_ae_epoch8.pt", "--input", "features", "--output"],
+        }
+        unbroken, duration = {}, {}
+        for script, flags in commands.items():
+            flags[:] = [str(folder / flag) if (folder / flag).exists() else flag for flag in flags]
+            flags[:0] = [sys.executable, str(ROOT / script), "--device", "cpu"]
+            out = folder / script
+            status, duration[script] = run_and_wait([*flags, str(out)], folder)
+            assert status == 0, (folder / "log").read_text()
+            unbroken[script] = results(out)
+        for index in tqdm(range(count), unit="kill"):
+            script = list(commands)[index % 3]
+            command = [*commands[script], str(folder / str(index))]
+            number = generator.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            run_and_wait(command, folder, generator.uniform(0, duration[script]), number)
+            before = len(results(folder / str(index)))
+            status, _ = run_and_wait(command, folder)
+            over = "nothing left to do" in (folder / "log").read_text()  # the signal came when all had been written
+            same = (status == 0 or over) and equal(results(folder / str(index)), unbroken[script])
+            verdict = "finished" if same and not list((folder / str(index)).rglob(".*")) else "WRONG"
+            outcome.setdefault(script, Counter())[verdict] += 1
+            outcome[script]["stopped midway"] += 0 < before < len(unbroken[script])
+            if verdict == "WRONG":
+                tqdm.write(f"  {script} {signal.Signals(number).name}: {(folder / 'log').read_text()[-1000:]}")
+    return outcome
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mutations", type=int, default=10000)
+    parser.add_argument("--mutations", type=int, default=12000)
+    parser.add_argument("--kills", type=int, default=51)
     args = parser.parse_args()
-    for results in (decode_corpus(args.seed), load_mutants(args.seed, args.mutations)):
-        for kind, count in results.items():
-            print(f"{kind:<14} {dict(count)}")
+    print(decode_corpus(args.seed))
+    print(load_mutants(args.seed, args.mutations))
+    print(kill_scripts(args.seed, args.kills))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ MISTAKES = [
     ("vfm_feature.py --video_dir clips --csv_path nowhere.csv", "--csv_path nowhere.csv: no such file"),
     (
         "vfm_feature.py --video_dir clips --csv_path words.csv",
-        "--csv_path words.csv: no column named caption; it has text",
+        "--csv_path words.csv: no column named caption; it has 'text'",
     ),
     ("vfm_feature.py --video_dir clips --csv_path latin.csv", "--csv_path latin.csv: cannot be read as a CSV in UTF-8"),
     ("vfm_feature.py --video_dir clips --csv_path unquoted.csv", "--csv_path unquoted.csv: cannot be read as a CSV"),

@@ -267,8 +267,9 @@ def test_each_backend_takes_the_frames_of_the_indices(tmp_path, backend, name, c
 
 
 def test_backends_agree_and_give_rgb(tmp_path):
-    write_video(tmp_path / "red.mp4", [np.full((48, 64, 3), (30, 60, 220), np.uint8)] * 4)  # BGR: OpenCV's order
-    one, two = (vfm.decode_clip(str(tmp_path / "red.mp4"), 4, [(48, 64)], name)[48, 64] for name in vfm.BACKENDS)
+    frames = [np.full((48, 64, 3), (30, 60, 220), np.uint8)] * 4  # BGR: OpenCV's order
+    write_video(tmp_path / "red.avi", frames, "MJPG")
+    one, two = (vfm.decode_clip(str(tmp_path / "red.avi"), 4, [(48, 64)], name)[48, 64] for name in vfm.BACKENDS)
     assert np.abs(one.astype(int) - two).mean() <= 3
     assert np.abs(one.mean(axis=(0, 1, 2)) - [220, 60, 30]).max() < 6
 
@@ -307,7 +308,7 @@ def test_a_video_that_is_cut_short_fails_with_both_numbers(tmp_path, name):
     options = {"movflags": "faststart"} if name.endswith(("mp4", "mov")) else {}
     h264_clip(path, container_options=options)
     whole = path.read_bytes()
-    for backend in vfm.BACKENDS:
+    for backend in ["opencv"] if name == "clip.avi" else vfm.BACKENDS:  # decord is not used for H.264 in AVI
         path.write_bytes(whole)
         assert vfm.decode_clip(str(path), 8, [(48, 64)], backend)[48, 64].shape == (8, 48, 64, 3)
         for share in (0.5, 0.8, 0.95):
@@ -366,8 +367,9 @@ def test_resizing_is_bicubic_with_antialiasing_and_leaves_a_fitting_frame_alone(
 )
 def test_captions(tmp_path, table, expected):
     (tmp_path / "captions.csv").write_text(table, encoding="utf-8")
-    caption_of = vfm.read_captions(tmp_path / "captions.csv")
-    assert {name: caption_of(Path("somewhere") / name) for name in expected} == expected
+    videos = {name: Path("somewhere") / name for name in expected}
+    caption_of = vfm.read_captions(tmp_path / "captions.csv", videos.values())
+    assert {name: caption_of(video) for name, video in videos.items()} == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,7 +427,7 @@ def test_two_models_in_one_run(clips, tmp_path, run_here):
         "VideoMAEv2: feature shape [2, 2, 3, 768], C = 768\nDINOv2: feature shape [4, 2, 3, 768], C = 768\n"
     )
     # what the command wrote is what the functions give
-    clip = torch.from_numpy(vfm.decode_clip(str(clips / "ball.mp4"), 4, [(32, 48)], "decord")[32, 48])[None]
+    clip = torch.from_numpy(vfm.decode_clip(str(clips / "ball.mp4"), 4, [(32, 48)], "opencv")[32, 48])[None]
     vit = vfm.build_vit(vfm.VFMS["VideoMAEv2"], 4, (32, 48))
     torch.testing.assert_close(vfm.extract_features(vit, vfm.VFMS["VideoMAEv2"], clip)[0].half(), saved["feature"])
 
