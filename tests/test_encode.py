@@ -165,10 +165,10 @@ def test_ranks_of_torchrun_write_what_one_process_writes(trained, tmp_path):
     assert one == two and len(one) == 13
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_path, run_here, number):
     source, target = make_features(tmp_path / "f", count=8, shape=(30, 8, 8, 12)), tmp_path / "z"
-    for index in range(70):
+    for index in range(16):
         os.link(source / f"000{index % 3}.pt", source / f"more{index:03d}.pt")
     command = [
         "encode.py",
@@ -181,7 +181,7 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_p
     ]
     command = [sys.executable, *map(str, command), "--output", str(target)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1)
-    while len(list(target.glob("*.pt"))) < 5:
+    while len(list(target.glob("*.pt"))) < 3:
         time.sleep(0.005)
         assert process.poll() is None
     process.send_signal(number)
@@ -191,10 +191,10 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_p
         assert process.returncode == 130 and "stopped" in stderr
         assert " written, 0 skipped, 0 failed" in stdout
     finished = {path: path.read_bytes() for path in target.glob("*.pt")}
-    assert 5 <= len(finished) < 78
+    assert 3 <= len(finished) < 24
     counts, _ = encode_folder(run_here, trained, source, target)
-    assert sum(counts) == 78 and counts[1] >= len(finished) - 1 and counts[2] == 0
-    assert len(rows(target)) == 78 and not list(target.glob(".*"))
+    assert sum(counts) == 24 and counts[1] >= len(finished) - 1 and counts[2] == 0
+    assert len(rows(target)) == 24 and not list(target.glob(".*"))
     assert {path: path.read_bytes() for path in finished} == finished
     whole = tmp_path / "whole"
     encode_folder(run_here, trained, source, whole)
