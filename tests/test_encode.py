@@ -124,8 +124,9 @@ def test_npz_holds_the_same(trained, tmp_path, run_here):
     assert (tmp_path / "one.npz").read_bytes() == (target / "0001.npz").read_bytes()
 
 
-def test_the_figures_are_what_numpy_says(trained, tmp_path, run_here):
-    source = trained[0] / "features" / "nested" / "0002.pt"
+@pytest.mark.parametrize("length", [6, WINDOW + 60])
+def test_the_figures_are_what_numpy_says(trained, tmp_path, run_here, length):
+    source = make_features(tmp_path, count=1, shape=(length, 2, 3, 12)) / "0000.pt"
     command = ["--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--input", source, "--save_reconstruction"]
     assert run_here("encode.py", *command, "--output", tmp_path / "z.npz").returncode == 0
     x = torch.load(source, weights_only=True)["feature"].double().numpy()
