@@ -124,8 +124,9 @@ def test_npz_holds_the_same(trained, tmp_path, run_here):
     assert (tmp_path / "one.npz").read_bytes() == (target / "0001.npz").read_bytes()
 
 
-def test_the_figures_are_what_numpy_says(trained, tmp_path, run_here):
-    source = trained[0] / "features" / "nested" / "0002.pt"
+@pytest.mark.parametrize("length", [6, WINDOW + 60])
+def test_the_figures_are_what_numpy_says(trained, tmp_path, run_here, length):
+    source = make_features(tmp_path, count=1, shape=(length, 2, 3, 12)) / "0000.pt"
     command = ["--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--input", source, "--save_reconstruction"]
     assert run_here("encode.py", *command, "--output", tmp_path / "z.npz").returncode == 0
     x = torch.load(source, weights_only=True)["feature"].double().numpy()
@@ -165,10 +166,10 @@ def test_ranks_of_torchrun_write_what_one_process_writes(trained, tmp_path):
     assert one == two and len(one) == 13
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_path, run_here, number):
     source, target = make_features(tmp_path / "f", count=8, shape=(30, 8, 8, 12)), tmp_path / "z"
-    for index in range(22):
+    for index in range(16):
         os.link(source / f"000{index % 3}.pt", source / f"more{index:03d}.pt")
     command = [
         "encode.py",
@@ -181,7 +182,7 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_p
     ]
     command = [sys.executable, *map(str, command), "--output", str(target)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1)
-    while len(list(target.glob("*.pt"))) < 5:
+    while len(list(target.glob("*.pt"))) < 3:
         time.sleep(0.005)
         assert process.poll() is None
     process.send_signal(number)
@@ -191,10 +192,10 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_p
         assert process.returncode == 130 and "stopped" in stderr
         assert " written, 0 skipped, 0 failed" in stdout
     finished = {path: path.read_bytes() for path in target.glob("*.pt")}
-    assert 5 <= len(finished) < 30
+    assert 3 <= len(finished) < 24
     counts, _ = encode_folder(run_here, trained, source, target)
-    assert sum(counts) == 30 and counts[1] >= len(finished) - 1 and counts[2] == 0
-    assert len(rows(target)) == 30 and not list(target.glob(".*"))
+    assert sum(counts) == 24 and counts[1] >= len(finished) - 1 and counts[2] == 0
+    assert len(rows(target)) == 24 and not list(target.glob(".*"))
     assert {path: path.read_bytes() for path in finished} == finished
     whole = tmp_path / "whole"
     encode_folder(run_here, trained, source, whole)

@@ -152,7 +152,6 @@ def test_vfm_feature_draws_what_the_model_saw(tmp_path, run_here):
         level_clip(tmp_path / "clips" / f"{index}.avi", 12)
     arguments = ["vfm_feature.py", "--video_dir", tmp_path / "clips", "--output_root", tmp_path, "--num_frames", 4]
     arguments += ["--models", "VideoMAE", "--random_weights", "--videomae_resize_h", 32, "--videomae_resize_w", 48]
-    assert run_here(*arguments).returncode == 0
     for skipped in (0, 2):
         result = run_here(*arguments, "--preview")
         assert f"VideoMAE         {2 - skipped:>2}       {skipped}       0" in result.stdout
