@@ -164,25 +164,26 @@ def test_a_killed_run_is_resumed_to_the_same_result(streaming, tmp_path, run_her
 
 
 def test_two_ranks_learn_what_one_learns_from_their_clips_together(tmp_path, run_here, one_thread):
-    make_features(tmp_path / "f" / "a", 10, (6, 2, 3, 12))
-    make_features(tmp_path / "f" / "b", 5, (5, 4, 12), seed=1)  # 12 and 3 batches of odd rest for two ranks
+    make_features(tmp_path / "f" / "a", 7, (6, 2, 3, 12))  # batches of 4 and 3
+    make_features(tmp_path / "f" / "b", 5, (5, 4, 12), seed=1)  # of 4 and 1
     flags = ["--feature_dir", tmp_path / "f", *SIZES, "--epochs", 2, "--use_token", "--dropout", 0, "--lr", 1e-3]
+    flags += ["--val_fraction", 0]
     flags += ["--smooth_weight", 0]  # the latent's variance is taken over what a rank sees at once
-    result = run_here("train.py", *flags, "--batch_size", 2, "--save_dir", tmp_path / "one")
+    result = run_here("train.py", *flags, "--batch_size", 4, "--save_dir", tmp_path / "one")
     assert result.returncode == 0, result.stderr
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", "--device=cpu"]
-    command += [*flags, "--batch_size", 1, "--save_dir", tmp_path / "two"]
+    command += [*flags, "--batch_size", 2, "--save_dir", tmp_path / "two"]
     ranks = subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, env=one_thread, timeout=120
     )
     assert ranks.returncode == 0, ranks.stderr
     assert ranks.stdout.count("epoch 2: ") == 1
     one, two = (torch.load(tmp_path / name / "motion_ae_epoch2.pt", weights_only=True) for name in ("one", "two"))
-    for means in ("train_mean", "val_mean", "pca_mean"):
-        for term in ("loss", "reconstruction", "motion"):
-            assert two[means][term] == pytest.approx(one[means][term], rel=1e-4), (means, term)
+    for ours, theirs in zip(two["history"], one["history"], strict=True):
+        for name in (f"{part}_{term}" for part in ("train", "val", "pca") for term in ("reconstruction", "motion")):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
     for name, weight in one["model"].items():
-        torch.testing.assert_close(two["model"][name], weight, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(two["model"][name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_checkpoints_are_neither_lost_nor_mixed(tmp_path, run_here):
@@ -266,13 +267,13 @@ def test_bfloat16_learns_the_same(trained, tmp_path, run_here):
 
 
 def test_a_full_disk_ends_the_run_in_one_line(trained, tmp_path):
-    """A file may grow to 50 kB here; what torch says of that is what it says of a full disk."""
+    """A file may grow to 500 kB here, less than this model takes; torch says of that what it says of a full disk."""
     code = (
         "import resource, signal, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); train.run_script(train.main)"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); train.run_script(train.main)"
     )
-    flags = ["--feature_dir", trained[0] / "features", "--save_dir", tmp_path, *SIZES, "--device", "cpu"]
-    command = [sys.executable, "-c", code, *map(str, flags)]
+    flags = ["--feature_dir", trained[0] / "features", "--save_dir", tmp_path, *SIZES, "--model_dim", 128]
+    command = [sys.executable, "-c", code, *map(str, flags), "--device", "cpu"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert "File too large" in result.stderr
