@@ -733,6 +733,7 @@ class MotionFeatureAutoencoder(nn.Module):
 PANEL_PIXELS = 240 * 360  # of a picture in a preview's video
 PREVIEW_STEPS = 240  # of a clip that a preview shows, at most
 PREVIEW_FPS = 8
+PREVIEW_MARK = "vfm_encoder preview"  # in the video, which tells it from a clip of the same name
 MARGIN, TITLE, CURVE = 8, 16, 120  # pixels: around things, a line of text, the height of the curve
 CURSOR = (230, 40, 40)
 
@@ -750,6 +751,16 @@ def has_preview(path: Path) -> bool:
     """Whether the preview of the file `path` was made after it."""
     pictures = [path.with_suffix(suffix) for suffix in (".mp4", ".png")]
     return all(picture.exists() and picture.stat().st_mtime >= path.stat().st_mtime for picture in pictures)
+
+
+def is_preview(path: Path) -> bool:
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return container.metadata.get("comment") == PREVIEW_MARK
+    except (av.FFmpegError, OSError):
+        return False
 
 
 def preview_steps(length: int) -> list[int]:
@@ -864,6 +875,7 @@ def write_video(file: BinaryIO, frames: Iterable[np.ndarray]) -> None:
     import av
 
     with av.open(file, mode="w", format="mp4") as container:
+        container.metadata["comment"] = PREVIEW_MARK
         stream = None
         for frame in frames:
             if stream is None:
@@ -879,10 +891,14 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
 
     feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: uint8 RGB
     [F, h, w, 3], evenly spread over the clip; their aspect ratio, or else the grid's, is that of all pictures. Both
-    files are whole or not there; raises `OSError` where they cannot be written.
+    files are whole or not there; raises `OSError` where they cannot be written, and `UserError` where files of these
+    names are no preview: the clip itself may lie there.
     """
     from matplotlib.image import imsave
 
+    video, sheet = path.with_suffix(".mp4"), path.with_suffix(".png")
+    if (video.exists() or sheet.exists()) and not is_preview(video):  # the video is written first
+        raise UserError(f"--preview would write over {video} or {sheet.name}; give another output folder")
     pictures, motion = {}, {}
     if frames is not None:
         pictures["frames"] = frames
@@ -906,7 +922,7 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
     aspect = min(max(width / height, 1 / 8), 8.0)
     size = round((PANEL_PIXELS / aspect) ** 0.5), round((PANEL_PIXELS * aspect) ** 0.5)
     small = size[0] // 2, size[1] // 2
-    with whole_file(path.with_suffix(".png")) as file:
-        imsave(file, draw_sheet(pictures, motion, len(feature), small), format="png")
-    with whole_file(path.with_suffix(".mp4")) as file:
+    with whole_file(video) as file:
         write_video(file, draw_frames(pictures, motion, len(feature), size))
+    with whole_file(sheet) as file:
+        imsave(file, draw_sheet(pictures, motion, len(feature), small), format="png")

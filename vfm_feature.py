@@ -20,7 +20,6 @@ import argparse
 import csv
 import ctypes
 import functools
-import hashlib
 import multiprocessing
 import os
 import re
@@ -49,6 +48,7 @@ from model import (
     ArgumentParser,
     UserError,
     check_preview_packages,
+    fingerprint,
     has_preview,
     join_ranks,
     number,
@@ -392,15 +392,6 @@ def hub_answers() -> bool:
     except Exception:  # as above
         return False
     return True
-
-
-def fingerprint(weights: dict[str, torch.Tensor]) -> str:
-    """A hash of the weights, so that a feature tells which ones made it wherever their file came from."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].contiguous().flatten().view(torch.uint8).numpy())
-    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from made_up import make_features
 from PIL import Image
 
 from encode import decode_frames
-from model import has_preview, write_preview
+from model import UserError, has_preview, write_preview
 
 
 def read(path):
@@ -59,6 +59,18 @@ def test_the_features_are_shown_where_and_as_wide_as_they_are(tmp_path):
         found = np.array(boxes(panel, square, 60)) / np.repeat(panel.shape[:2], 2)
         np.testing.assert_allclose(found, expected, atol=0.02)
     assert sheet.shape[1] > 6 * 90 and np.ptp(sheet, axis=(0, 1)).min() > 200
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.png"])
+def test_what_is_no_preview_is_not_written_over(tmp_path, name):
+    (tmp_path / name).write_bytes(b"somebody's clip")
+    with pytest.raises(UserError, match="--preview would write over"):
+        write_preview(tmp_path / "clip.pt", moving_square())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"somebody's clip"
+    (tmp_path / name).unlink()
+    write_preview(tmp_path / "clip.pt", moving_square())
+    write_preview(tmp_path / "clip.pt", moving_square())
 
 
 def test_a_cursor_goes_over_the_motion(tmp_path):
