@@ -35,9 +35,7 @@ import model  # noqa: E402
 import vfm_feature as vfm  # noqa: E402
 
 NUM_FRAMES, HEIGHT, WIDTH = 40, 120, 160
-TOLERANCE = (
-    5  # levels, on average over a frame: what lossy coding and subsampled colours cost, and one frame off does not
-)
+TOLERANCE = 5  # levels, on average over a frame: lossy coding and subsampled colours cost less, one frame off more
 H264 = ["-c:v", "libx264", "-crf", "10"]
 HEVC = ["-c:v", "libx265", "-crf", "10", "-x265-params", "log-level=none"]
 VP9 = ["-c:v", "libvpx-vp9", "-b:v", "4M"]
