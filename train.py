@@ -620,6 +620,19 @@ def train_and_measure(
     return train_mean, val_mean
 
 
+def metrics_row(trainer: Trainer, epoch: int, means: dict[str, dict[str, float]], use_token: bool) -> dict[str, float]:
+    """An epoch's row of metrics.csv. `means`: of training, of the averaged model on the files measured on, of PCA."""
+    row = {f"{name}_{term}": value for name, terms in means.items() for term, value in terms.items()}
+    ours, pca = (weighted_error(means[name], trainer.weights, use_token) for name in ("val", "pca"))
+    return {
+        "epoch": epoch,
+        **row,
+        "ratio": ours / pca if pca > 1e-6 else math.nan,
+        "trust": trainer.averaged.module.decoder.trust.item(),
+        "lr": trainer.optimizer.param_groups[0]["lr"],
+    }
+
+
 def main() -> int:
     args = parse_args()
     device = open_device(args.device)
@@ -679,23 +692,17 @@ def main() -> int:
         torch.manual_seed(args.seed + epoch + 1_000_003 * rank())  # with the order of clips, all chance of an epoch
         train_loader.batch_sampler.epoch = epoch
         train_mean, val_mean = train_and_measure(trainer, batches(train_loader, device), val_clips, bool(val_files))
-        result = trainer.averaged.module
-        row = {"epoch": epoch} | {
-            f"{name}_{term}": value
-            for name, means in (("train", train_mean), ("val", val_mean), ("pca", pca_mean))
-            for term, value in means.items()
-        }
-        ours, pca = (weighted_error(means, trainer.weights, args.use_token) for means in (val_mean, pca_mean))
-        row |= {"ratio": ours / pca if pca > 1e-6 else math.nan, "trust": result.decoder.trust.item()}
-        row |= {"lr": trainer.optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - start}
+        row = metrics_row(trainer, epoch, {"train": train_mean, "val": val_mean, "pca": pca_mean}, args.use_token)
+        row["seconds"] = time.perf_counter() - start
         history.append(row)
         report(
             f"epoch {epoch}: train {describe(train_mean)} | {measured_on} {describe(val_mean)} | "
-            + (f"{row['ratio']:.3f} x PCA's error" if pca > 1e-6 else "PCA makes no error")
+            + ("PCA makes no error" if math.isnan(row["ratio"]) else f"{row['ratio']:.3f} x PCA's error")
             + f" | trust {row['trust']:.2f} | {row['seconds']:.1f} s"
         )
         means = {"train_mean": train_mean, "val_mean": val_mean if val_files else None}
-        checkpoint = {"model": result.state_dict(), "epoch": epoch, "history": history, **means, **about}
+        weights = trainer.averaged.module.state_dict()
+        checkpoint = {"model": weights, "epoch": epoch, "history": history, **means, **about}
         if rank() == 0:
             write_epoch(checkpoint, trainer.state(), measured_on, args.save_dir)
     if dist.is_initialized():

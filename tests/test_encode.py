@@ -186,7 +186,7 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_p
         time.sleep(0.005)
         assert process.poll() is None
     process.send_signal(number)
-    stdout, stderr = (stream.decode() for stream in process.communicate(timeout=10))
+    stdout, stderr = (stream.decode() for stream in process.communicate(timeout=30))
     assert "Traceback" not in stderr
     if number != signal.SIGKILL:
         assert process.returncode == 130 and "stopped" in stderr
