@@ -65,8 +65,9 @@ def row_loop(feature_dir: Path) -> None:
         train.IN_MEMORY_BYTES, before = limit, train.IN_MEMORY_BYTES
         args = settings(feature_dir)
         loader = loader_of(args)
-        trainer = trainer_of(args, "cpu", 3 * len(loader))
+        trainer = trainer_of(args, "cpu", 4 * len(loader))
         at_hand = list(train.batches(loader, torch.device("cpu")))
+        trainer.train_epoch(at_hand[:2])  # warms up
         alone = tokens_per_second(trainer, at_hand)
         loop = tokens_per_second(trainer, train.batches(loader, torch.device("cpu")))
         train.IN_MEMORY_BYTES = before
