@@ -1,5 +1,6 @@
 """Made-up features, and the scripts run on them as a user runs them."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ["--input_dim", "12", "--model_dim", "16", "--latent_dim", "6", "--num_heads", "2", "--num_layers", "1"]
+
+
+def hear_ctrl_c():
+    """Called in a process before it starts: a runner in the background has its children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(script, *arguments, cwd=ROOT):

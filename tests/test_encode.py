@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_up import ROOT, SIZES, make_features, run
+from made_up import ROOT, SIZES, hear_ctrl_c, make_features, run
 from test_autoencoder import fitted, made_up_clips
 
 from model import OVERLAP, TOKENS, WINDOW, MotionFeatureAutoencoder, windows
@@ -181,7 +181,7 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_p
         "cpu",
     ]
     command = [sys.executable, *map(str, command), "--output", str(target)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, preexec_fn=hear_ctrl_c)
     while len(list(target.glob("*.pt"))) < 3:
         time.sleep(0.005)
         assert process.poll() is None

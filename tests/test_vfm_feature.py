@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from draw_clips import draw_frame, write_video
+from made_up import hear_ctrl_c
 from torch.nn import functional as F
 
 import vfm_feature as vfm
@@ -569,7 +570,8 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(clips, tmp_pat
         gray_clip(clips / f"{index:04d}.mp4", 4)
     script = [sys.executable, str(ROOT / "vfm_feature.py"), "--video_dir", str(clips), "--models", "VideoMAE", *SMALL]
     out = tmp_path / "VideoMAE"
-    process = subprocess.Popen([*script, "--output_root", str(tmp_path)], stdout=-1, stderr=-1, start_new_session=True)
+    command = [*script, "--output_root", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, start_new_session=True, preexec_fn=hear_ctrl_c)
     while len(list(out.glob("*.pt"))) < 3:
         time.sleep(0.01)
         assert process.poll() is None
