@@ -44,6 +44,7 @@ from model import (
     check_preview_packages,
     find_features,
     fingerprint,
+    from_first_rank,
     has_preview,
     join_ranks,
     load_feature,
@@ -357,11 +358,8 @@ def encode_all(
 
 def share_out(jobs: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
     """This rank's part of the jobs; all ranks take rank 0's word for which these are."""
-    if not dist.is_initialized():
-        return jobs
-    everything = [jobs]
-    dist.broadcast_object_list(everything)
-    return everything[0][rank() :: dist.get_world_size()]
+    jobs = from_first_rank(jobs)
+    return jobs[rank() :: dist.get_world_size()] if dist.is_initialized() else jobs
 
 
 def collect(outcomes: Outcomes) -> Outcomes:

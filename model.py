@@ -83,6 +83,14 @@ def join_ranks() -> None:
         dist.init_process_group(backend, timeout=timedelta(days=365))
 
 
+def from_first_rank(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def open_device(name: str) -> torch.device:
     """The torch device of that name, `cuda` being this rank's GPU; raises `UserError` where the machine lacks it."""
     try:

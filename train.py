@@ -44,6 +44,7 @@ from model import (
     MotionFeatureAutoencoder,
     UserError,
     find_features,
+    from_first_rank,
     join_ranks,
     load_checked,
     load_feature,
@@ -83,14 +84,6 @@ Result = TypeVar("Result")
 
 def num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def from_first_rank(make: Callable[[], Result]) -> Result:
-    """What `make` gives on rank 0, on every rank."""
-    result = [make() if rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(result)
-    return result[0]
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:
@@ -639,11 +632,11 @@ def main() -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # which NCCL and pinned memory go by
     join_ranks()
-    files = from_first_rank(lambda: look_at_files(args.feature_dir, args.input_dim))
+    files = from_first_rank(look_at_files(args.feature_dir, args.input_dim) if rank() == 0 else None)
     settings = {name: getattr(args, name) for name in RUN_FLAGS}
     settings["clips_per_step"] = args.batch_size * num_ranks()
     settings["fingerprint"] = fingerprint(files, args.feature_dir)
-    checkpoint = from_first_rank(lambda: find_start(args, settings))
+    checkpoint = from_first_rank(find_start(args, settings) if rank() == 0 else None)
     if checkpoint and checkpoint["epoch"] == args.epochs:
         return 0
 

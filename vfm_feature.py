@@ -49,6 +49,7 @@ from model import (
     UserError,
     check_preview_packages,
     fingerprint,
+    from_first_rank,
     has_preview,
     join_ranks,
     number,
@@ -1030,9 +1031,7 @@ def extract(runs: list[Run], videos: list[Path], caption_of: Callable[[Path], st
 
 def share_out(runs: list[Run], videos: list[Path]) -> list[Path]:
     """This rank's part of the videos that any model has to do; all take rank 0's word for which these are."""
-    todo = [run.todo for run in runs]
-    if dist.is_initialized():
-        dist.broadcast_object_list(todo)
+    todo = from_first_rank([run.todo for run in runs])
     mine = [video for video in videos if any(video in todo_of_run for todo_of_run in todo)]
     if dist.is_initialized():
         mine = mine[rank() :: dist.get_world_size()]
