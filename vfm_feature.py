@@ -475,33 +475,39 @@ def frame_indices(num_available: int, num_frames: int) -> np.ndarray:
     return np.linspace(0, num_available - 1, num_frames).round().astype(int)
 
 
-# A backend opens a video: (number of frames, function from increasing indices to their frames, uint8 RGB [H, W, 3]).
+def codec_of(path: str) -> str:
+    """The four letters that name a video's codec, in small: avc1, vp90..."""
+    os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors
+    import cv2
+
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # not as images whose names are numbered
+    return int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").decode(errors="replace").lower()
+
+
+# A backend opens a video of a codec: (number of frames, function from increasing indices to their frames, uint8 RGB
+# [H, W, 3]).
 Opened = tuple[int, Callable[[list[int]], Iterator[np.ndarray]]]
 
 
 BOXES = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"sidx", b"mfra", b"free", b"skip", b"wide", b"uuid")  # MP4, MOV
 
 
-def decord_seeks_right(path: str) -> bool:
+def decord_seeks_right(path: str, codec: str) -> bool:
     """Whether decord finds the frames behind a keyframe: in MP4, MOV, Matroska and WebM, of codecs whose every keyframe
     can be decoded from. In others (HEVC, MPEG-2, B-frames in AVI...) it takes other frames for them, without a word."""
-    import cv2
-
     with open(path, "rb") as file:
         header = file.read(8)
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)
-    codec = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").lower()
     has_index = header[4:] in BOXES or header.startswith(b"\x1aE\xdf\xa3")
-    return has_index and codec in (b"h264", b"avc1", b"vp80", b"vp90", b"vp09", b"av01")
+    return has_index and codec in ("h264", "avc1", "vp80", "vp90", "vp09", "av01")
 
 
-def open_decord(path: str) -> Opened:
+def open_decord(path: str, codec: str) -> Opened:
     import decord
 
     decord.logging.set_level(decord.logging.ERROR)
     # fault_tol: decord would put a neighbour in the place of a frame that it cannot find, and say nothing
     reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
-    if len(reader.get_key_indices()) < len(reader) and not decord_seeks_right(path):
+    if len(reader.get_key_indices()) < len(reader) and not decord_seeks_right(path, codec):
         raise ValueError("seeks to other frames in videos of this kind")
 
     def frames(indices: list[int]) -> Iterator[np.ndarray]:
@@ -533,14 +539,13 @@ def opencv_obeys_colours() -> bool:
     return found and bool(np.abs(frame.mean(axis=(0, 1)) - [0, 200, 0]).max() < 4)  # else [4, 233, 14]
 
 
-def open_opencv(path: str) -> Opened:
+def open_opencv(path: str, codec: str) -> Opened:
     """OpenCV estimates the number of frames and seeks inexactly, so it reads all frames in order, twice."""
-    os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors
     import cv2
 
     if not opencv_obeys_colours():
         raise ValueError(f"OpenCV {cv2.__version__} mistakes colours; install opencv-python-headless 4.14 or newer")
-    counter = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # not as images whose names are numbered
+    counter = cv2.VideoCapture(path, cv2.CAP_FFMPEG)
     num_available = 0
     while counter.grab():
         num_available += 1
@@ -577,6 +582,22 @@ def captured_output() -> Iterator[list[str]]:
                 os.close(copy)
             file.seek(0)
             lines += file.read().decode(errors="replace").splitlines()
+
+
+LIBVPX = {"vp80": "libvpx", "vp90": "libvpx-vp9", "vp09": "libvpx-vp9"}  # codec -> FFmpeg's name of its decoder
+
+
+def read_with_libvpx(path: str, codec: str) -> None:
+    """Have libvpx print what it has against a VP8 or VP9 video. FFmpeg's own decoders of these, which both backends
+    use, make a picture of any data; libvpx looks whether the data of a picture end where they should. It takes about as
+    long as decoding did. Without libvpx in OpenCV's FFmpeg nothing is read."""
+    import cv2
+
+    os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"video_codec;{LIBVPX[codec]}"
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    del os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"]
+    while capture.grab():
+        pass
 
 
 # In FFmpeg's form, or OpenCV's, which takes over decord's messages where both are loaded.
@@ -643,12 +664,15 @@ def decode_clip(
         raise ValueError("its name is not in UTF-8; rename it")  # OpenCV would crash
     clips: dict[tuple[int, int], list[np.ndarray]] = {size: [] for size in sizes}
     with captured_output() as printed:
-        num_available, frames = BACKENDS[backend](path)
+        codec = codec_of(path)
+        num_available, frames = BACKENDS[backend](path, codec)
         indices, position = np.unique(frame_indices(num_available, num_frames), return_inverse=True)
         for frame in frames(indices.tolist()) if num_available else ():
             for size, clip in clips.items():
                 clip.append(resize_frame(frame, size))
         del frames  # closes the reader, and with it ends what its threads still have to say
+        if codec in LIBVPX:
+            read_with_libvpx(path, codec)
     damage = find_damage(path, printed)
     if damage or not num_available:
         with captured_output():
