@@ -25,15 +25,20 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as DecodeTimeoutError
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from pebble import ProcessPool
 
 from model import (
     FEATURE_SUFFIXES,
@@ -48,6 +53,8 @@ from model import (
     has_preview,
     join_ranks,
     load_feature,
+    number,
+    open_decoders,
     open_device,
     preview_steps,
     rank,
@@ -77,6 +84,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="make outputs of a folder again that are finished")
     parser.add_argument("--preview", action="store_true", help="draw each clip: <stem>.mp4 and .png beside the output")
     parser.add_argument("--video_dir", type=Path, help="folder of the videos, for the frames in the previews")
+    parser.add_argument(
+        "--decode_timeout", type=number(int, 1), default=120, help="seconds after which a preview goes without frames"
+    )
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -251,15 +261,23 @@ def decode_frames(path: Path, count: int) -> np.ndarray:
     return np.stack(frames + frames[-1:] * (count - len(frames)))  # a container may promise more frames than it has
 
 
-def draw(feature: Tensor, result: dict[str, Any], output: Path, video_dir: Path | None) -> None:
-    """Write the preview of an output; without frames, and a word about it, where the video is not to be had."""
+def draw(
+    feature: Tensor, result: dict[str, Any], output: Path, args: argparse.Namespace, decoder: ProcessPool | None
+) -> None:
+    """Write the preview of an output; without frames, and a word about it, where the video is not to be had. In a run
+    that is being stopped, leave it to the next one."""
     frames = None
-    if video_dir:
-        video = video_dir / Path(result.get("video", "")).name  # the name alone: a feature may come from anywhere
+    if decoder:
+        video = args.video_dir / Path(result.get("video", "")).name  # the name alone: a feature may come from anywhere
+        steps = len(preview_steps(len(feature)))
         try:
-            frames = decode_frames(video, len(preview_steps(len(feature))))
+            frames = decoder.schedule(decode_frames, args=(video, steps), timeout=args.decode_timeout).result()
         except Exception as error:  # decoders raise their own kinds
-            say(f"warning: the preview of {output} has no frames: {video}: {error}")
+            if not decoder.active:
+                return
+            late = isinstance(error, DecodeTimeoutError)
+            reason = f"no end after {args.decode_timeout} s" if late else error
+            say(f"warning: the preview of {output} has no frames: {video}: {reason}")
     frame_channels = result["latent"].shape[-1] - max(1, result["latent"].shape[-1] // 8)
     write_preview(output, feature, result["latent"][..., :frame_channels], frames)
 
@@ -270,7 +288,9 @@ def settings_of(path: Path, made_with: dict[str, Any]) -> str:
     return json.dumps({**made_with, "feature_bytes": stat.st_size, "feature_mtime_ns": stat.st_mtime_ns})
 
 
-def save(result: dict[str, Any], output: Path, feature: Tensor, args: argparse.Namespace) -> None:
+def save(
+    result: dict[str, Any], output: Path, feature: Tensor, args: argparse.Namespace, decoder: ProcessPool | None
+) -> None:
     """Write an output dict by its suffix, whole or not at all, and its preview, if there is to be one.
 
     In a .npz, words and numbers are arrays of no axes.
@@ -282,7 +302,7 @@ def save(result: dict[str, Any], output: Path, feature: Tensor, args: argparse.N
         else:
             save_atomically(result, output)
         if args.preview:
-            draw(feature, result, output, args.video_dir)
+            draw(feature, result, output, args, decoder)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror or error}") from None
 
@@ -338,22 +358,26 @@ def encode_all(
             outcomes[path] = figures
             bar.update()
 
-    with bar, ThreadPoolExecutor(max_workers=1) as writer:
-        for (path, output), opened in zip(
-            jobs, read_ahead([path for path, _ in jobs], model.config["input_dim"]), strict=True
-        ):
-            try:
-                feature, metadata = opened.result()
-                settings = settings_of(path, made_with)
-            except (UserError, OSError) as error:
-                outcomes[path] = str(error)
-                bar.update()
-                continue
-            result = encode_file(model, feature, metadata, args.save_reconstruction) | {"settings": settings}
-            figures = {name: result[name] for name in FIGURES}
-            writing.append((path, figures, writer.submit(save, result, output, feature, args)))
-            finish_writing(at_most=AHEAD)
-        finish_writing(at_most=0)
+    decoders = open_decoders(1) if args.video_dir else nullcontext()
+    with bar, ThreadPoolExecutor(max_workers=1) as writer, decoders as decoder:
+        try:
+            ahead = read_ahead([path for path, _ in jobs], model.config["input_dim"])
+            for (path, output), opened in zip(jobs, ahead, strict=True):
+                try:
+                    feature, metadata = opened.result()
+                    settings = settings_of(path, made_with)
+                except (UserError, OSError) as error:
+                    outcomes[path] = str(error)
+                    bar.update()
+                    continue
+                result = encode_file(model, feature, metadata, args.save_reconstruction) | {"settings": settings}
+                figures = {name: result[name] for name in FIGURES}
+                writing.append((path, figures, writer.submit(save, result, output, feature, args, decoder)))
+                finish_writing(at_most=AHEAD)
+            finish_writing(at_most=0)
+        finally:
+            if decoder:
+                decoder.stop()  # else a run that is stopped would wait for the video that it decodes
 
 
 def share_out(jobs: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:

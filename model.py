@@ -7,8 +7,10 @@ import ctypes
 import hashlib
 import itertools
 import math
+import multiprocessing
 import os
 import platform
+import resource
 import signal
 import sys
 import threading
@@ -16,13 +18,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from pebble import ProcessPool  # of the two scripts that decode
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 DETAIL_RMS = 0.15  # of a detail channel, a frame channel having 1: moves cosines little, clear of float16's rounding
@@ -112,6 +117,30 @@ def reuse_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap too
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
+
+
+def start_decoder() -> None:
+    """What a decoding process does first: leave Ctrl-C to the parent, take one core, limit what it does to others.
+
+    A broken header can ask for any amount of memory: 4 GiB are enough for frames of 8K. And a decoder that hangs in
+    native code would outlive a parent that is killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    reuse_memory()
+    os.nice(10)  # a core that the model's threads share gives them the time they ask for: they wait for one another
+    if sys.platform == "linux":
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30,) * 2)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def open_decoders(num_workers: int) -> ProcessPool:
+    """A pool of processes for decoders, which may hang, crash or eat memory: that costs a task, and no more."""
+    from pebble import ProcessPool
+
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
+    return ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context)
 
 
 def run_script(main: Callable[[], int]) -> None:
@@ -751,6 +780,7 @@ def check_preview_packages() -> None:
     try:
         import av  # noqa: F401
         import matplotlib  # noqa: F401
+        import pebble  # noqa: F401
     except ImportError as error:
         raise UserError(f"--preview needs the package {error.name}; install it, or leave --preview out") from None
 

@@ -20,12 +20,8 @@ import argparse
 import csv
 import ctypes
 import functools
-import multiprocessing
 import os
 import re
-import resource
-import signal
-import sys
 import tempfile
 import zipfile
 from collections import Counter, deque
@@ -53,10 +49,10 @@ from model import (
     has_preview,
     join_ranks,
     number,
+    open_decoders,
     open_device,
     rank,
     remove_leftovers,
-    reuse_memory,
     run_script,
     save_atomically,
     say,
@@ -443,7 +439,8 @@ def read_captions(csv_path: Path, videos: Iterable[Path]) -> Callable[[Path], st
                 found = ", ".join(map(repr, header))[:300] or "nothing"
                 raise UserError(f"--csv_path {csv_path}: no column named caption; it has {found}")
             named_by = next((columns[name] for name in VIDEO_COLUMNS if name in columns), None)
-            for index, row in enumerate(rows):
+            progress = tqdm(rows, csv_path.name, unit="row", leave=False, delay=1, disable=rank() > 0)
+            for index, row in enumerate(progress):
                 if any(row[len(header) :]):
                     raise ValueError(f"row {index + 1} is longer than the header; quote captions that hold commas")
                 row += [""] * (len(header) - len(row))
@@ -689,22 +686,6 @@ def frames_promised(path: str) -> int:
     return max(0, round(cv2.VideoCapture(path, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)))
 
 
-def start_decoder() -> None:
-    """What a decoding process does first: leave Ctrl-C to the parent, take one core, limit what it does to others.
-
-    A broken header can ask for any amount of memory: 4 GiB are enough for frames of 8K. And a decoder that hangs in
-    native code would outlive a parent that is killed.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    reuse_memory()
-    os.nice(10)  # a core that the model's threads share gives them the time they ask for: they wait for one another
-    if sys.platform == "linux":
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30,) * 2)
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def decode_ahead(
     videos: Iterable[Path], num_frames: int, sizes: list[tuple[int, int]], num_workers: int, timeout: float
 ) -> Iterator[tuple[Path, dict[tuple[int, int], np.ndarray] | str]]:
@@ -713,10 +694,9 @@ def decode_ahead(
     A backend that fails, dies or takes longer than `timeout` seconds costs this video's process and nothing else; the
     next backend has its turn then. The reason holds what each of them said.
     """
-    from pebble import ProcessExpired, ProcessPool
+    from pebble import ProcessExpired
 
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
-    with ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context) as pool:
+    with open_decoders(num_workers) as pool:
 
         def schedule(video: Path, backend: str):
             return pool.schedule(decode_clip, args=(str(video), num_frames, sizes, backend), timeout=timeout)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -319,9 +320,11 @@ def kill_scripts(seed: int, count: int) -> dict[str, Counter]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "clips").mkdir()
-        for index in range(8):
-            encode(draw(48, 64), folder / "clips" / f"{index}.mp4", [*H264, "-pix_fmt", "yuv420p"])
+        encode(draw(48, 64), folder / "clip.mp4", [*H264, "-pix_fmt", "yuv420p"])
+        for index in range(100):
+            shutil.copy(folder / "clip.mp4", folder / "clips" / f"{index}.mp4")
         make_features(folder / "features", count=24)
+        make_features(folder / "many", count=200)
         small = ["--num_frames", "4", "--videomae_resize_h", "32", "--videomae_resize_w", "48", "--num_workers", "1"]
         commands = {
             "vfm_feature.py": [
@@ -334,7 +337,7 @@ def kill_scripts(seed: int, count: int) -> dict[str, Counter]:
                 "--output_root",
             ],
             "train.py": ["--feature_dir", "features", *SIZES, "--epochs", "8", "--resume", "--save_dir"],
-            "encode.py": ["--checkpoint", "train.py/motion_ae_epoch8.pt", "--input", "features", "--output"],
+            "encode.py": ["--checkpoint", "train.py/motion_ae_epoch8.pt", "--input", "many", "--output"],
         }
         unbroken, duration = {}, {}
         for script, flags in commands.items():

@@ -1,6 +1,11 @@
 """Previews: what they show, that they are whole, and that a video which cannot be read costs only its frames."""
 
+import os
+import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import av
 import imageio_ffmpeg
@@ -8,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from draw_clips import write_video
-from made_up import make_features
+from made_up import ROOT, hear_ctrl_c, make_features
 from PIL import Image
 
 from encode import decode_frames
@@ -137,25 +142,42 @@ def test_a_rotated_video_is_upright(tmp_path, rotation, bright):
 
 def test_encode_draws_previews_and_does_without_a_video(trained, tmp_path, run_here):
     source, target, videos = make_features(tmp_path / "f", count=3), tmp_path / "z", tmp_path / "videos"
+    shutil.copy(source / "0000.pt", source / "0003.pt")
     videos.mkdir()
     level_clip(videos / "0.avi", 12).rename(videos / "0.mp4")
     (videos / "1.mp4").write_text("no video")
+    os.mkfifo(videos / "2.mp4")  # a decoder waits for ever
     arguments = ["encode.py", "--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--input", source]
     arguments += ["--output", target]
     assert run_here(*arguments).returncode == 0
-    result = run_here(*arguments, "--preview", "--video_dir", videos)
+    result = run_here(*arguments, "--preview", "--video_dir", videos, "--decode_timeout", 5)
     assert result.returncode == 0
-    assert "3 written, 0 skipped" in result.stdout  # they were finished, but not drawn
-    assert [line.split(": ")[2] for line in result.stderr.splitlines() if "no frames" in line]
-    assert "0.mp4" not in result.stderr and "1.mp4" in result.stderr and "2.mp4" in result.stderr
+    assert "4 written, 0 skipped" in result.stdout  # they were finished, but not drawn
+    assert result.stderr.count("no frames") == 2 and "1.mp4: " in result.stderr
+    assert "2.mp4: no end after 5 s" in result.stderr
     panels = []
-    for index in range(3):
+    for index in range(4):
         assert has_preview(target / f"000{index}.pt")
         panels.append(read(target / f"000{index}.pt")[1][0].shape[1])
-    assert panels[0] > panels[1] == panels[2]
-    assert "0 written, 3 skipped" in run_here(*arguments, "--preview", "--video_dir", videos).stdout
+    assert panels[0] == panels[3] > panels[1] == panels[2]
+    assert "0 written, 4 skipped" in run_here(*arguments, "--preview", "--video_dir", videos).stdout
     (target / "0001.png").unlink()
-    assert "1 written, 2 skipped" in run_here(*arguments, "--preview").stdout
+    assert "1 written, 3 skipped" in run_here(*arguments, "--preview").stdout
+
+
+def test_ctrl_c_does_not_wait_for_the_video_of_a_preview(trained, tmp_path):
+    source, target, videos = make_features(tmp_path / "f", count=1), tmp_path / "z", tmp_path / "videos"
+    videos.mkdir()
+    os.mkfifo(videos / "0.mp4")
+    command = ["encode.py", "--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--input", source, "--output"]
+    command = [*map(str, command), str(target), "--device", "cpu", "--preview", "--video_dir", str(videos)]
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=-1, preexec_fn=hear_ctrl_c)
+    while not (target / "0000.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and b"stopped" in stderr and b"Traceback" not in stderr
+    assert not has_preview(target / "0000.pt")  # so that the next run draws it
 
 
 def test_vfm_feature_draws_what_the_model_saw(tmp_path, run_here):
