@@ -519,17 +519,16 @@ def draw_curves(history: list[dict[str, float]], measured_on: str, path: Path) -
         figure.savefig(file, format="png", dpi=80)
 
 
-def write_epoch(checkpoint: dict[str, Any], training: dict[str, Any], measured_on: str, save_dir: Path) -> None:
-    """All files of an epoch. The one that --resume goes by comes last, so that a run killed before does it again."""
-    history, epoch = checkpoint["history"], checkpoint["epoch"]
+def write_around(checkpoint: dict[str, Any], measured_on: str, save_dir: Path) -> None:
+    """All that follows from the newest checkpoint in `save_dir`. A run that was killed in between has it all made again
+    when it goes on."""
+    history = checkpoint["history"]
     best = save_dir / "motion_ae_best.pt"
     if not best.exists() or history[-1]["val_loss"] < min(row["val_loss"] for row in history[:-1]):
-        save_atomically(checkpoint, best)
+        save_atomically({name: value for name, value in checkpoint.items() if name != "training"}, best)
     write_metrics(history, save_dir / "metrics.csv")
     draw_curves(history, measured_on, save_dir / "loss_curves.png")
-    save_atomically({**checkpoint, "training": training}, epoch_path(save_dir, epoch))
-    for earlier in (epoch - 2, epoch - 1):  # a run that was killed may have left two
-        remove_training_state(epoch_path(save_dir, earlier))
+    remove_training_state(epoch_path(save_dir, checkpoint["epoch"] - 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -636,14 +635,16 @@ def main() -> int:
     settings = {name: getattr(args, name) for name in RUN_FLAGS}
     settings["clips_per_step"] = args.batch_size * num_ranks()
     settings["fingerprint"] = fingerprint(files, args.feature_dir)
+    train_files, val_files = split_files(files, args.val_fraction, args.seed)
+    measured_on = "held out" if val_files else "training files"
     checkpoint = from_first_rank(find_start(args, settings) if rank() == 0 else None)
+    if checkpoint and rank() == 0 and epoch_path(args.save_dir, checkpoint["epoch"]).exists():
+        write_around(checkpoint, measured_on, args.save_dir)
     if checkpoint and checkpoint["epoch"] == args.epochs:
         return 0
 
-    train_files, val_files = split_files(files, args.val_fraction, args.seed)
     train_set = Clips(train_files, args.input_dim)
     val_set = Clips(val_files, args.input_dim) if val_files else train_set
-    measured_on = "held out" if val_files else "training files"
     shapes = len({file.shape for file in train_files})
     where = f"{num_ranks()} x {device.type}" if num_ranks() > 1 else device
     report(f"{len(train_files)} training files, {len(val_files)} held out, {shapes} shapes; on {where}")
@@ -696,8 +697,10 @@ def main() -> int:
         means = {"train_mean": train_mean, "val_mean": val_mean if val_files else None}
         weights = trainer.averaged.module.state_dict()
         checkpoint = {"model": weights, "epoch": epoch, "history": history, **means, **about}
+        checkpoint["training"] = trainer.state()
         if rank() == 0:
-            write_epoch(checkpoint, trainer.state(), measured_on, args.save_dir)
+            save_atomically(checkpoint, epoch_path(args.save_dir, epoch))
+            write_around(checkpoint, measured_on, args.save_dir)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
