@@ -24,7 +24,7 @@ import math
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
 from contextlib import nullcontext
 from itertools import islice
@@ -262,22 +262,20 @@ def decode_frames(path: Path, count: int) -> np.ndarray:
 
 
 def draw(
-    feature: Tensor, result: dict[str, Any], output: Path, args: argparse.Namespace, decoder: ProcessPool | None
+    feature: Tensor, result: dict[str, Any], output: Path, decoding: Future | None, args: argparse.Namespace
 ) -> None:
-    """Write the preview of an output; without frames, and a word about it, where the video is not to be had. In a run
-    that is being stopped, leave it to the next one."""
+    """Write the preview of an output; without frames, and a word about it, where the video is not to be had. A run that
+    is being stopped leaves it to the next one."""
     frames = None
-    if decoder:
-        video = args.video_dir / Path(result.get("video", "")).name  # the name alone: a feature may come from anywhere
-        steps = len(preview_steps(len(feature)))
+    if decoding:
         try:
-            frames = decoder.schedule(decode_frames, args=(video, steps), timeout=args.decode_timeout).result()
+            frames = decoding.result()
+        except CancelledError:
+            return
         except Exception as error:  # decoders raise their own kinds
-            if not decoder.active:
-                return
             late = isinstance(error, DecodeTimeoutError)
             reason = f"no end after {args.decode_timeout} s" if late else error
-            say(f"warning: the preview of {output} has no frames: {video}: {reason}")
+            say(f"warning: the preview of {output} has no frames: {result.get('video')}: {reason}")
     frame_channels = result["latent"].shape[-1] - max(1, result["latent"].shape[-1] // 8)
     write_preview(output, feature, result["latent"][..., :frame_channels], frames)
 
@@ -289,7 +287,7 @@ def settings_of(path: Path, made_with: dict[str, Any]) -> str:
 
 
 def save(
-    result: dict[str, Any], output: Path, feature: Tensor, args: argparse.Namespace, decoder: ProcessPool | None
+    result: dict[str, Any], output: Path, feature: Tensor, decoding: Future | None, args: argparse.Namespace
 ) -> None:
     """Write an output dict by its suffix, whole or not at all, and its preview, if there is to be one.
 
@@ -302,7 +300,7 @@ def save(
         else:
             save_atomically(result, output)
         if args.preview:
-            draw(feature, result, output, args, decoder)
+            draw(feature, result, output, decoding, args)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror or error}") from None
 
@@ -340,6 +338,13 @@ def read_ahead(paths: list[Path], input_dim: int) -> Iterator[Future]:
             yield waiting.popleft()
 
 
+def start_decoding(decoder: ProcessPool, feature: Tensor, metadata: dict[str, str], args: argparse.Namespace) -> Future:
+    """`decode_frames` of a feature's video, as many as its preview shows."""
+    video = args.video_dir / Path(metadata.get("video", "")).name  # the name alone: a feature may come from anywhere
+    steps = len(preview_steps(len(feature)))
+    return decoder.schedule(decode_frames, args=(video, steps), timeout=args.decode_timeout)
+
+
 def encode_all(
     model: MotionFeatureAutoencoder,
     jobs: list[tuple[Path, Path]],
@@ -348,13 +353,14 @@ def encode_all(
     args: argparse.Namespace,
 ) -> None:
     """Encode (feature file, file to write) pairs. What comes of each goes into `outcomes` when it is on the disk."""
-    writing: deque[tuple[Path, dict[str, float], Future]] = deque()
+    writing: deque[tuple[Path, dict[str, float], Future, Future | None]] = deque()
     bar = tqdm(total=len(jobs), unit="file", disable=None if len(jobs) > 1 and rank() == 0 else True)
 
     def finish_writing(at_most: int) -> None:
         while len(writing) > at_most:
-            path, figures, future = writing.popleft()
+            path, figures, future, _ = writing[0]
             future.result()
+            writing.popleft()
             outcomes[path] = figures
             bar.update()
 
@@ -370,14 +376,19 @@ def encode_all(
                     outcomes[path] = str(error)
                     bar.update()
                     continue
+                decoding = start_decoding(decoder, feature, metadata, args) if decoder else None
                 result = encode_file(model, feature, metadata, args.save_reconstruction) | {"settings": settings}
                 figures = {name: result[name] for name in FIGURES}
-                writing.append((path, figures, writer.submit(save, result, output, feature, args, decoder)))
+                future = writer.submit(save, result, output, feature, decoding, args)
+                writing.append((path, figures, future, decoding))
                 finish_writing(at_most=AHEAD)
             finish_writing(at_most=0)
         finally:
+            for *_, decoding in writing:  # a run that is stopped does not wait for videos
+                if decoding:
+                    decoding.cancel()
             if decoder:
-                decoder.stop()  # else a run that is stopped would wait for the video that it decodes
+                decoder.stop()
 
 
 def share_out(jobs: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
