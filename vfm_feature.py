@@ -582,6 +582,7 @@ def captured_output() -> Iterator[list[str]]:
 
 
 LIBVPX = {"vp80": "libvpx", "vp90": "libvpx-vp9", "vp09": "libvpx-vp9"}  # codec -> FFmpeg's name of its decoder
+LIBVPX_FRAMES = 1500  # of a video, at most: libvpx reads all frames, where decord seeks in long videos
 
 
 def read_with_libvpx(path: str, codec: str) -> None:
@@ -668,7 +669,7 @@ def decode_clip(
             for size, clip in clips.items():
                 clip.append(resize_frame(frame, size))
         del frames  # closes the reader, and with it ends what its threads still have to say
-        if codec in LIBVPX:
+        if codec in LIBVPX and num_available <= LIBVPX_FRAMES:
             read_with_libvpx(path, codec)
     damage = find_damage(path, printed)
     if damage or not num_available:
@@ -710,7 +711,7 @@ def decode_ahead(
                         return f"damaged: {'; '.join(reasons)}; {backend}: read it all the same"
                     return clips
                 except DecodeTimeoutError:
-                    reasons.append(f"{backend}: no end after {timeout:g} s")
+                    reasons.append(f"{backend}: no end after {timeout:g} s (--decode_timeout)")
                 except ProcessExpired as error:
                     reasons.append(f"{backend}: the process died ({error.exitcode})")
                 except Exception as error:  # decoders raise their own kinds
