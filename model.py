@@ -589,8 +589,9 @@ class MotionFeatureEncoder(nn.Module):
         tokens = self.code.normalise(x, clip_mean)
         delta = frame_differences(tokens)
         seen = to_sequences(torch.cat([tokens, delta], dim=-1) if self.use_token else delta)  # [B * N, T, C or 2C]
-        correction = nn.functional.pad(self.network(seen, start), (self.code.frame_dim, 0))
-        return from_sequences(self.code.encode(to_sequences(tokens)) + correction, like=x)
+        latent = self.code.encode(to_sequences(tokens))
+        frame, detail = latent.split([self.code.frame_dim, self.code.detail_dim], dim=-1)
+        return from_sequences(torch.cat([frame, detail + self.network(seen, start)], dim=-1), like=x)
 
 
 class MotionFeatureDecoder(nn.Module):

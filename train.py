@@ -524,7 +524,7 @@ def write_around(checkpoint: dict[str, Any], measured_on: str, save_dir: Path) -
     when it goes on."""
     history = checkpoint["history"]
     best = save_dir / "motion_ae_best.pt"
-    if not best.exists() or history[-1]["val_loss"] < min(row["val_loss"] for row in history[:-1]):
+    if not best.exists() or history[-1]["val_loss"] < min((row["val_loss"] for row in history[:-1]), default=math.inf):
         save_atomically({name: value for name, value in checkpoint.items() if name != "training"}, best)
     write_metrics(history, save_dir / "metrics.csv")
     draw_curves(history, measured_on, save_dir / "loss_curves.png")
