@@ -473,12 +473,13 @@ def frame_indices(num_available: int, num_frames: int) -> np.ndarray:
 
 
 def codec_of(path: str) -> str:
-    """The four letters that name a video's codec, in small: avc1, vp90..."""
+    """The four letters that name a video's codec, in small: avc1, vp90... Four zeros where OpenCV cannot tell."""
     os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors
     import cv2
 
     capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # not as images whose names are numbered
-    return int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").decode(errors="replace").lower()
+    letters = max(0, int(capture.get(cv2.CAP_PROP_FOURCC)))  # -1: not opened
+    return letters.to_bytes(4, "little").decode(errors="replace").lower()
 
 
 # A backend opens a video of a codec: (number of frames, function from increasing indices to their frames, uint8 RGB
