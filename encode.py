@@ -48,7 +48,6 @@ from model import (
     UserError,
     check_preview_packages,
     find_features,
-    fingerprint,
     from_first_rank,
     has_preview,
     join_ranks,
@@ -62,6 +61,7 @@ from model import (
     run_script,
     save_atomically,
     say,
+    weights_hash,
     whole_file,
     write_preview,
 )
@@ -457,7 +457,7 @@ def main() -> int:
     check_flags(args, model.config)
     check_preview(args)
     made_with = {
-        "weights": fingerprint(model.state_dict()),
+        "weights": weights_hash(model.state_dict()),
         **model.config,
         "save_reconstruction": args.save_reconstruction,
     }

@@ -9,13 +9,13 @@ import itertools
 import math
 import multiprocessing
 import os
-import platform
 import resource
 import signal
 import sys
-import threading
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
@@ -35,258 +35,9 @@ STILL = 1e-3  # of the frame channels' scale: movement below it counts as none
 WINDOW = 240  # time steps that `encode_long` takes at once; longer clips are cut into windows
 OVERLAP = 48  # time steps on either side of a window that the networks see beyond those that are kept
 TOKENS = 2**14  # that `encode_long` takes at once
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the scripts share
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class UserError(Exception):
-    """A mistake that the user can mend. Its text is the one line they read: what is wrong, and what to do about it."""
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` whose errors are one line, as all errors here, and whose help shows every default."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
-
-
-def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """An argparse type: an int or float in [low, high], refused in words otherwise."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high or math.isinf(value):
-            wanted = f">= {low}" if math.isinf(high) else f"in [{low}, {high}]"
-            raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
-    return parse
-
-
-def rank() -> int:
-    """Which of torchrun's processes this is; 0 if it is alone."""
-    return int(os.environ.get("RANK", 0))
-
-
-def say(message: str) -> None:
-    """One line on standard error, above the progress bars; of several ranks the first one speaks."""
-    if rank() == 0:
-        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-
-
-def join_ranks() -> None:
-    """Open torchrun's process group, if there is one; a rank waits for the others as long as they take."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=365))
-
-
-def from_first_rank(value: Any) -> Any:
-    """Rank 0's `value`, on every rank."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def open_device(name: str) -> torch.device:
-    """The torch device of that name, `cuda` being this rank's GPU; raises `UserError` where the machine lacks it."""
-    try:
-        device = torch.device(
-            f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
-        )
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name} is not on this machine; use cpu, cuda or cuda:N") from None
-    if device.type == "meta":
-        raise UserError("--device meta computes nothing; use cpu")
-    return device
-
-
-def reuse_memory() -> None:
-    """Let C's allocator (glibc's, where it is that) keep what is freed instead of handing it back to the kernel, which
-    clears every page anew: on the CPU that took a tenth of the time of a forward pass and of decoding."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap too
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
-
-
-def start_decoder() -> None:
-    """What a decoding process does first: leave Ctrl-C to the parent, take one core, limit what it does to others.
-
-    A broken header can ask for any amount of memory: 4 GiB are enough for frames of 8K. And a decoder that hangs in
-    native code would outlive a parent that is killed.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    reuse_memory()
-    os.nice(10)  # a core that the model's threads share gives them the time they ask for: they wait for one another
-    if sys.platform == "linux":
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30,) * 2)
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def open_decoders(num_workers: int) -> ProcessPool:
-    """A pool of processes for decoders, which may hang, crash or eat memory: that costs a task, and no more."""
-    from pebble import ProcessPool
-
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
-    return ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context)
-
-
-def run_script(main: Callable[[], int]) -> None:
-    """Run a script's `main` and exit with its status; a `UserError` becomes one line on standard error and status 2."""
-    name = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers end a job with it: as orderly as Ctrl-C
-    reuse_memory()
-    try:
-        status = main()
-    except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        status = 2
-    except OSError as error:  # a full disk, a folder that vanished
-        print(f"{name}: error: {error}; finished files are whole", file=sys.stderr)
-        status = 1
-    except KeyboardInterrupt:
-        print(f"{name}: stopped; finished files are whole", file=sys.stderr)
-        status = 130
-    sys.exit(status)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that is at `path` whole or not at all: written beside it, then renamed onto it.
-
-    Raises `OSError` when the disk is full or the folder cannot be written; the half-written file is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{platform.node()}.{os.getpid()}.{threading.get_native_id()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes of this machine that were killed left of a `whole_file` in `folder`."""
-    for path in folder.glob(f".{platform.node()}.*.tmp"):
-        pid = path.name.removeprefix(f".{platform.node()}.").split(".")[0]
-        try:
-            os.kill(int(pid), 0)  # sends nothing; fails if there is no such process
-        except ProcessLookupError:
-            path.unlink(missing_ok=True)
-        except (ValueError, OSError):  # not ours, or another user's that runs
-            continue
-
-
-def fingerprint(weights: dict[str, Tensor]) -> str:
-    """A hash of the weights, so that a file tells which ones made it wherever theirs came from."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].contiguous().flatten().view(torch.uint8).numpy())
-    return f"sha256:{digest.hexdigest()[:16]}"
-
-
-def save_atomically(data: dict[str, Any], path: Path) -> None:
-    """`torch.save` into a `whole_file`."""
-    with whole_file(path) as file:
-        try:
-            torch.save(data, file)
-        except RuntimeError as error:  # its archive complains of a short file and hides why, say a full disk
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
-def find_features(folder: Path) -> list[Path]:
-    """Every feature file below `folder`, sorted; hidden files and folders (half-written files among them) are left out.
-
-    Raises `UserError` when `folder` is no folder or holds no feature file.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give the folder that holds the features")
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in FEATURE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
-    if not paths:
-        raise UserError(f"{folder} holds no {', '.join(FEATURE_SUFFIXES)} file; run vfm_feature.py first")
-    return paths
-
-
-def check_file(path: Path) -> None:
-    """Raise `UserError` unless `path` is a file; a pipe would be waited for."""
-    if not path.is_file():
-        raise UserError(f"{path} is no file" if path.exists() else f"{path} does not exist")
-
-
-def load_checked(path: Path, mmap: bool = False) -> Any:
-    """`torch.load` on the CPU that never runs code from the file. `mmap` leaves tensors on disk.
-
-    Raises `UserError` when the file is absent, damaged, or holds more than tensors and plain values.
-    """
-    check_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # damaged files raise almost anything
-        if mmap:  # files of torch < 1.6 cannot be mapped
-            return load_checked(path)
-        if "weights_only" in str(error):
-            raise UserError(f"{path} holds objects that only unsafe loading could read; save plain tensors") from None
-        raise UserError(f"{path} is damaged or no torch file ({type(error).__name__}); make it again") from None
-
-
-def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -> tuple[Tensor, dict[str, str]]:
-    """One feature file and its `caption`, `video` and `model`, where it has them.
-
-    The file holds a tensor, an array (.npy), or a dict, read by `feature`, else `features`, else its first key.
-
-    Returns the feature [T, N, C] or [T, H, W, C] in the dtype that it was stored in. With `mmap` the numbers stay on
-    disk, and are not looked at. Raises `UserError` that names the file: not readable, wrong rank, `C != input_dim`,
-    not floating point, NaN or infinity.
-    """
-    metadata: dict[str, str] = {}
-    if path.suffix.lower() == ".npy":
-        check_file(path)
-        try:
-            data = np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
-            feature = torch.from_numpy(data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("=")))
-        except Exception as error:  # damaged, an archive, Python objects, text
-            raise UserError(
-                f"{path} is damaged or no array of numbers ({type(error).__name__}); save it with numpy.save"
-            ) from None
-    else:
-        feature = load_checked(path, mmap)
-        if isinstance(feature, dict):
-            metadata = {key: feature[key] for key in ("caption", "video", "model") if isinstance(feature.get(key), str)}
-            key = next((key for key in ("feature", "features") if key in feature), next(iter(feature), None))
-            feature = feature.get(key)
-    if not isinstance(feature, Tensor) or feature.layout != torch.strided or feature.is_meta or feature.is_quantized:
-        raise UserError(f"{path} holds no feature tensor; it holds {type(feature).__name__}")
-    if feature.ndim not in (3, 4) or feature.numel() == 0:
-        raise UserError(f"{path}: shape {list(feature.shape)}, but a feature is [T, N, C] or [T, H, W, C], not empty")
-    if not feature.is_floating_point():
-        raise UserError(f"{path}: dtype {feature.dtype}, but a feature is floating point")
-    if input_dim is not None and feature.shape[-1] != input_dim:
-        raise UserError(f"{path}: C is {feature.shape[-1]}, but --input_dim is {input_dim}; give --input_dim C")
-    if not mmap and not feature.isfinite().all():
-        raise UserError(f"{path} holds NaN or infinity; make it again in float32, or take it out")
-    return feature.detach(), metadata
+TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
+LEFTOVER_SECONDS = 24 * 3600  # after which a half-written file is nobody's
+FINGERPRINT_BYTES = 2**16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -765,6 +516,99 @@ class MotionFeatureAutoencoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Feature files and checkpoints: what one script writes and the next one reads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_features(folder: Path) -> list[Path]:
+    """Every feature file below `folder`, sorted; hidden files and folders (half-written files among them) are left out.
+
+    Raises `UserError` when `folder` is no folder or holds no feature file.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder that holds the features")
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in FEATURE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+    if not paths:
+        raise UserError(f"{folder} holds no {', '.join(FEATURE_SUFFIXES)} file; run vfm_feature.py first")
+    return paths
+
+
+def check_file(path: Path) -> None:
+    """Raise `UserError` unless `path` is a file; a pipe would be waited for."""
+    if not path.is_file():
+        raise UserError(f"{path} is no file" if path.exists() else f"{path} does not exist")
+
+
+def load_checked(path: Path, mmap: bool = False) -> Any:
+    """`torch.load` on the CPU that never runs code from the file. `mmap` leaves tensors on disk.
+
+    Raises `UserError` when the file is absent, damaged, or holds more than tensors and plain values.
+    """
+    check_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # damaged files raise almost anything
+        if mmap:  # files of torch < 1.6 cannot be mapped
+            return load_checked(path)
+        if "weights_only" in str(error):
+            raise UserError(f"{path} holds objects that only unsafe loading could read; save plain tensors") from None
+        raise UserError(f"{path} is damaged or no torch file ({type(error).__name__}); make it again") from None
+
+
+def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -> tuple[Tensor, dict[str, str]]:
+    """One feature file and its `caption`, `video` and `model`, where it has them.
+
+    The file holds a tensor, an array (.npy), or a dict, read by `feature`, else `features`, else its first key.
+
+    Returns the feature [T, N, C] or [T, H, W, C] in the dtype that it was stored in. With `mmap` the numbers stay on
+    disk, and are not looked at. Raises `UserError` that names the file: not readable, wrong rank, `C != input_dim`,
+    not floating point, NaN or infinity.
+    """
+    metadata: dict[str, str] = {}
+    if path.suffix.lower() == ".npy":
+        check_file(path)
+        try:
+            data = np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
+            feature = torch.from_numpy(data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("=")))
+        except Exception as error:  # damaged, an archive, Python objects, text
+            raise UserError(
+                f"{path} is damaged or no array of numbers ({type(error).__name__}); save it with numpy.save"
+            ) from None
+    else:
+        feature = load_checked(path, mmap)
+        if isinstance(feature, dict):
+            metadata = {key: feature[key] for key in ("caption", "video", "model") if isinstance(feature.get(key), str)}
+            key = next((key for key in ("feature", "features") if key in feature), next(iter(feature), None))
+            feature = feature.get(key)
+    if not isinstance(feature, Tensor) or feature.layout != torch.strided or feature.is_meta or feature.is_quantized:
+        raise UserError(f"{path} holds no feature tensor; it holds {type(feature).__name__}")
+    if feature.ndim not in (3, 4) or feature.numel() == 0:
+        raise UserError(f"{path}: shape {list(feature.shape)}, but a feature is [T, N, C] or [T, H, W, C], not empty")
+    if not feature.is_floating_point():
+        raise UserError(f"{path}: dtype {feature.dtype}, but a feature is floating point")
+    if input_dim is not None and feature.shape[-1] != input_dim:
+        raise UserError(f"{path}: C is {feature.shape[-1]}, but --input_dim is {input_dim}; give --input_dim C")
+    if not mmap and not feature.isfinite().all():
+        raise UserError(f"{path} holds NaN or infinity; make it again in float32, or take it out")
+    return feature.detach(), metadata
+
+
+def weights_hash(weights: dict[str, Tensor]) -> str:
+    """A hash of the weights, so that a file tells which ones made it wherever theirs came from."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().flatten().view(torch.uint8).numpy())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Previews
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -965,3 +809,207 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
         write_video(file, draw_frames(pictures, motion, len(feature), size))
     with whole_file(sheet) as file:
         imsave(file, draw_sheet(pictures, motion, len(feature), small), format="png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every script does: errors in one line, ranks, whole files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its text is the one line they read: what is wrong, and what to do about it."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """`argparse.ArgumentParser` whose errors are one line, as all errors here, and whose help shows every default."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: an int or float in [low, high], refused in words otherwise."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            wanted = f">= {low}" if math.isinf(high) else f"in [{low}, {high}]"
+            raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+def join_ranks() -> None:
+    """Open torchrun's process group, if there is one; a rank waits for the others as long as they take.
+
+    `WORLD_SIZE` alone decides. Raises `UserError` where it promises a group that the other variables do not describe:
+    what another job left in the environment must not make this one wait, or write nothing.
+    """
+    world_size = os.environ.get("WORLD_SIZE") or "1"
+    if world_size == "1":
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {world_size}, but {', '.join(missing)} not set; start with torchrun, or unset WORLD_SIZE"
+        )
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(days=365))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"RANK {os.environ['RANK']} and WORLD_SIZE {world_size} describe no process group ({error}); start with "
+            "torchrun, or unset them"
+        ) from None
+
+
+def rank() -> int:
+    """Which of torchrun's processes this is; 0 if it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_first_rank(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value`, in their order, on rank 0; on the others an empty list."""
+    values = [value] if rank() == 0 else []
+    if dist.is_initialized():
+        values = [None] * num_ranks() if rank() == 0 else None
+        dist.gather_object(value, values)
+    return values or []
+
+
+def say(message: str) -> None:
+    """One line on standard error, above the progress bars; of several ranks the first one speaks."""
+    if rank() == 0:
+        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+
+
+def open_device(name: str) -> torch.device:
+    """The torch device of that name, `cuda` being this rank's GPU; raises `UserError` where the machine lacks it."""
+    try:
+        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and num_ranks() > 1 else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name} is not on this machine; use cpu, cuda or cuda:N") from None
+    if device.type == "meta":
+        raise UserError("--device meta computes nothing; use cpu")
+    return device
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that is at `path` whole or not at all: written beside it, then renamed onto it.
+
+    Its temporary name is random: host names and process numbers are not unique where containers share a folder.
+    Raises `OSError` when the disk is full or the folder cannot be written; the half-written file is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left of a `whole_file` in `folder`: those that nobody has written to for a day."""
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        with suppress(OSError):  # another run may have removed it
+            if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                path.unlink()
+
+
+def file_fingerprint(path: Path) -> str:
+    """A hash that tells whether a file was replaced: of its size and of 64 KiB at its start, middle and end.
+
+    Unlike its time, it survives copying. Videos keep an index of their frames at one end and .pt files the checksums of
+    all tensors at theirs, so another video or feature of the same size shows there. Raises `OSError`.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        for start in (0, (size - FINGERPRINT_BYTES) // 2, size - FINGERPRINT_BYTES):
+            file.seek(max(0, start))
+            digest.update(file.read(FINGERPRINT_BYTES))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def save_atomically(data: dict[str, Any], path: Path) -> None:
+    """`torch.save` into a `whole_file`."""
+    with whole_file(path) as file:
+        try:
+            torch.save(data, file)
+        except RuntimeError as error:  # its archive complains of a short file and hides why, say a full disk
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def reuse_memory() -> None:
+    """Let C's allocator (glibc's, where it is that) keep what is freed instead of handing it back to the kernel, which
+    clears every page anew: on the CPU that took a tenth of the time of a forward pass and of decoding."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap too
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
+
+
+def start_decoder() -> None:
+    """What a decoding process does first: leave Ctrl-C to the parent, take one core, limit what it does to others.
+
+    A broken header can ask for any amount of memory: 4 GiB are enough for frames of 8K. And a decoder that hangs in
+    native code would outlive a parent that is killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    reuse_memory()
+    os.nice(10)  # a core that the model's threads share gives them the time they ask for: they wait for one another
+    if sys.platform == "linux":
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30,) * 2)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def open_decoders(num_workers: int) -> ProcessPool:
+    """A pool of processes for decoders, which may hang, crash or eat memory: that costs a task, and no more."""
+    from pebble import ProcessPool
+
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
+    return ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context)
+
+
+def run_script(main: Callable[[], int]) -> None:
+    """Run a script's `main` and exit with its status; a `UserError` becomes one line on standard error and status 2."""
+    name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers end a job with it: as orderly as Ctrl-C
+    reuse_memory()
+    try:
+        status = main()
+    except UserError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        status = 2
+    except OSError as error:  # a full disk, a folder that vanished
+        print(f"{name}: error: {error}; finished files are whole", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; finished files are whole", file=sys.stderr)
+        status = 130
+    sys.exit(status)

@@ -44,7 +44,6 @@ from model import (
     ArgumentParser,
     UserError,
     check_preview_packages,
-    fingerprint,
     from_first_rank,
     has_preview,
     join_ranks,
@@ -56,6 +55,7 @@ from model import (
     run_script,
     save_atomically,
     say,
+    weights_hash,
     whole_file,
     write_preview,
 )
@@ -852,7 +852,7 @@ def start_run(name: str, args: argparse.Namespace, output_root: Path) -> Run:
             given, default = getattr(args, f"{name.lower()}_ckpt"), DEFAULT_WEIGHTS.get(name)
             path = find_weights(name, None if given is default else given, default)
             weights = read_weights(path)
-            made_by = fingerprint(weights)
+            made_by = weights_hash(weights)
         vit = build_vit(VFMS[name], args.num_frames, size, weights).to(args.device)
     except ImportError as error:
         raise MissingModel(
