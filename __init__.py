@@ -1,6 +1,6 @@
 """Video foundation model features, compressed with an eye for motion. The scripts beside this file use it."""
 
-from .losses import motion_autoencoder_loss
+from .losses import FeatureErrors, motion_autoencoder_loss, token_relation_distillation, token_relations
 from .model import (
     MotionFeatureAutoencoder,
     MotionFeatureDecoder,
@@ -10,10 +10,13 @@ from .model import (
 )
 
 __all__ = [
+    "FeatureErrors",
     "MotionFeatureAutoencoder",
     "MotionFeatureDecoder",
     "MotionFeatureEncoder",
     "UserError",
     "load_feature",
     "motion_autoencoder_loss",
+    "token_relation_distillation",
+    "token_relations",
 ]

@@ -66,12 +66,6 @@ def cosine_transform(length: int, like: Tensor) -> Tensor:
     return (matrix * torch.where(time == 0, 0.5**0.5, 1.0)[:, None]).to(like.dtype)
 
 
-def token_relations(tokens: Tensor) -> Tensor:
-    """The cosine similarity of every pair of tokens [K, C] -> [K, K], which VideoREPA's alignment loss compares."""
-    tokens = nn.functional.normalize(tokens, dim=-1)
-    return tokens @ tokens.mT
-
-
 class TemporalNetwork(nn.Module):
     """Temporal convolution, then temporal transformer: [S, T, in_dim] -> [S, T, out_dim], S independent sequences.
 
@@ -292,6 +286,11 @@ class SpaceTimeCode(nn.Module):
         A truncated code makes tokens too much alike; smaller leading channels and a smaller mean make up for that.
         samples: of some clips, tokens [K, C] as they are and normalised.
         """
+
+        def cosines(tokens: Tensor) -> Tensor:
+            tokens = nn.functional.normalize(tokens, dim=-1)
+            return tokens @ tokens.mT
+
         mean = (self.mean / self.scale) @ self.basis[:, : self.frame_dim]
         coefficients = [tokens @ self.basis[:, : self.frame_dim] for _, tokens in samples]
         spread = torch.cat(coefficients).std(dim=0).clamp_min(1e-3)
@@ -301,7 +300,7 @@ class SpaceTimeCode(nn.Module):
             gain = gain / (spread * gain).square().mean().sqrt()
             for share in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5) if self.use_token else (0.0,):
                 error = sum(
-                    (token_relations(x) - token_relations((c + share * mean) * gain)).abs().mean().item()
+                    (cosines(x) - cosines((c + share * mean) * gain)).abs().mean().item()
                     for (x, _), c in zip(samples, coefficients, strict=True)
                 )
                 if error < best:

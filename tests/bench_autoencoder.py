@@ -31,6 +31,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from losses import token_relations  # noqa: E402
 from model import (  # noqa: E402  (the scripts are no installed package)
     Moments,
     MotionFeatureAutoencoder,
@@ -41,7 +42,6 @@ from model import (  # noqa: E402  (the scripts are no installed package)
     principal_components,
     run_script,
     to_sequences,
-    token_relations,
 )
 from train import split_files  # noqa: E402
 
