@@ -22,7 +22,7 @@ import io
 import json
 import math
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
@@ -40,9 +40,9 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from pebble import ProcessPool
 
+from losses import FeatureErrors
 from model import (
     FEATURE_SUFFIXES,
-    OVERLAP,
     ArgumentParser,
     MotionFeatureAutoencoder,
     UserError,
@@ -66,6 +66,7 @@ from model import (
     write_preview,
 )
 
+EMBED_STEPS = 48  # time steps that are looked at together where a clip may be larger than the memory
 AHEAD = 2  # files that are read before their turn, and that wait to be written
 FIGURES = ("reconstruction_error", "motion_error", "cosine")
 
@@ -171,7 +172,7 @@ def open_feature(path: Path, input_dim: int) -> tuple[Tensor, dict[str, str]]:
     """`load_feature` of a clip that may be larger than the memory: mapped, and read once, to see that it is finite and
     to have it in the system's cache."""
     feature, metadata = load_feature(path, input_dim, mmap=True)
-    if not all(part.isfinite().all() for part in feature.split(OVERLAP)):
+    if not all(part.isfinite().all() for part in feature.split(EMBED_STEPS)):
         raise UserError(f"{path} holds NaN or infinity; make it again in float32, or take it out")
     return feature, metadata
 
@@ -179,38 +180,13 @@ def open_feature(path: Path, input_dim: int) -> tuple[Tensor, dict[str, str]]:
 def compare(
     model: MotionFeatureAutoencoder, feature: Tensor, latent: Tensor, reconstruction: Tensor | None
 ) -> dict[str, float]:
-    """`FIGURES`: how well the latent of a clip decodes to the feature [T, N, C]; fills `reconstruction`, if given.
-
-    - `reconstruction_error`: squared error over the clip's variance; 1 is what its mean would do.
-    - `motion_error`: the same of the differences between time steps; 1 is what a still picture would do.
-    - `cosine`: of a token and its reconstruction, mean.
-    NaN where there is nothing to be relative to: a clip of one value, or of one step.
-    """
-    origin = model.encoder.code.mean  # subtracted first: sums of large numbers lose the small ones
-    total = torch.zeros(feature.shape[-1], dtype=torch.float64)
-    sums = Counter()
-    for steps, positions, decoded in model.decode_long(latent):
-        x = feature[steps, positions].to(origin)  # [t, n, C]
+    """`FIGURES`: how well the latent of a clip decodes to the feature [T, N, C]; fills `reconstruction`, if given."""
+    errors = FeatureErrors()
+    for positions, decoded in model.decode_long(latent):
         if reconstruction is not None:
-            reconstruction[steps, positions] = decoded.cpu()
-        sums["cosine"] += torch.nn.functional.cosine_similarity(x, decoded, dim=-1).sum().item()
-        total += (x - origin).sum(dim=(0, 1)).cpu().double()
-        sums["energy"] += (x - origin).square().sum().item()
-        sums["error"] += (decoded - x).square().sum().item()
-        pair = torch.stack([x, decoded - x])  # [2, t, n, C]
-        if steps.start == 0:
-            last = pair[:, :0]
-        delta = torch.cat([last, pair], dim=1).diff(dim=1)
-        last = pair[:, -1:]
-        sums["motion energy"] += delta[0].square().sum().item()
-        sums["motion error"] += delta[1].square().sum().item()
-    tokens = feature[..., 0].numel()
-    variance = sums["energy"] - total.square().sum().item() / tokens
-    return {
-        "reconstruction_error": sums["error"] / variance if variance > 1e-9 * sums["energy"] else math.nan,
-        "motion_error": sums["motion error"] / sums["motion energy"] if sums["motion energy"] else math.nan,
-        "cosine": sums["cosine"] / tokens,
-    }
+            reconstruction[:, positions] = decoded.cpu()
+        errors.add(feature[None, :, positions].to(decoded), decoded[None])  # [1, T, n, C]
+    return errors.figures()
 
 
 def encode_file(
@@ -219,8 +195,10 @@ def encode_file(
     """The output dict of one feature, on the CPU."""
     latent = model.encode_long(feature)
     embedding = [  # each part with the step before, from which its first motion is measured
-        model.embed(latent[None, max(start - 1, 0) : start + OVERLAP].to(model.encoder.code.mean))[0, min(start, 1) :]
-        for start in range(0, len(latent), OVERLAP)
+        model.embed(latent[None, max(start - 1, 0) : start + EMBED_STEPS].to(model.encoder.code.mean))[
+            0, min(start, 1) :
+        ]
+        for start in range(0, len(latent), EMBED_STEPS)
     ]
     reconstruction = torch.empty(feature.shape) if save_reconstruction else None
     figures = compare(
