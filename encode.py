@@ -46,6 +46,7 @@ from model import (
     ArgumentParser,
     MotionFeatureAutoencoder,
     UserError,
+    check_numbers,
     check_preview_packages,
     find_features,
     from_first_rank,
@@ -172,8 +173,7 @@ def open_feature(path: Path, input_dim: int) -> tuple[Tensor, dict[str, str]]:
     """`load_feature` of a clip that may be larger than the memory: mapped, and read once, to see that it is finite and
     to have it in the system's cache."""
     feature, metadata = load_feature(path, input_dim, mmap=True)
-    if not all(part.isfinite().all() for part in feature.split(EMBED_STEPS)):
-        raise UserError(f"{path} holds NaN or infinity; make it again in float32, or take it out")
+    check_numbers(feature, path)
     return feature, metadata
 
 
@@ -195,9 +195,7 @@ def encode_file(
     """The output dict of one feature, on the CPU."""
     latent = model.encode_long(feature)
     embedding = [  # each part with the step before, from which its first motion is measured
-        model.embed(latent[None, max(start - 1, 0) : start + EMBED_STEPS].to(model.encoder.code.mean))[
-            0, min(start, 1) :
-        ]
+        model.embed(latent[None, max(start - 1, 0) : start + EMBED_STEPS].to(model.code.mean))[0, min(start, 1) :]
         for start in range(0, len(latent), EMBED_STEPS)
     ]
     reconstruction = torch.empty(feature.shape) if save_reconstruction else None
