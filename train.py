@@ -195,36 +195,31 @@ class Clips(Dataset):
 
 
 class EqualLengthBatches(Sampler[list[tuple[int, int, str]]]):
-    """Batches of keys of `Clips`, each of one length T, in an order that depends on (seed, epoch) alone.
+    """This rank's share of batches of keys of `Clips`, each of one length T, in an order that depends on (seed, epoch).
 
-    Every rank has as many clips of each batch as the others: what is left of a length is filled up from its start, as
-    torch's DistributedSampler does. `epoch` None: no shuffling, one rank.
+    Every rank has as many clips of each batch as the others: the clips of a length are filled up from their start, as
+    torch's DistributedSampler does.
     """
 
-    def __init__(self, clips: Clips, batch_size: int, positions: int, seed: int, epoch: int | None = None) -> None:
+    def __init__(self, clips: Clips, batch_size: int, seed: int) -> None:
         self.lengths = [file.shape[0] for file in clips.files]
-        self.batch_size, self.positions, self.seed, self.epoch = batch_size, positions, seed, epoch
+        self.size, self.seed, self.epoch = batch_size * num_ranks(), seed, 0
 
     def __len__(self) -> int:
-        size = self.batch_size * (1 if self.epoch is None else num_ranks())
-        return sum(math.ceil(self.lengths.count(length) / size) for length in set(self.lengths))
+        return sum(math.ceil(self.lengths.count(length) / self.size) for length in set(self.lengths))
 
     def __iter__(self) -> Iterator[list[tuple[int, int, str]]]:
-        ranks, here = (1, 0) if self.epoch is None else (num_ranks(), rank())
         chance = random.Random(f"{self.seed} {self.epoch}")
-        order = list(range(len(self.lengths)))
-        if self.epoch is not None:
-            chance.shuffle(order)
+        order = chance.sample(range(len(self.lengths)), len(self.lengths))
         batches = []
         for length in dict.fromkeys(self.lengths[index] for index in order):
             group = [index for index in order if self.lengths[index] == length]
-            group += [group[i % len(group)] for i in range(-len(group) % ranks)]
-            size = self.batch_size * ranks
-            batches += [group[start : start + size] for start in range(0, len(group), size)]
-        if self.epoch is not None:
-            chance.shuffle(batches)
+            group += [group[i % len(group)] for i in range(-len(group) % num_ranks())]
+            batches += [group[start : start + self.size] for start in range(0, len(group), self.size)]
+        chance.shuffle(batches)
         for batch in batches:
-            yield [(index, self.positions, f"{self.seed} {self.epoch} {index}") for index in batch[here::ranks]]
+            mine = batch[rank() :: num_ranks()]
+            yield [(index, STEP_POSITIONS, f"{self.seed} {self.epoch} {index}") for index in mine]
 
 
 def join_positions(clips: list[Tensor]) -> Tensor:
@@ -238,20 +233,18 @@ def ignore_sigterm(worker: int) -> None:
 
 
 def make_loader(clips: Clips, sampler: EqualLengthBatches, args: argparse.Namespace) -> DataLoader:
-    workers = min(args.num_workers, os.cpu_count())
     return DataLoader(
         clips,
         batch_sampler=sampler,
-        num_workers=workers,
+        num_workers=min(args.num_workers, os.cpu_count()),
         collate_fn=join_positions,
         worker_init_fn=ignore_sigterm,
-        persistent_workers=workers > 0,
         pin_memory=torch.device(args.device).type == "cuda",
         generator=torch.Generator(),  # else starting workers changes the global random state, and a resumed run differs
     )
 
 
-def batches(loader: DataLoader, device: torch.device) -> Iterator[Tensor]:
+def training_batches(loader: DataLoader, device: torch.device) -> Iterator[Tensor]:
     """Batches [1, T, S, C] on `device`. Raises `UserError` for a file that cannot be read and for a killed worker."""
     try:
         for batch in tqdm(loader, unit="batch", leave=False, disable=True if rank() else None):
@@ -262,6 +255,12 @@ def batches(loader: DataLoader, device: torch.device) -> Iterator[Tensor]:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(f"{error}; if memory ran out, lower --num_workers") from None
+
+
+def clips_to_measure(clips: Clips, seed: int, device: torch.device) -> Iterator[Tensor]:
+    """Every clip by itself, [1, T, n, C]: the same positions each time."""
+    for index in tqdm(range(len(clips)), unit="clip", leave=False, disable=None):
+        yield clips[index, MEASURE_POSITIONS, f"{seed} {index}"][None].to(device).float()
 
 
 def clips_to_fit(clips: Clips, seed: int) -> list[Tensor]:
@@ -496,8 +495,9 @@ def start_training(args: argparse.Namespace, clips: Clips, steps: int, fit: bool
     model.to(device)
     if fit and rank() == 0:
         model.code.fit([x.to(device) for x in clips_to_fit(clips, args.seed)], args.recon_weight, args.motion_weight)
-    # DistributedDataParallel gives every rank the parameters and buffers of rank 0
-    network = DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
+    network = model
+    if dist.is_initialized():
+        network = DistributedDataParallel(model)  # gives every rank the parameters and buffers of rank 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - min(1.0, 10 / steps)))
     return Training(model, averaged, optimizer, network)
@@ -535,11 +535,10 @@ def train(
     """The epochs after `last`, or all. All ranks train; rank 0 measures and writes. `files`: to train on, held out."""
     train_set, val_set = (Clips(part, args.input_dim) for part in (files[0], files[1] or files[0]))
     measured_on = "held out" if files[1] else "training files"
-    order = EqualLengthBatches(train_set, args.batch_size, STEP_POSITIONS, args.seed, epoch=0)
-    train_loader = make_loader(train_set, order, args)
-    val_loader = make_loader(val_set, EqualLengthBatches(val_set, 1, MEASURE_POSITIONS, args.seed), args)
+    order = EqualLengthBatches(train_set, args.batch_size, args.seed)
+    loader = make_loader(train_set, order, args)
     weights = (args.recon_weight, args.motion_weight, args.smooth_weight)
-    steps = args.epochs * len(train_loader)
+    steps = args.epochs * len(loader)
     training = start_training(args, train_set, steps, last is None, device)
     averaged = training.averaged.module.eval()
     first = last["epoch"] + 1 if last else 1
@@ -548,7 +547,7 @@ def train(
     elif rank() == 0:
         last = {
             "history": [],
-            "pca_errors": measure(PrincipalComponents(averaged), batches(val_loader, device), weights),
+            "pca_errors": measure(PrincipalComponents(averaged), clips_to_measure(val_set, args.seed, device), weights),
         }
         report(f"{measured_on}, motion-weighted PCA: {describe(last['pca_errors'])}")
         if args.overwrite:
@@ -558,12 +557,12 @@ def train(
         start = time.perf_counter()
         torch.manual_seed(args.seed + epoch + 1_000_003 * rank())  # with the order of clips, all chance of an epoch
         order.epoch = epoch
-        trained = train_epoch(training, batches(train_loader, device), args, steps)
+        trained = train_epoch(training, training_batches(loader, device), args, steps)
         if rank() > 0:
             continue
         if files[1]:
-            fit_trust(averaged, batches(val_loader, device), weights)
-        measured = measure(averaged, batches(val_loader, device), weights)
+            fit_trust(averaged, clips_to_measure(val_set, args.seed, device), weights)
+        measured = measure(averaged, clips_to_measure(val_set, args.seed, device), weights)
         last["epoch"], last["model"], last["training"] = epoch, averaged.state_dict(), training.state()
         last |= {"config": averaged.config, "settings": settings, **describe_run(args)}
         row = {"epoch": epoch, **add_prefix(train=trained, val=measured, pca=last["pca_errors"])}
