@@ -354,7 +354,7 @@ class MotionFeatureDecoder(nn.Module):
     """Latent -> features: latent [B, T, N, D] or [B, T, H, W, D] -> the same layout with `input_dim` channels.
 
     The network refines what the code reconstructs; `trust` in [0, 1] is how much of that refinement held-out clips have
-    shown to be right.
+    shown to be right. Training takes all of it: a network that is not trusted could not recover.
     """
 
     def __init__(self, config: Config) -> None:
@@ -369,7 +369,7 @@ class MotionFeatureDecoder(nn.Module):
 
     def forward(self, latent: Tensor, code: SpaceTimeCode) -> Tensor:
         linear, refinement = self.linear_and_refinement(latent, code)
-        return code.restore(linear + self.trust * refinement)
+        return code.restore(linear + (1.0 if self.training else self.trust) * refinement)
 
 
 def position_slices(length: int, positions: int) -> list[slice]:

@@ -34,7 +34,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -244,7 +243,7 @@ def make_loader(clips: Clips, sampler: EqualLengthBatches, args: argparse.Namesp
     )
 
 
-def training_batches(loader: DataLoader, device: torch.device) -> Iterator[Tensor]:
+def training_batches(loader: DataLoader, device: str) -> Iterator[Tensor]:
     """Batches [1, T, S, C] on `device`. Raises `UserError` for a file that cannot be read and for a killed worker."""
     try:
         for batch in tqdm(loader, unit="batch", leave=False, disable=True if rank() else None):
@@ -257,10 +256,10 @@ def training_batches(loader: DataLoader, device: torch.device) -> Iterator[Tenso
         raise UserError(f"{error}; if memory ran out, lower --num_workers") from None
 
 
-def clips_to_measure(clips: Clips, seed: int, device: torch.device) -> Iterator[Tensor]:
+def clips_to_measure(clips: Clips, args: argparse.Namespace) -> Iterator[Tensor]:
     """Every clip by itself, [1, T, n, C]: the same positions each time."""
     for index in tqdm(range(len(clips)), unit="clip", leave=False, disable=None):
-        yield clips[index, MEASURE_POSITIONS, f"{seed} {index}"][None].to(device).float()
+        yield clips[index, MEASURE_POSITIONS, f"{args.seed} {index}"][None].to(args.device).float()
 
 
 def clips_to_fit(clips: Clips, seed: int) -> list[Tensor]:
@@ -385,7 +384,7 @@ def open_save_dir(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
             report(f"no checkpoint in {args.save_dir} yet: training from the start")
         return None
     checkpoint = load_checked(path)
-    if not isinstance(checkpoint, dict) or not {"settings", "epoch", "history", "training"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"settings", "epoch", "history", "optimizer"} <= checkpoint.keys():
         raise UserError(f"--resume {path}: it holds no training state; give the motion_ae_last.pt of a run")
     check_settings(settings, checkpoint["settings"], path)
     done = checkpoint["epoch"] == args.epochs
@@ -429,7 +428,7 @@ def write_outputs(last: dict[str, Any], measured_on: str, save_dir: Path) -> Non
     """The files that follow from motion_ae_last.pt, which is on the disk: a run that was killed before they were all
     written has them written again when it goes on."""
     history = last["history"]
-    weights = {name: value for name, value in last.items() if name != "training"}
+    weights = {name: value for name, value in last.items() if name != "optimizer"}
     save_atomically(weights, save_dir / f"motion_ae_epoch{last['epoch']}.pt")
     if min(history, key=lambda row: row["val_loss"]) is history[-1]:
         save_atomically(weights, save_dir / "motion_ae_best.pt")
@@ -455,29 +454,6 @@ def report(line: str) -> None:
         print(line, flush=True)  # a job's log shows it at once
 
 
-class Training(NamedTuple):
-    """What a training step changes."""
-
-    model: MotionFeatureAutoencoder
-    averaged: AveragedModel  # the mean over the last tenth or so of the run: better than the last step's weights
-    optimizer: torch.optim.Optimizer
-    network: nn.Module  # the model, in DistributedDataParallel if there are ranks
-
-    def state(self) -> dict[str, Any]:
-        """All but the averaged weights, which are a checkpoint's `model`."""
-        steps = self.averaged.n_averaged.item()
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": steps}
-
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        try:
-            self.model.load_state_dict(checkpoint["training"]["model"])
-            self.optimizer.load_state_dict(checkpoint["training"]["optimizer"])
-            self.averaged.module.load_state_dict(checkpoint["model"])
-            self.averaged.n_averaged.fill_(checkpoint["training"]["steps"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"--resume: the training state does not fit ({type(error).__name__})") from None
-
-
 def describe_run(args: argparse.Namespace) -> dict[str, Any]:
     """What a checkpoint says of the run beside its settings."""
     return {
@@ -487,42 +463,41 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def start_training(args: argparse.Namespace, clips: Clips, steps: int, fit: bool, device: torch.device) -> Training:
-    """A model, its linear code measured on rank 0 if `fit`, and what trains it in `steps` steps."""
+def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | None) -> MotionFeatureAutoencoder:
+    """The model of the checkpoint `last`, or a new one, whose linear code rank 0 measures."""
     torch.manual_seed(args.seed)
     block = min(MAX_BLOCK, max(file.shape[0] for file in clips.files))
     model = MotionFeatureAutoencoder(**{name: getattr(args, name) for name in MODEL_FLAGS}, block=block)
-    model.to(device)
-    if fit and rank() == 0:
-        model.code.fit([x.to(device) for x in clips_to_fit(clips, args.seed)], args.recon_weight, args.motion_weight)
-    network = model
-    if dist.is_initialized():
-        network = DistributedDataParallel(model)  # gives every rank the parameters and buffers of rank 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - min(1.0, 10 / steps)))
-    return Training(model, averaged, optimizer, network)
+    model.to(args.device)
+    if last:
+        model.load_state_dict(last["model"])
+    elif rank() == 0:
+        sample = [x.to(args.device) for x in clips_to_fit(clips, args.seed)]
+        model.code.fit(sample, args.recon_weight, args.motion_weight)
+    return model
 
 
-def train_epoch(training: Training, clips: Iterable[Tensor], args: argparse.Namespace, steps: int) -> dict[str, float]:
-    """A step for each batch; the mean loss and its terms. Raises `UserError` for a loss that is not finite."""
+def train_epoch(
+    network: nn.Module, optimizer: torch.optim.Optimizer, clips: Iterable[Tensor], rates: list[float], args: Any
+) -> dict[str, float]:
+    """A step for each batch [1, T, S, C], at its learning rate; the mean loss and its terms, on rank 0."""
     weights = (args.recon_weight, args.motion_weight, args.smooth_weight)
-    training.model.train()
+    model = network.module if isinstance(network, DistributedDataParallel) else network
+    model.train()
     losses = []
-    for x in clips:  # [1, T, S, C]
+    for x, rate in zip(clips, rates, strict=True):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
-            output = training.network(x)
-        scale = training.model.code.scale
-        loss, terms = relative_loss(scale, x, output["reconstruction"], output["latent"], weights)
+            output = network(x)
+        loss, terms = relative_loss(model.code.scale, x, output["reconstruction"], output["latent"], weights)
         losses.append(terms)
-        for group in training.optimizer.param_groups:
-            group["lr"] = learning_rate(training.averaged.n_averaged.item(), steps, args.lr)
-        training.optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
-        training.optimizer.step()
-        training.averaged.update_parameters(training.model)
-    everyone = gather(pd.DataFrame(losses).mean().to_dict())  # of each rank; on rank 0
-    return pd.DataFrame(everyone).mean().to_dict()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.eval()
+    return pd.DataFrame(gather(pd.DataFrame(losses).mean().to_dict())).mean().to_dict()
 
 
 def train(
@@ -530,7 +505,6 @@ def train(
     files: tuple[list[FeatureFile], list[FeatureFile]],
     settings: dict[str, Any],
     last: dict[str, Any] | None,
-    device: torch.device,
 ) -> None:
     """The epochs after `last`, or all. All ranks train; rank 0 measures and writes. `files`: to train on, held out."""
     train_set, val_set = (Clips(part, args.input_dim) for part in (files[0], files[1] or files[0]))
@@ -538,18 +512,17 @@ def train(
     order = EqualLengthBatches(train_set, args.batch_size, args.seed)
     loader = make_loader(train_set, order, args)
     weights = (args.recon_weight, args.motion_weight, args.smooth_weight)
-    steps = args.epochs * len(loader)
-    training = start_training(args, train_set, steps, last is None, device)
-    averaged = training.averaged.module.eval()
+    model = network = start_model(args, train_set, last)
+    if dist.is_initialized():
+        network = DistributedDataParallel(model)  # gives every rank the parameters and buffers of rank 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     first = last["epoch"] + 1 if last else 1
     if last:
-        training.restore(last)
+        optimizer.load_state_dict(last["optimizer"])
     elif rank() == 0:
-        last = {
-            "history": [],
-            "pca_errors": measure(PrincipalComponents(averaged), clips_to_measure(val_set, args.seed, device), weights),
-        }
-        report(f"{measured_on}, motion-weighted PCA: {describe(last['pca_errors'])}")
+        pca = measure(PrincipalComponents(model.eval()), clips_to_measure(val_set, args), weights)
+        last = {"history": [], "pca_errors": pca, "config": model.config, "settings": settings, **describe_run(args)}
+        report(f"{measured_on}, motion-weighted PCA: {describe(pca)}")
         if args.overwrite:
             remove_outputs(args.save_dir)
 
@@ -557,23 +530,22 @@ def train(
         start = time.perf_counter()
         torch.manual_seed(args.seed + epoch + 1_000_003 * rank())  # with the order of clips, all chance of an epoch
         order.epoch = epoch
-        trained = train_epoch(training, training_batches(loader, device), args, steps)
+        steps = range((epoch - 1) * len(loader), epoch * len(loader))
+        rates = [learning_rate(step, args.epochs * len(loader), args.lr) for step in steps]
+        trained = train_epoch(network, optimizer, training_batches(loader, args.device), rates, args)
         if rank() > 0:
             continue
         if files[1]:
-            fit_trust(averaged, clips_to_measure(val_set, args.seed, device), weights)
-        measured = measure(averaged, clips_to_measure(val_set, args.seed, device), weights)
-        last["epoch"], last["model"], last["training"] = epoch, averaged.state_dict(), training.state()
-        last |= {"config": averaged.config, "settings": settings, **describe_run(args)}
-        row = {"epoch": epoch, **add_prefix(train=trained, val=measured, pca=last["pca_errors"])}
-        row["ratio"] = compare(measured, last["pca_errors"], weights, args.use_token)
-        row["trust"] = averaged.decoder.trust.item()
-        row["lr"] = training.optimizer.param_groups[0]["lr"]
-        row["seconds"] = time.perf_counter() - start
+            fit_trust(model, clips_to_measure(val_set, args), weights)
+        measured = measure(model, clips_to_measure(val_set, args), weights)
+        ratio = compare(measured, last["pca_errors"], weights, args.use_token)
+        row = {"epoch": epoch, **add_prefix(train=trained, val=measured, pca=last["pca_errors"]), "ratio": ratio}
+        row |= {"trust": model.decoder.trust.item(), "lr": rates[-1], "seconds": time.perf_counter() - start}
         last["history"].append(row)
+        last |= {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         report(
             f"epoch {epoch}: training loss {trained['loss']:.4f} | {measured_on} {describe(measured)} | "
-            + ("PCA makes no error" if math.isnan(row["ratio"]) else f"{row['ratio']:.3f} x PCA's error")
+            + ("PCA makes no error" if math.isnan(ratio) else f"{ratio:.3f} x PCA's error")
             + f" | trust {row['trust']:.2f} | {row['seconds']:.1f} s"
         )
         save_atomically(last, args.save_dir / "motion_ae_last.pt")
@@ -584,6 +556,7 @@ def main() -> int:
     args = parse_args()
     join_ranks()
     device = open_device(args.device)
+    args.device = str(device)  # of this rank
     if device.type == "cuda":
         torch.cuda.set_device(device)  # which NCCL and pinned memory go by
     all_files = from_first_rank(look_at_files(args.feature_dir, args.input_dim) if rank() == 0 else None)
@@ -598,7 +571,7 @@ def main() -> int:
         shapes = len({file.shape for file in files[0]})
         where = f"{num_ranks()} x {device.type}" if num_ranks() > 1 else device
         report(f"{len(files[0])} training files, {len(files[1])} held out, {shapes} shapes; on {where}")
-        train(args, files, settings, last, device)
+        train(args, files, settings, last)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

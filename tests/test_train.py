@@ -29,7 +29,7 @@ def test_train_writes_a_checkpoint_that_explains_itself(trained):
     assert checkpoint["model"].keys() == fresh.keys()  # no wrapper's names
     assert checkpoint["model"]["decoder.network.head.weight"].abs().max() > 0  # where it starts
     assert checkpoint["command"].endswith("--epochs 2 --use_token --device cpu")
-    assert "training" not in checkpoint
+    assert "optimizer" not in checkpoint
     assert all(np.isfinite(value) for value in checkpoint["history"][-1].values())
 
 
@@ -270,7 +270,7 @@ def test_the_best_checkpoint_is_the_epoch_of_least_held_out_loss(trained, tmp_pa
     losses = pd.read_csv(tmp_path / "metrics.csv")["val_loss"].tolist()
     best = torch.load(tmp_path / "motion_ae_best.pt", weights_only=True)
     assert best["epoch"] == 1 + losses.index(min(losses)) < 5
-    assert "training" not in best
+    assert "optimizer" not in best
     MotionFeatureAutoencoder.from_checkpoint(tmp_path / "motion_ae_best.pt")
 
 
