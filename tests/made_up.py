@@ -47,5 +47,8 @@ def make_features(folder, count=12, shape=(6, 2, 3, 12), seed=0):
 
 def save(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, data) if path.suffix == ".npy" else torch.save(data, path)
+    if isinstance(data, bytes):
+        path.write_bytes(data)
+    else:
+        np.save(path, data) if path.suffix == ".npy" else torch.save(data, path)
     return path

@@ -1,5 +1,6 @@
 """The model and its loss, through their public functions, on made-up features."""
 
+import re
 import subprocess
 import sys
 
@@ -319,3 +320,59 @@ def test_feature_files_in_every_form(tmp_path):
         np.save(tmp_path / "array.npy", x.numpy().astype(dtype))
         for mmap in (False, True):
             torch.testing.assert_close(load_feature(tmp_path / "array.npy", 4, mmap)[0].half(), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu])
+def test_float8_features_are_read(tmp_path, dtype):
+    x = torch.tensor([1.0, 2.0, 4.0, 0.5]).expand(3, 2, 4)  # exact in each of them
+    torch.save(x.to(dtype), tmp_path / "x.pt")
+    for mmap in (False, True):
+        torch.testing.assert_close(load_feature(tmp_path / "x.pt", 4, mmap)[0], x)
+    torch.save(torch.full((3, 2, 4), float("nan")).to(dtype), tmp_path / "x.pt")
+    with pytest.raises(UserError, match="NaN"):
+        load_feature(tmp_path / "x.pt")
+
+
+def test_a_clip_of_one_step_is_not_taken_for_a_batch(tmp_path):
+    torch.save({"feature": torch.zeros(1, 2, 3, 4), "model": "DINOv2"}, tmp_path / "x.pt")  # as vfm_feature.py says
+    assert load_feature(tmp_path / "x.pt")[0].shape == (1, 2, 3, 4)
+    torch.save(torch.zeros(1, 6, 4), tmp_path / "x.pt")
+    assert load_feature(tmp_path / "x.pt")[0].shape == (1, 6, 4)
+
+
+def test_a_latent_that_is_not_finite_is_an_error():
+    model = fitted(made_up_clips())
+    model.encoder.network.head.bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        model.encode_long(made_up_clips(count=1)[0])
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_checkpoints_with_wrappers_names_load(tmp_path, prefix):
+    model = fitted(made_up_clips())
+    weights = {prefix + name: weight for name, weight in model.state_dict().items()}
+    torch.save({"config": model.config, "model": weights}, tmp_path / "ck.pt")
+    x = made_up_clips(count=1)
+    torch.testing.assert_close(MotionFeatureAutoencoder.from_checkpoint(tmp_path / "ck.pt").encode(x), model.encode(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda weights: weights.pop("code.basis"), 'Missing key(s) in state_dict: "code.basis"'),
+        (lambda weights: weights.update(extra=torch.zeros(1)), 'Unexpected key(s) in state_dict: "extra"'),
+        (lambda weights: weights.update({"code.mean": torch.zeros(9)}), "size mismatch for code.mean"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_says_why(tmp_path, change, reason):
+    model = MotionFeatureAutoencoder(**SMALL)
+    weights = model.state_dict()
+    change(weights)
+    torch.save({"config": model.config, "model": weights}, tmp_path / "ck.pt")
+    with pytest.raises(UserError, match=re.escape(reason)):
+        MotionFeatureAutoencoder.from_checkpoint(tmp_path / "ck.pt")
+
+
+def test_the_code_is_once_in_a_checkpoint():
+    names = [name for name in MotionFeatureAutoencoder(**SMALL).state_dict() if name.endswith("basis")]
+    assert names == ["code.basis"]
