@@ -22,7 +22,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from model import MotionFeatureAutoencoder, load_feature  # noqa: E402
+from model import load_feature  # noqa: E402
 
 
 def settings(feature_dir: Path, *flags: str) -> argparse.Namespace:
@@ -32,46 +32,43 @@ def settings(feature_dir: Path, *flags: str) -> argparse.Namespace:
     return train.parse_args(["--feature_dir", str(feature_dir), *sizes, "--use_token", *flags])
 
 
-def trainer_of(args: argparse.Namespace, device: str, steps: int) -> train.Trainer:
-    torch.manual_seed(0)
-    flags = {name: getattr(args, name) for name in train.MODEL_FLAGS}
-    return train.Trainer(MotionFeatureAutoencoder(**flags).to(device), args, steps)
+class Loop:
+    """train.py's model, optimizer and loader of training clips, for `epochs` epochs."""
 
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self.args, self.clips = args, train.Clips(train.look_at_files(args.feature_dir, args.input_dim), args.input_dim)
+        order = train.EqualLengthBatches(self.clips, args.batch_size, args.seed)
+        self.loader = train.make_loader(self.clips, order, args)
+        self.model = train.start_model(args, self.clips, None)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
 
-def loader_of(args: argparse.Namespace) -> torch.utils.data.DataLoader:
-    """train.py's loader of training clips; every file is new to it."""
-    files = train.look_at_files(args.feature_dir, args.input_dim)
-    clips = train.Clips(files, args.input_dim)
-    return train.make_loader(clips, args.batch_size, train.STEP_POSITIONS, args, shuffled=True)
+    def batches(self) -> Iterable[Tensor]:
+        return train.training_batches(self.loader, self.args.device)
 
+    def run(self, clips: Iterable[Tensor], count: int) -> float:
+        """Tokens per second of an epoch of `count` batches."""
+        tokens = 0
 
-def tokens_per_second(trainer: train.Trainer, clips: Iterable[tuple[Tensor, int, int]]) -> float:
-    tokens = 0
+        def counted() -> Iterable[Tensor]:
+            nonlocal tokens
+            for x in clips:
+                tokens += x[..., 0].numel()
+                yield x
 
-    def counted() -> Iterable[tuple[Tensor, int, int]]:
-        nonlocal tokens
-        for x, mine, whole in clips:
-            tokens += x[..., 0].numel()
-            yield x, mine, whole
-
-    start = time.perf_counter()
-    trainer.train_epoch(counted())
-    return tokens / (time.perf_counter() - start)
+        start = time.perf_counter()
+        train.train_epoch(self.model, self.optimizer, counted(), [1e-4] * count, self.args)
+        return tokens / (time.perf_counter() - start)
 
 
 def row_loop(feature_dir: Path) -> None:
-    """The second epoch of the loop, when its loader processes run, against the same batches at hand."""
-    for where, limit in (("kept in memory", train.IN_MEMORY_BYTES), ("read from the disk", 0)):
-        train.IN_MEMORY_BYTES, before = limit, train.IN_MEMORY_BYTES
-        args = settings(feature_dir)
-        loader = loader_of(args)
-        trainer = trainer_of(args, "cpu", 4 * len(loader))
-        at_hand = list(train.batches(loader, torch.device("cpu")))
-        trainer.train_epoch(at_hand[:2])  # warms up
-        alone = tokens_per_second(trainer, at_hand)
-        loop = tokens_per_second(trainer, train.batches(loader, torch.device("cpu")))
-        train.IN_MEMORY_BYTES = before
-        show(f"features {where}: tokens/s of the loop / at hand ({alone:.0f})", loop / alone, ">= 0.85")
+    """The loop, which reads each file again in each epoch, against the same batches at hand."""
+    loop = Loop(settings(feature_dir, "--device", "cpu"))
+    at_hand = list(loop.batches())
+    loop.run(at_hand[:2], 2)  # warms up
+    alone = loop.run(at_hand, len(at_hand))
+    read = loop.run(loop.batches(), len(at_hand))
+    show(f"tokens/s of the loop / batches at hand ({alone:.0f})", read / alone, ">= 0.85")
 
 
 def run_train(args: argparse.Namespace, *flags: str) -> tuple[dict, float]:
@@ -107,19 +104,18 @@ def row_gpu(feature_dir: Path) -> None:
         for index in range(32):
             torch.save(torch.randn(48, 30, 45, 768, dtype=torch.float16), folder / f"{index}.pt")
         args = settings(folder, "--device", "cuda", "--precision", "bfloat16")
-        loader = loader_of(args)
-        device = torch.device("cuda")
-        trainer = trainer_of(args, "cuda", 3 * len(loader))
-        trainer.train_epoch(train.batches(loader, device))
+        loop = Loop(args)
+        count = len(loop.loader)
+        loop.run(loop.batches(), count)
         start = time.perf_counter()
-        trainer.train_epoch(train.batches(loader, device))
-        ours = len(loader.dataset) / (time.perf_counter() - start)
+        loop.run(loop.batches(), count)
+        ours = len(loop.clips) / (time.perf_counter() - start)
 
-        plain = trainer_of(settings(folder, "--device", "cuda"), "cuda", 100)
+        loop.args = settings(folder, "--device", "cuda")
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             start = time.perf_counter()
             for path in sorted(folder.iterdir())[:8]:
-                plain.train_epoch([(load_feature(path)[0].flatten(1, -2)[None].to(device).float(), 1, 1)])
+                loop.run([load_feature(path)[0].flatten(1, -2)[None].to("cuda").float()], 1)
             theirs = 8 / (time.perf_counter() - start)
         show(f"GPU, DINOv2's size: clips/s / those of a plain loop ({theirs:.1f})", ours / theirs, ">= 3")
     finally:
