@@ -613,6 +613,7 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
 
 PANEL_PIXELS = 240 * 360  # of a picture in a preview's video
 PREVIEW_STEPS = 240  # of a clip that a preview shows, at most
+THUMBNAIL_PIXELS = 120 * 180
 PREVIEW_FPS = 8
 PREVIEW_MARK = "vfm_encoder preview"  # in the video, which tells it from a clip of the same name
 MARGIN, TITLE, CURVE = 8, 16, 120  # pixels: around things, a line of text, the height of the curve
@@ -648,6 +649,17 @@ def is_preview(path: Path) -> bool:
 def preview_steps(length: int) -> list[int]:
     """The time steps of a clip that its preview shows: all, or `PREVIEW_STEPS` of them evenly spread."""
     return torch.linspace(0, length - 1, min(length, PREVIEW_STEPS), dtype=torch.float64).round().int().tolist()
+
+
+def thumbnails(clip: np.ndarray) -> Tensor:
+    """Frames, uint8 RGB [F, H, W, 3] -> as a preview shows them, uint8 [min(F, 240), h, w, 3]: evenly spread over the
+    clip, of the same aspect ratio and at most 120 * 180 pixels each."""
+    height, width = clip.shape[1:3]
+    shrink = min(1.0, (THUMBNAIL_PIXELS / (height * width)) ** 0.5)
+    size = max(1, round(height * shrink)), max(1, round(width * shrink))
+    frames = torch.from_numpy(clip[preview_steps(len(clip))]).permute(0, 3, 1, 2)  # [F', 3, H, W]
+    small = nn.functional.interpolate(frames, size, mode="bilinear", antialias=True)
+    return small.permute(0, 2, 3, 1).contiguous()
 
 
 def rounding_of(x: Tensor) -> Tensor:
