@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 DETAIL_RMS = 0.15  # of a detail channel, a frame channel having 1: moves cosines little, clear of float16's rounding
 STILL = 1e-3  # of the frame channels' scale: movement below it counts as none
-WINDOW = 240  # time steps that `encode_long` takes at once; longer clips are cut into windows
-OVERLAP = 48  # time steps on either side of a window that the networks see beyond those that are kept
-TOKENS = 2**14  # that `encode_long` takes at once
+TOKENS = 2**14  # tokens that `encode_long` takes at once
 TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
 LEFTOVER_SECONDS = 24 * 3600  # after which a half-written file is nobody's
 FINGERPRINT_BYTES = 2**16
@@ -50,12 +48,10 @@ def frame_differences(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[:, :1]), x.diff(dim=1)], dim=1)
 
 
-def time_positions(start: int, length: int, dim: int, like: Tensor) -> Tensor:
-    """Sinusoidal positions [length, dim] ("Attention Is All You Need") of the time steps from `start` on: without them
-    attention sees a bag of frames."""
+def time_positions(length: int, dim: int, like: Tensor) -> Tensor:
+    """Sinusoidal positions [length, dim] ("Attention Is All You Need"): without them attention sees a bag of frames."""
     frequency = torch.exp(torch.arange(0, dim, 2, device=like.device) * (-np.log(10000.0) / dim))
-    step = torch.arange(start, start + length, device=like.device)
-    angle = step[:, None] * frequency  # [length, ceil(dim / 2)]
+    angle = torch.arange(length, device=like.device)[:, None] * frequency  # [length, ceil(dim / 2)]
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :dim].to(like.dtype)
 
 
@@ -64,6 +60,28 @@ def cosine_transform(length: int, like: Tensor) -> Tensor:
     time = torch.arange(length, device=like.device)
     matrix = torch.cos(torch.pi / length * (time + 0.5) * time[:, None]) * (2 / length) ** 0.5
     return (matrix * torch.where(time == 0, 0.5**0.5, 1.0)[:, None]).to(like.dtype)
+
+
+class TransformerLayer(nn.Module):
+    """A pre-norm transformer layer, [S, T, dim] -> [S, T, dim]; `dropout` acts on what each half adds.
+
+    nn.TransformerEncoderLayer keeps all T x T scores in memory on the CPU, in eval mode as with dropout on them.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.projection = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # [S, T, 3 * dim] -> [3, S, heads, T, dim / heads]
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [S, T, dim]
+        x = x + self.dropout(self.projection(attended))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
 class TemporalNetwork(nn.Module):
@@ -77,18 +95,16 @@ class TemporalNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv1d(in_dim, model_dim, kernel_size=3, padding=1, padding_mode="replicate")
-        layer = nn.TransformerEncoderLayer(
-            model_dim, num_heads, 4 * model_dim, dropout, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.transformer = nn.TransformerEncoder(layer, num_layers, nn.LayerNorm(model_dim), enable_nested_tensor=False)
+        self.layers = nn.Sequential(*(TransformerLayer(model_dim, num_heads, dropout) for _ in range(num_layers)))
+        self.norm = nn.LayerNorm(model_dim)
         self.head = nn.Linear(model_dim, out_dim)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = nn.functional.gelu(self.conv(x.mT)).mT  # [S, T, in_dim] -> [S, T, model_dim]
-        h = h + time_positions(start, h.shape[1], h.shape[2], h)
-        return self.head(self.transformer(h))
+        h = h + time_positions(h.shape[1], h.shape[2], h)
+        return self.head(self.norm(self.layers(h)))
 
 
 def to_sequences(x: Tensor) -> Tensor:
@@ -163,15 +179,10 @@ class SpaceTimeCode(nn.Module):
         self.register_buffer("slots", torch.arange(block * self.detail_dim).repeat(block, 1))
         self.register_buffer("slot_gain", torch.ones(block, block * self.detail_dim))
 
-    def normalise(self, x: Tensor, clip_mean: Tensor | None = None) -> Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
         """x [B, T, ..., C] -> what is coded: x without the training mean; for motion alone, x without the clip's mean
-        over time, which is all that delta_x says (its running sum, up to a constant). `clip_mean` [..., C] is that
-        mean where x is a part of the clip."""
-        if self.use_token:
-            clip_mean = self.mean
-        elif clip_mean is None:
-            clip_mean = x.mean(dim=1, keepdim=True)
-        return (x - clip_mean) / self.scale
+        over time, which is all that delta_x says (its running sum, up to a constant)."""
+        return (x - (self.mean if self.use_token else x.mean(dim=1, keepdim=True))) / self.scale
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `normalise`; for motion alone, the training mean stands for what is not known."""
@@ -314,8 +325,7 @@ class MotionFeatureEncoder(nn.Module):
 
     forward: x [B, T, N, C] or [B, T, H, W, C], any T >= 1 -> latent of the same layout with `latent_dim` channels: the
     space-time code, to whose detail channels the network adds. The frame channels stay linear in their frame, so that
-    training cannot trade the cosines between tokens for reconstruction. Of a part of a clip, `start` is its first time
-    step, and `clip_mean` is as in `SpaceTimeCode.normalise`.
+    training cannot trade the cosines between tokens for reconstruction.
     """
 
     def __init__(
@@ -335,20 +345,20 @@ class MotionFeatureEncoder(nn.Module):
         in_dim = 2 * input_dim if use_token else input_dim
         self.network = TemporalNetwork(in_dim, model_dim, self.code.detail_dim, num_heads, num_layers, dropout)
 
-    def forward(self, x: Tensor, clip_mean: Tensor | None = None, start: int = 0) -> Tensor:
-        tokens = self.code.normalise(x, clip_mean)
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.code.normalise(x)
         delta = frame_differences(tokens)
         seen = to_sequences(torch.cat([tokens, delta], dim=-1) if self.use_token else delta)  # [B * N, T, C or 2C]
         latent = self.code.encode(to_sequences(tokens))
         frame, detail = latent.split([self.code.frame_dim, self.code.detail_dim], dim=-1)
-        return from_sequences(torch.cat([frame, detail + self.network(seen, start)], dim=-1), like=x)
+        return from_sequences(torch.cat([frame, detail + self.network(seen)], dim=-1), like=x)
 
 
 class MotionFeatureDecoder(nn.Module):
     """Latent -> features: latent [B, T, N, D] or [B, T, H, W, D] -> the same layout with `input_dim` channels.
 
     The network refines what the space-time code reconstructs; `trust` in [0, 1] is how much of that refinement held-out
-    clips have shown to be right. Of a part of a clip, `start` is its first time step.
+    clips have shown to be right.
     """
 
     def __init__(
@@ -367,31 +377,20 @@ class MotionFeatureDecoder(nn.Module):
         self.network = TemporalNetwork(input_dim, model_dim, input_dim, num_heads, num_layers, dropout)
         self.register_buffer("trust", torch.ones(()))
 
-    def parts(self, latent: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+    def parts(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """latent -> what the space-time code reconstructs and the network's refinement of it, normalised features."""
         linear = self.code.decode(to_sequences(latent))  # [B * N, T, C]
-        return from_sequences(linear, like=latent), from_sequences(self.network(linear, start), like=latent)
+        return from_sequences(linear, like=latent), from_sequences(self.network(linear), like=latent)
 
-    def forward(self, latent: Tensor, start: int = 0) -> Tensor:
-        linear, refinement = self.parts(latent, start)
+    def forward(self, latent: Tensor) -> Tensor:
+        linear, refinement = self.parts(latent)
         return self.code.restore(linear + self.trust * refinement)
 
 
-def windows(length: int, positions: int, block: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut a clip [T, N, ...] into parts that fit in memory: (positions, kept, seen), slices of N, of T, and of T.
-
-    `seen` is `kept` and what a model has to see around it: `OVERLAP` steps or a little more on either side, where there
-    are as many, so that what comes of `kept` does not depend on where the cuts are. `seen` begins where a block of the
-    space-time code does. All steps of some positions come in order before the next positions.
-    """
-    overlap = -(-OVERLAP // block) * block
-    stride = length if length <= WINDOW else max(block, (WINDOW - 2 * overlap) // block * block)
-    width = max(1, TOKENS // min(length, WINDOW))
-    for first in range(0, positions, width):
-        for start in range(0, length, stride):
-            stop = min(start + stride, length)
-            seen = slice(max(start - overlap, 0), min(stop + overlap, length))
-            yield slice(first, min(first + width, positions)), slice(start, stop), seen
+def position_slices(length: int, positions: int) -> list[slice]:
+    """Cut the positions of a clip [T, N, ...] into slices of `TOKENS` tokens or little more; time stays whole."""
+    width = max(1, TOKENS // length)
+    return [slice(first, min(first + width, positions)) for first in range(0, positions, width)]
 
 
 class MotionFeatureAutoencoder(nn.Module):
@@ -466,33 +465,26 @@ class MotionFeatureAutoencoder(nn.Module):
 
     @torch.no_grad()
     def encode_long(self, x: Tensor) -> Tensor:
-        """One clip [T, N, C] or [T, H, W, C], any T, any floating dtype, anywhere (on disk too, by mmap) -> its latent,
-        on the CPU.
+        """One clip [T, N, C] or [T, H, W, C], any T, any floating dtype, anywhere (on disk too, by mmap) -> its latent
+        [T, ..., D], on the CPU: what `encode` gives, to rounding.
 
-        What `encode` gives, to rounding, up to `WINDOW` steps; beyond, the networks see windows of time. The memory
-        that it takes beside x and the latent depends on neither T nor N.
+        Positions are independent sequences, so they are cut: beside x and the latent it takes the memory of `TOKENS`
+        tokens, or of one position's T.
         """
-        code = self.encoder.code
-        clip = x.flatten(1, -2)
+        clip = x.flatten(1, -2)  # [T, N, C]
         latent = torch.empty(*clip.shape[:2], self.config["latent_dim"])
-        clip_mean = None
-        for positions, kept, seen in windows(*clip.shape[:2], code.block):
-            if kept.start == 0 and not code.use_token:
-                parts = clip[:, positions].split(WINDOW)
-                clip_mean = sum(part.to(code.mean).sum(dim=0) for part in parts) / len(clip)  # [n, C]
-            z = self.encoder(clip[None, seen, positions].to(code.mean), clip_mean, seen.start)  # [1, t, n, D]
-            latent[kept, positions] = z[0, kept.start - seen.start :][: kept.stop - kept.start].cpu()
+        for positions in position_slices(*clip.shape[:2]):
+            part = clip[None, :, positions].to(self.encoder.code.mean)  # [1, T, n, C], the model's device and dtype
+            latent[:, positions] = self.encode(part)[0].cpu()
         return latent.unflatten(1, x.shape[1:-1])
 
     @torch.no_grad()
-    def decode_long(self, latent: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The latent of one clip [T, N, D] or [T, H, W, D] -> its reconstruction [T, N, C] in parts, as `windows` cuts
-        it: (steps, positions, [t, n, C] on the model's device)."""
-        code = self.encoder.code
+    def decode_long(self, latent: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The latent of one clip [T, N, D] or [T, H, W, D] -> its reconstruction in parts: (positions, [T, n, C] on
+        the model's device), `positions` being a slice of N or of the flattened H, W."""
         clip = latent.flatten(1, -2)
-        for positions, kept, seen in windows(*clip.shape[:2], code.block):
-            x = self.decoder(clip[None, seen, positions].to(code.mean), seen.start)  # [1, t, n, C]
-            yield kept, positions, x[0, kept.start - seen.start :][: kept.stop - kept.start]
+        for positions in position_slices(*clip.shape[:2]):
+            yield positions, self.decode(clip[None, :, positions].to(self.encoder.code.mean))[0]
 
     def embed(self, latent: Tensor) -> Tensor:
         """latent [B, T, ..., D] -> motion embedding [B, T, D]: what is there, and how much of it moves.
@@ -714,7 +706,7 @@ def draw_clip(
     row_width = max(len(moments), len(grid[0])) * (width + GAP) - GAP
     heights = [height] * len(grid) + [CURVE_HEIGHT]
     # around the axes there is room for titles and for the numbers at the curves
-    page_width, page_height = max(480, row_width + 5 * GAP), sum(heights) + len(heights) * 3 * GAP
+    page_width, page_height = max(480, row_width + 5 * GAP), sum(heights) + len(grid) * 3 * GAP + 5 * GAP
     page_width, page_height = (2 * math.ceil(length / 2) for length in (page_width, page_height))  # H.264 wants it even
     figure = Figure(figsize=(page_width / 100, page_height / 100), dpi=100)
     FigureCanvasAgg(figure)
@@ -801,13 +793,13 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
             rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
             x = x.unflatten(1, (rows, -1))
         components, share = leading_components(x)
-        told = f"3 components: {share:.0%} of the variance" if components.abs().max() > 0.01 else "NOTHING VARIES"
+        told = f"{share:.0%} of the variance" if components.abs().max() > 0.01 else "NOTHING VARIES"
         if name == "features":
             reference = components
         else:  # turned so that what is alike has the same colours (orthogonal Procrustes)
             u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
             components = components @ (u @ v)
-        pictures[f"{name} {list(x.shape)}  {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
+        pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
         motion[f"motion of the {name}"] = relative_motion(x)
 
     sheet.unlink(missing_ok=True)  # the video is first: where it is there alone, the preview is not finished
