@@ -38,6 +38,7 @@ from model import (
     MotionFeatureAutoencoder,
     UserError,
     add_model_flags,
+    check_numbers,
     check_preview_packages,
     file_fingerprint,
     find_features,
@@ -123,7 +124,7 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
 def encode(model: MotionFeatureAutoencoder, path: Path, feature: Tensor, save_reconstruction: bool) -> dict[str, Any]:
     """Latent, motion embedding and `METRICS` of a feature [T, ..., C], which was read from `path`; tensors on the CPU.
 
-    Raises `UserError` where the feature is not finite, or too large for float32.
+    Raises `UserError` where they are not finite.
     """
     latent = model.encode_long(feature)
     errors = FeatureErrors()
@@ -134,15 +135,13 @@ def encode(model: MotionFeatureAutoencoder, path: Path, feature: Tensor, save_re
         if save_reconstruction:
             reconstruction[:, positions] = part.cpu()
     metrics = errors.figures()
-    if not (latent.norm().isfinite() and math.isfinite(metrics["cosine"])):
-        raise UserError(
-            f"{path} holds NaN or infinity, or numbers too large for float32; make it again in float32, or take it out"
-        )
+    if not (latent.isfinite().all() and math.isfinite(metrics["cosine"])):
+        raise UserError(f"{path}: its latent, or what that decodes to, is not finite; the features are too large")
     result = {
         "latent": latent,
         "motion_embedding": model.embed(latent[None])[0],
         "compression_ratio": model.compression_ratio,
-        "pca_dim": model.encoder.code.frame_dim,
+        "pca_dim": model.code.pca_dim,
         **metrics,
     }
     return result | ({"reconstruction": reconstruction.view(feature.shape)} if save_reconstruction else {})
@@ -185,6 +184,7 @@ def encode_file(
         if may_skip and (metrics := finished_metrics(output, settings)):
             return row | metrics | {"outcome": "skipped"}
         feature, metadata = load_feature(path, model.config["input_dim"], mmap=True)
+        check_numbers(feature, path)
         frames = metadata.pop("thumbnails", None)
         result = encode(model, path, feature, args.save_reconstruction)
     except (UserError, OSError) as error:

@@ -8,12 +8,14 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
@@ -30,8 +32,11 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
-DETAIL_RMS = 0.15  # of a detail channel, a frame channel having 1: moves cosines little, clear of float16's rounding
-STILL = 1e-3  # of the frame channels' scale: movement below it counts as none
+DETAIL_RMS = 0.15  # of a detail channel, a PCA channel having 1: leaves cosines alone and is large enough for float16
+RELATION_TOKENS = 256  # of a clip, whose cosines decide on the PCA channels' gains
+LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+STILL = 1e-3  # of the PCA channels' scale: movement below it counts as none
 TOKENS = 2**14  # tokens that `encode_long` takes at once
 TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
 LEFTOVER_SECONDS = 24 * 3600  # after which a half-written file is nobody's
@@ -40,19 +45,67 @@ FINGERPRINT_BYTES = 2**16
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The motion autoencoder
+#
+# C = 768 channels become D = 192. 168 are PCA channels, which say what is in their own time step. In the 24 detail
+# channels a block of L = 24 steps shares the coefficients over time of what PCA leaves out: mostly what stands still.
+# This code is linear and measured in closed form (`SpaceTimeCode.fit`). Two networks over time are trained on top; both
+# end in a layer that starts at zero, so that training starts from the code. Every place is a sequence of its own.
+#
+#   x [B, T, H, W, 768] --> sequences [S, T, 768], S = B * H * W --> z = (x - mean) / scale
+#    |  measured: SpaceTimeCode.encode
+#    +--> z @ basis --> first 168: (+ centre) * gain ----------------------------> PCA channels [S, T, 168] ----+
+#    |        +-------> other 600: cosine transform over each block of L steps                                  |
+#    |                  --> the L * 24 most important of L * 600 coefficients ---> detail channels [S, T, 24]   |
+#    |  trained: encoder's network                                                          + ------------------+
+#    +--> [z, delta z] [S, T, 1536] --> convolution, 2 transformer layers over T --> [S, T, 24]                 |
+#                                                                                                               v
+#   latent [B, T, H, W, 192] <----------------------------------------------------------------------------------+
+#    |  measured: SpaceTimeCode.decode, the steps above undone
+#    +--> linear [S, T, 768]
+#    |       |  trained: decoder's network
+#    |       +--> convolution, 2 transformer layers over T --> refinement [S, T, 768]
+#    |    reconstruction = (linear + trust * refinement) * scale + mean, trust in [0, 1] measured on held-out clips
+#    |
+#    +--> PCA channels: their mean over H, W [B, T, 168], and the log of how far each of 24 groups of them moved
+#         --> motion_embedding [B, T, 192]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def frame_differences(x: Tensor) -> Tensor:
-    """`delta[:, t] = x[:, t] - x[:, t - 1]` and `delta[:, 0] = 0`, for x [B, T, ...]; same shape."""
-    return torch.cat([torch.zeros_like(x[:, :1]), x.diff(dim=1)], dim=1)
+@dataclass(frozen=True)
+class Config:
+    """The sizes of a `MotionFeatureAutoencoder`; train.py's flags of these names, and what its checkpoints record."""
+
+    input_dim: int = 768  # channels C of the features
+    model_dim: int = 384  # width of the networks
+    latent_dim: int = 192  # channels D of the latent
+    num_heads: int = 8
+    num_layers: int = 2  # transformer layers, each way
+    dropout: float = 0.1
+    use_token: bool = False  # the encoder sees [x, delta_x], not delta_x alone: what stands still is coded too
+    block: int = 24  # time steps that are coded together
+
+    def __post_init__(self) -> None:
+        if self.model_dim % self.num_heads:
+            raise UserError(
+                f"--model_dim {self.model_dim} does not divide by --num_heads {self.num_heads}; change one of them"
+            )
+        if self.latent_dim < 2:
+            raise UserError(f"--latent_dim {self.latent_dim} is too small; take at least 2")
+        if self.latent_dim > self.input_dim:
+            raise UserError(
+                f"--latent_dim {self.latent_dim} is above --input_dim {self.input_dim}: that would not compress"
+            )
 
 
-def time_positions(length: int, dim: int, like: Tensor) -> Tensor:
-    """Sinusoidal positions [length, dim] ("Attention Is All You Need"): without them attention sees a bag of frames."""
-    frequency = torch.exp(torch.arange(0, dim, 2, device=like.device) * (-np.log(10000.0) / dim))
-    angle = torch.arange(length, device=like.device)[:, None] * frequency  # [length, ceil(dim / 2)]
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :dim].to(like.dtype)
+def to_sequences(x: Tensor) -> Tensor:
+    """[B, T, N, C] or [B, T, H, W, C] -> [B * N, T, C]: each spatial position is a sequence of its own."""
+    return x.flatten(2, -2).transpose(1, 2).flatten(0, 1)
+
+
+def from_sequences(sequences: Tensor, like: Tensor) -> Tensor:
+    """[B * N, T, D] -> the layout of `like` ([B, T, N, ...] or [B, T, H, W, ...]) with D channels."""
+    batch, length = like.shape[:2]
+    return sequences.unflatten(0, (batch, -1)).transpose(1, 2).reshape(batch, length, *like.shape[2:-1], -1)
 
 
 def cosine_transform(length: int, like: Tensor) -> Tensor:
@@ -62,19 +115,183 @@ def cosine_transform(length: int, like: Tensor) -> Tensor:
     return (matrix * torch.where(time == 0, 0.5**0.5, 1.0)[:, None]).to(like.dtype)
 
 
+def principal_components(covariance: Tensor) -> Tensor:
+    """Eigenvectors of a symmetric matrix in columns, largest eigenvalue first, each column's largest entry positive."""
+    vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1)
+    return vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
+
+
+def weighted_moment(sequences: list[Tensor], recon_weight: float, motion_weight: float) -> Tensor:
+    """recon_weight * E[x x^T] + motion_weight * E[delta_x delta_x^T], [C, C], of centred sequences [S, T, C] each."""
+    total = sequences[0].new_zeros(2, *[sequences[0].shape[-1]] * 2, dtype=torch.float64)
+    counts = [0, 0]
+    for x in sequences:
+        for index, rows in enumerate((x.flatten(0, 1), x.diff(dim=1).flatten(0, 1))):  # [S * T, C], [S * (T - 1), C]
+            total[index] += rows.mT @ rows
+            counts[index] += len(rows)
+    return recon_weight * total[0] / counts[0] + motion_weight * total[1] / max(counts[1], 1)
+
+
+class SpaceTimeCode(nn.Module):
+    """The linear path of the autoencoder: PCA of each time step, and in a few channels beside it what PCA leaves out.
+
+    What a truncated PCA drops is mostly detail that stands still, and to repeat that at every time step is waste. So
+    the first 7/8 of the latent's channels, the PCA channels, hold the leading principal components of their own time
+    step. The last 1/8, the detail channels, hold for each block of `block` time steps the block * detail_dim most
+    important coefficients of the other components' cosine transform over time. PCA channels keep the cosines between
+    tokens (VideoREPA's token relations); detail channels are made small, so that they change these little.
+
+    `fit` measures all of it in closed form; nothing here is trained. Any T works: the steps after the last full block
+    are a shorter block, which has its own choice of coefficients.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.codes_still_part, self.block = config.use_token, config.block
+        self.detail_dim = max(1, config.latent_dim // 8)
+        self.pca_dim = config.latent_dim - self.detail_dim
+        self.remainder_dim = config.input_dim - self.pca_dim
+        self.register_buffer("mean", torch.zeros(config.input_dim))
+        self.register_buffer("scale", torch.ones(()))  # one for all channels: one for each would weight them in errors
+        self.register_buffer("basis", torch.eye(config.input_dim))  # columns: principal components
+        self.register_buffer("centre", torch.zeros(self.pca_dim))
+        self.register_buffer("gain", torch.ones(self.pca_dim))
+        # row L - 1, first L * detail_dim: which of a block of L steps' L * remainder_dim coefficients are kept
+        kept = torch.arange(self.block * self.detail_dim).repeat(self.block, 1)
+        self.register_buffer("kept", kept)
+        self.register_buffer("detail_gain", torch.ones(kept.shape))
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """x [B, T, ..., C] -> what is coded: x without the training mean; for motion alone, x without the clip's own
+        mean over time, which differences do not determine."""
+        return (x - (self.mean if self.codes_still_part else x.mean(dim=1, keepdim=True))) / self.scale
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of `normalise`; for motion alone, the training mean stands for what is not known."""
+        return x * self.scale + self.mean
+
+    def blocks(self, x: Tensor) -> list[Tensor]:
+        """[S, T, R] -> the full blocks [S, T // block, block, R] and the steps after them as one shorter block."""
+        full = x.shape[1] - x.shape[1] % self.block
+        parts = [x[:, :full].unflatten(1, (-1, self.block)), x[:, None, full:]]
+        return [part for part in parts if part.shape[1] * part.shape[2]]
+
+    def encode_detail(self, remainder: Tensor) -> Tensor:
+        """Blocks of the components beyond the PCA channels [S, n, L, R] -> detail channels [S, n * L, detail_dim]."""
+        length = remainder.shape[2]
+        count = length * self.detail_dim
+        coefficients = (cosine_transform(length, remainder) @ remainder).flatten(2)  # [S, n, L * R]
+        kept = coefficients.index_select(-1, self.kept[length - 1, :count]) * self.detail_gain[length - 1, :count]
+        return kept.unflatten(-1, (length, -1)).flatten(1, 2)
+
+    def decode_detail(self, detail: Tensor) -> Tensor:
+        """Detail channels in blocks [S, n, L, detail_dim] -> [S, n * L, R]; coefficients that were not kept are 0."""
+        length = detail.shape[2]
+        count = length * self.detail_dim
+        kept = detail.flatten(2) / self.detail_gain[length - 1, :count]
+        empty = kept.new_zeros(*kept.shape[:2], length * self.remainder_dim)
+        coefficients = empty.index_copy(-1, self.kept[length - 1, :count], kept).unflatten(-1, (length, -1))
+        return (cosine_transform(length, detail).mT @ coefficients).flatten(1, 2)
+
+    def encode(self, z: Tensor) -> Tensor:
+        """Normalised features [S, T, C] -> latent [S, T, D]."""
+        leading, remainder = (z @ self.basis).split([self.pca_dim, self.remainder_dim], dim=-1)
+        detail = torch.cat([self.encode_detail(block) for block in self.blocks(remainder)], dim=1)
+        return torch.cat([(leading + self.centre) * self.gain, detail], dim=-1)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latent [S, T, D] -> normalised features [S, T, C]."""
+        leading, detail = latent.split([self.pca_dim, self.detail_dim], dim=-1)
+        remainder = torch.cat([self.decode_detail(block) for block in self.blocks(detail)], dim=1)
+        return torch.cat([leading / self.gain - self.centre, remainder], dim=-1) @ self.basis.mT
+
+    @torch.no_grad()
+    def fit(self, clips: list[Tensor], recon_weight: float = 1.0, motion_weight: float = 1.0) -> None:
+        """Measure the code on clips [T, n, C], any T and n each. Raises `UserError` for features too large to square.
+
+        Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). Coefficients kept: those of most
+        energy, each frequency weighted by what an error in it adds to the weighted loss.
+        """
+        if not self.codes_still_part:  # it cannot come back, so it shall not take room
+            recon_weight, motion_weight = 0.0, 1.0
+        self.mean.copy_(sum(x.mean(dim=(0, 1), dtype=torch.float64) for x in clips) / len(clips))
+        self.scale.fill_(1.0)
+        variance = sum(self.normalise(x[None]).square().mean().item() for x in clips) / len(clips)
+        if not math.isfinite(variance):
+            raise UserError("the features' squares overflow float32; divide the features by a constant first")
+        self.scale.fill_(variance**0.5 or 1.0)
+
+        sequences = [self.normalise(x[None])[0].transpose(0, 1) for x in clips]  # [n, T, C] each
+        self.basis.copy_(principal_components(weighted_moment(sequences, recon_weight, motion_weight)))
+        # Cross-fitting: a basis takes too much of the energy of the clips that it was made from, so measure what
+        # remains of each half of the clips in the basis of the other half.
+        halves = [sequences[0::2], sequences[1::2] or sequences]
+        remainders = []
+        for half, other in (halves, halves[::-1]):
+            basis = principal_components(weighted_moment(other, recon_weight, motion_weight)).to(self.basis)
+            remainders += [x @ basis[:, self.pca_dim :] for x in half]  # [n, T, remainder_dim]
+        for length in range(1, self.block + 1):
+            parts = [x[:, :length] for x in remainders if x.shape[1] >= length]
+            energies = [(cosine_transform(length, x) @ x).square().mean(dim=0) for x in parts]
+            if energies:
+                self.choose_coefficients(sum(energies) / len(energies), recon_weight, motion_weight)
+        self.fit_gain(clips[:: -(-len(clips) // 32)])
+
+    def choose_coefficients(self, energy: Tensor, recon_weight: float, motion_weight: float) -> None:
+        """Set `kept` and `detail_gain` of blocks of L steps from the coefficients' mean energy [L, remainder_dim]."""
+        length = len(energy)
+        count = length * self.detail_dim
+        frequency = torch.arange(length, device=energy.device) * torch.pi / length
+        weight = recon_weight + motion_weight * (2 - 2 * frequency.cos())  # |delta|^2 of a cosine of unit energy
+        # True energies fall with a component's rank, so sort them; another order is noise.
+        value = energy.sort(dim=1, descending=True).values * weight[:, None]
+        order = value.flatten().argsort(descending=True, stable=True)[:count]
+        self.kept[length - 1, :count] = order
+        self.detail_gain[length - 1, :count] = DETAIL_RMS / energy.flatten()[order].sqrt().clamp_min(1e-3)
+
+    def fit_gain(self, clips: list[Tensor]) -> None:
+        """Set each PCA channel's `gain` (its spread to the power of -`power`) and `centre` (a share of the mean's
+        coefficients), which decoding undoes: those that keep best the cosines between tokens of a clip [T, n, C].
+
+        A truncated code makes tokens too much alike; smaller leading channels and a smaller mean make up for that.
+        """
+
+        def relations(tokens: Tensor) -> Tensor:  # [K, C] -> [K, K]
+            tokens = nn.functional.normalize(tokens, dim=-1)
+            return tokens @ tokens.mT
+
+        mean = (self.mean / self.scale) @ self.basis[:, : self.pca_dim]
+        pairs = []
+        for x in clips:
+            some = torch.linspace(0, x[..., 0].numel() - 1, RELATION_TOKENS, device=x.device).long()
+            z = self.normalise(x[None])[0].flatten(0, 1)[some] @ self.basis[:, : self.pca_dim]
+            pairs.append((relations(x.flatten(0, 1)[some]), z))
+        spread = torch.cat([z for _, z in pairs]).std(dim=0).clamp_min(1e-3)
+        best = math.inf
+        for power in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5):
+            gain = spread**-power
+            gain = gain / (spread * gain).square().mean().sqrt()
+            for share in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5) if self.codes_still_part else (0.0,):
+                error = sum((wanted - relations((z + share * mean) * gain)).abs().mean().item() for wanted, z in pairs)
+                if error < best:
+                    best = error
+                    self.gain.copy_(gain)
+                    self.centre.copy_(share * mean)
+
+
 class TransformerLayer(nn.Module):
     """A pre-norm transformer layer, [S, T, dim] -> [S, T, dim]; `dropout` acts on what each half adds.
 
     nn.TransformerEncoderLayer keeps all T x T scores in memory on the CPU, in eval mode as with dropout on them.
     """
 
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        dim, self.num_heads = config.model_dim, config.num_heads
         self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.projection = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
-        self.dropout = nn.Dropout(dropout)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         # [S, T, 3 * dim] -> [3, S, heads, T, dim / heads]
@@ -90,301 +307,69 @@ class TemporalNetwork(nn.Module):
     The last layer starts at zero, so that a network on top of a linear path starts as that path.
     """
 
-    def __init__(
-        self, in_dim: int, model_dim: int, out_dim: int, num_heads: int, num_layers: int, dropout: float
-    ) -> None:
+    def __init__(self, in_dim: int, out_dim: int, config: Config) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(in_dim, model_dim, kernel_size=3, padding=1, padding_mode="replicate")
-        self.layers = nn.Sequential(*(TransformerLayer(model_dim, num_heads, dropout) for _ in range(num_layers)))
-        self.norm = nn.LayerNorm(model_dim)
-        self.head = nn.Linear(model_dim, out_dim)
+        self.conv = nn.Conv1d(in_dim, config.model_dim, kernel_size=3, padding=1, padding_mode="replicate")
+        self.layers = nn.Sequential(*(TransformerLayer(config) for _ in range(config.num_layers)))
+        self.norm = nn.LayerNorm(config.model_dim)
+        self.head = nn.Linear(config.model_dim, out_dim)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    @staticmethod
+    def positions(length: int, dim: int, like: Tensor) -> Tensor:
+        """Sinusoidal positions [length, dim] ("Attention Is All You Need"): without them attention sees no order."""
+        frequency = torch.exp(torch.arange(0, dim, 2, device=like.device) * (-math.log(10000.0) / dim))
+        angle = torch.arange(length, device=like.device)[:, None] * frequency  # [length, ceil(dim / 2)]
+        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :dim].to(like.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         h = nn.functional.gelu(self.conv(x.mT)).mT  # [S, T, in_dim] -> [S, T, model_dim]
-        h = h + time_positions(h.shape[1], h.shape[2], h)
+        h = h + self.positions(h.shape[1], h.shape[2], h)
         return self.head(self.norm(self.layers(h)))
-
-
-def to_sequences(x: Tensor) -> Tensor:
-    """[B, T, N, C] or [B, T, H, W, C] -> [B * N, T, C]: each spatial position is a sequence of its own."""
-    return x.flatten(2, -2).transpose(1, 2).flatten(0, 1)
-
-
-def from_sequences(sequences: Tensor, like: Tensor) -> Tensor:
-    """[B * N, T, D] -> the layout of `like` ([B, T, N, ...] or [B, T, H, W, ...]) with D channels."""
-    batch, length = like.shape[:2]
-    return sequences.unflatten(0, (batch, -1)).transpose(1, 2).reshape(batch, length, *like.shape[2:-1], -1)
-
-
-def principal_components(covariance: Tensor) -> Tensor:
-    """Eigenvectors of a symmetric matrix in columns, largest eigenvalue first, each column's largest entry positive."""
-    vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1)
-    return vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
-
-
-class Moments:
-    """Running sums over sequences [S, T, C], in float64: what the mean and the covariances of x and delta_x need."""
-
-    def __init__(self) -> None:
-        self.count = self.steps = 0
-        self.sum = self.square = self.delta_square = torch.zeros(1, dtype=torch.float64)
-
-    def add(self, x: Tensor) -> None:
-        flat, delta = x.flatten(0, 1), x.diff(dim=1).flatten(0, 1)  # [S, T, C] -> [S * T, C] and [S * (T - 1), C]
-        self.count, self.steps = self.count + len(flat), self.steps + len(delta)
-        self.sum = self.sum + flat.sum(dim=0).cpu().double()
-        self.square = self.square + (flat.mT @ flat).cpu().double()
-        self.delta_square = self.delta_square + (delta.mT @ delta).cpu().double()
-
-    def __add__(self, other: Moments) -> Moments:
-        total = Moments()
-        for name in vars(total):
-            setattr(total, name, getattr(self, name) + getattr(other, name))
-        return total
-
-    def covariance(self, recon_weight: float = 1.0, motion_weight: float = 0.0) -> Tensor:
-        """recon_weight * cov(x) + motion_weight * E[delta_x delta_x^T], [C, C]."""
-        mean = self.sum / self.count
-        covariance = self.square / self.count - mean[:, None] * mean
-        return recon_weight * covariance + motion_weight * self.delta_square / max(self.steps, 1)
-
-
-class SpaceTimeCode(nn.Module):
-    """The linear path of the autoencoder: PCA of each frame, and in a few channels beside it what PCA leaves out.
-
-    What a truncated PCA drops is mostly detail that stands still, and to repeat that at every time step is waste. So
-    the first 7/8 of the latent's channels, the frame channels, hold the leading principal components of their own
-    frame. The last 1/8, the detail channels, hold for each block of `block` time steps the block * detail_dim most
-    important coefficients of the other components' cosine transform over time. Frame channels keep the cosines between
-    tokens (VideoREPA's token relations); detail channels are small beside them, to leave these alone.
-
-    `fit` measures all of it in closed form; nothing here is trained. Any T works: what remains after the last full
-    block is a shorter block, which has its own choice of coefficients.
-    """
-
-    def __init__(self, input_dim: int, latent_dim: int, use_token: bool, block: int) -> None:
-        super().__init__()
-        self.use_token, self.block = use_token, block
-        self.detail_dim = max(1, latent_dim // 8)
-        self.frame_dim = latent_dim - self.detail_dim
-        self.rest_dim = input_dim - self.frame_dim
-        self.register_buffer("mean", torch.zeros(input_dim))
-        self.register_buffer("scale", torch.ones(()))  # one number: a scale a channel would change what an error is
-        self.register_buffer("basis", torch.eye(input_dim))  # columns: principal components
-        self.register_buffer("center", torch.zeros(self.frame_dim))
-        self.register_buffer("gain", torch.ones(self.frame_dim))
-        # row L - 1, first L * detail_dim columns: which of a block of L steps' L * rest_dim coefficients are kept
-        self.register_buffer("slots", torch.arange(block * self.detail_dim).repeat(block, 1))
-        self.register_buffer("slot_gain", torch.ones(block, block * self.detail_dim))
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """x [B, T, ..., C] -> what is coded: x without the training mean; for motion alone, x without the clip's mean
-        over time, which is all that delta_x says (its running sum, up to a constant)."""
-        return (x - (self.mean if self.use_token else x.mean(dim=1, keepdim=True))) / self.scale
-
-    def restore(self, x: Tensor) -> Tensor:
-        """The inverse of `normalise`; for motion alone, the training mean stands for what is not known."""
-        return x * self.scale + self.mean
-
-    def blocks(self, x: Tensor) -> list[Tensor]:
-        """[S, T, R] -> the full blocks [S, T // block, block, R] and the rest of T as one shorter block, if any."""
-        full = x.shape[1] - x.shape[1] % self.block
-        parts = [x[:, :full].unflatten(1, (-1, self.block)), x[:, None, full:]]
-        return [part for part in parts if part.shape[1] * part.shape[2]]
-
-    def pack(self, rest: Tensor) -> Tensor:
-        """Blocks of the components beyond the frame channels [S, n, L, R] -> detail channels [S, n * L, detail_dim]."""
-        length = rest.shape[2]
-        count = length * self.detail_dim
-        coefficients = (cosine_transform(length, rest) @ rest).flatten(2)  # [S, n, L * R]
-        kept = coefficients.index_select(-1, self.slots[length - 1, :count]) * self.slot_gain[length - 1, :count]
-        return kept.unflatten(-1, (length, -1)).flatten(1, 2)
-
-    def unpack(self, detail: Tensor) -> Tensor:
-        """Detail channels in blocks [S, n, L, detail_dim] -> [S, n * L, R]; `pack` inverted, 0 for the lost."""
-        length = detail.shape[2]
-        count = length * self.detail_dim
-        kept = detail.flatten(2) / self.slot_gain[length - 1, :count]
-        empty = kept.new_zeros(*kept.shape[:2], length * self.rest_dim)
-        coefficients = empty.index_copy(-1, self.slots[length - 1, :count], kept).unflatten(-1, (length, -1))
-        return (cosine_transform(length, detail).mT @ coefficients).flatten(1, 2)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Normalised features [S, T, C] -> latent [S, T, D]."""
-        frame, rest = (x @ self.basis).split([self.frame_dim, self.rest_dim], dim=-1)
-        detail = torch.cat([self.pack(block) for block in self.blocks(rest)], dim=1)
-        return torch.cat([(frame + self.center) * self.gain, detail], dim=-1)
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Latent [S, T, D] -> normalised features [S, T, C]."""
-        frame, detail = latent.split([self.frame_dim, self.detail_dim], dim=-1)
-        rest = torch.cat([self.unpack(block) for block in self.blocks(detail)], dim=1)
-        return torch.cat([frame / self.gain - self.center, rest], dim=-1) @ self.basis.mT
-
-    @torch.no_grad()
-    def fit(self, clips: Callable[[], Iterable[Tensor]], recon_weight: float = 1.0, motion_weight: float = 1.0) -> None:
-        """Measure the code on batches x [B, T, N, C], which `clips()` gives, twice the same.
-
-        Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). Coefficients kept: those of most
-        energy, each frequency weighted by what an error in it adds to the weighted loss.
-        """
-        if not self.use_token:  # what stands still cannot come back, so it shall not take room
-            recon_weight, motion_weight = 0.0, 1.0
-        halves = self.fit_mean_and_scale(clips)
-        whole, *cross = (
-            principal_components(moments.covariance(recon_weight, motion_weight)).to(self.basis)
-            for moments in (halves[0] + halves[1], *halves)
-        )
-        self.basis.copy_(whole)
-
-        lengths = range(1, self.block + 1)
-        energies, counts = [self.basis.new_zeros(length, self.rest_dim) for length in lengths], [0] * self.block
-        samples = []
-        for index, x in enumerate(clips()):
-            tokens = to_sequences(self.normalise(x))  # [S, T, C]
-            # in the basis of the other half: a basis captures the clips that it was made from better than it should
-            rest = (tokens @ cross[1 - index % 2])[..., self.frame_dim :]
-            for length in lengths[: x.shape[1]]:
-                start = rest[:, :length]
-                energies[length - 1] += (cosine_transform(length, start) @ start).square().mean(dim=0) * len(x)
-                counts[length - 1] += len(x)
-            if len(samples) < 32:
-                one = tokens[: len(tokens) // len(x)].flatten(0, 1)  # [N * T, C] of the first clip
-                chosen = torch.linspace(0, len(one) - 1, 256).long().to(one.device)
-                samples.append((to_sequences(x[:1]).flatten(0, 1)[chosen], one[chosen]))
-        for energy, count in zip(energies, counts, strict=True):
-            self.choose_slots(energy / max(count, 1), recon_weight, motion_weight)
-        self.fit_gains(samples)
-
-    def choose_slots(self, energy: Tensor, recon_weight: float, motion_weight: float) -> None:
-        """Set `slots` and `slot_gain` of blocks of L steps from their coefficients' mean energy [L, rest_dim]."""
-        length = len(energy)
-        count = length * self.detail_dim
-        frequency = torch.arange(length, device=energy.device) * torch.pi / length
-        weight = recon_weight + motion_weight * (2 - 2 * frequency.cos())  # |delta|^2 of a cosine of unit energy
-        # sorted, each frequency keeps its leading components: what was measured out of order was measured with noise
-        value = energy.sort(dim=1, descending=True).values * weight[:, None]
-        order = value.flatten().argsort(descending=True, stable=True)[:count]
-        self.slots[length - 1, :count] = order
-        self.slot_gain[length - 1, :count] = DETAIL_RMS / energy.flatten()[order].sqrt().clamp_min(1e-3)
-
-    def fit_mean_and_scale(self, clips: Callable[[], Iterable[Tensor]]) -> tuple[Moments, Moments]:
-        """Set `mean` and `scale`. Returns the moments of the features before scaling, of every other batch each."""
-        self.mean.zero_()
-        self.scale.fill_(1.0)
-        halves, total, count = (Moments(), Moments()), 0.0, 0
-        for index, x in enumerate(clips()):
-            if index == 0:
-                origin = x.mean(dim=(0, 1, 2))  # subtracted first: sums of large numbers lose the small ones
-            halves[index % 2].add(to_sequences(self.normalise(x - origin)))
-            total = total + (x - origin).mean(dim=(0, 1, 2)) * len(x)
-            count += len(x)
-        if not halves[1].count:  # a single batch has to do for both
-            halves = (halves[0], halves[0])
-        variance = (halves[0] + halves[1]).covariance().diagonal().mean().item()
-        if not np.isfinite(variance):
-            raise UserError("the features' squares overflow float32; divide the features by a constant first")
-        self.mean.copy_(origin + total / count)
-        self.scale.fill_(max(variance, 0.0) ** 0.5 or 1.0)
-        return halves
-
-    def fit_gains(self, samples: list[tuple[Tensor, Tensor]]) -> None:
-        """Set each frame channel's gain (its spread to the power of -`power`) and centre (a share of the mean's
-        coefficients), which decoding undoes: those that keep best the cosines between tokens of a clip.
-
-        A truncated code makes tokens too much alike; smaller leading channels and a smaller mean make up for that.
-        samples: of some clips, tokens [K, C] as they are and normalised.
-        """
-
-        def cosines(tokens: Tensor) -> Tensor:
-            tokens = nn.functional.normalize(tokens, dim=-1)
-            return tokens @ tokens.mT
-
-        mean = (self.mean / self.scale) @ self.basis[:, : self.frame_dim]
-        coefficients = [tokens @ self.basis[:, : self.frame_dim] for _, tokens in samples]
-        spread = torch.cat(coefficients).std(dim=0).clamp_min(1e-3)
-        best = float("inf")
-        for power in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5):
-            gain = spread**-power
-            gain = gain / (spread * gain).square().mean().sqrt()
-            for share in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5) if self.use_token else (0.0,):
-                error = sum(
-                    (cosines(x) - cosines((c + share * mean) * gain)).abs().mean().item()
-                    for (x, _), c in zip(samples, coefficients, strict=True)
-                )
-                if error < best:
-                    best = error
-                    self.gain.copy_(gain)
-                    self.center.copy_(share * mean)
 
 
 class MotionFeatureEncoder(nn.Module):
     """Features -> latent, over time for each spatial position.
 
-    forward: x [B, T, N, C] or [B, T, H, W, C], any T >= 1 -> latent of the same layout with `latent_dim` channels: the
-    space-time code, to whose detail channels the network adds. The frame channels stay linear in their frame, so that
-    training cannot trade the cosines between tokens for reconstruction.
+    forward: x [B, T, N, C] or [B, T, H, W, C], any T >= 1, and the code of the autoencoder -> latent of the same layout
+    with `latent_dim` channels: what the code gives, to whose detail channels the network adds. The PCA channels stay
+    linear in their time step, so that training cannot trade the cosines between tokens for reconstruction.
     """
 
-    def __init__(
-        self,
-        input_dim: int = 768,
-        model_dim: int = 384,
-        latent_dim: int = 192,
-        num_heads: int = 8,
-        num_layers: int = 2,
-        dropout: float = 0.1,
-        use_token: bool = False,
-        block: int = 24,
-    ) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.use_token = use_token
-        self.code = SpaceTimeCode(input_dim, latent_dim, use_token, block)
-        in_dim = 2 * input_dim if use_token else input_dim
-        self.network = TemporalNetwork(in_dim, model_dim, self.code.detail_dim, num_heads, num_layers, dropout)
+        in_dim = 2 * config.input_dim if config.use_token else config.input_dim
+        self.network = TemporalNetwork(in_dim, max(1, config.latent_dim // 8), config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.code.normalise(x)
-        delta = frame_differences(tokens)
-        seen = to_sequences(torch.cat([tokens, delta], dim=-1) if self.use_token else delta)  # [B * N, T, C or 2C]
-        latent = self.code.encode(to_sequences(tokens))
-        frame, detail = latent.split([self.code.frame_dim, self.code.detail_dim], dim=-1)
-        return from_sequences(torch.cat([frame, detail + self.network(seen)], dim=-1), like=x)
+    def forward(self, x: Tensor, code: SpaceTimeCode) -> Tensor:
+        z = to_sequences(code.normalise(x))  # [B * N, T, C]
+        delta = torch.cat([torch.zeros_like(z[:, :1]), z.diff(dim=1)], dim=1)
+        seen = torch.cat([z, delta], dim=-1) if code.codes_still_part else delta  # [B * N, T, 2C or C]
+        leading, detail = code.encode(z).split([code.pca_dim, code.detail_dim], dim=-1)
+        return from_sequences(torch.cat([leading, detail + self.network(seen)], dim=-1), like=x)
 
 
 class MotionFeatureDecoder(nn.Module):
     """Latent -> features: latent [B, T, N, D] or [B, T, H, W, D] -> the same layout with `input_dim` channels.
 
-    The network refines what the space-time code reconstructs; `trust` in [0, 1] is how much of that refinement held-out
-    clips have shown to be right.
+    The network refines what the code reconstructs; `trust` in [0, 1] is how much of that refinement held-out clips have
+    shown to be right.
     """
 
-    def __init__(
-        self,
-        input_dim: int = 768,
-        model_dim: int = 384,
-        latent_dim: int = 192,
-        num_heads: int = 8,
-        num_layers: int = 2,
-        dropout: float = 0.1,
-        use_token: bool = False,
-        block: int = 24,
-    ) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.code = SpaceTimeCode(input_dim, latent_dim, use_token, block)
-        self.network = TemporalNetwork(input_dim, model_dim, input_dim, num_heads, num_layers, dropout)
+        self.network = TemporalNetwork(config.input_dim, config.input_dim, config)
         self.register_buffer("trust", torch.ones(()))
 
-    def parts(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """latent -> what the space-time code reconstructs and the network's refinement of it, normalised features."""
-        linear = self.code.decode(to_sequences(latent))  # [B * N, T, C]
+    def linear_and_refinement(self, latent: Tensor, code: SpaceTimeCode) -> tuple[Tensor, Tensor]:
+        """latent -> what the code reconstructs and the network's refinement of it, both as normalised features."""
+        linear = code.decode(to_sequences(latent))  # [B * N, T, C]
         return from_sequences(linear, like=latent), from_sequences(self.network(linear), like=latent)
 
-    def forward(self, latent: Tensor) -> Tensor:
-        linear, refinement = self.parts(latent)
-        return self.code.restore(linear + self.trust * refinement)
+    def forward(self, latent: Tensor, code: SpaceTimeCode) -> Tensor:
+        linear, refinement = self.linear_and_refinement(latent, code)
+        return code.restore(linear + self.trust * refinement)
 
 
 def position_slices(length: int, positions: int) -> list[slice]:
@@ -394,79 +379,59 @@ def position_slices(length: int, positions: int) -> list[slice]:
 
 
 class MotionFeatureAutoencoder(nn.Module):
-    """Compress features C -> latent_dim at every time step and position, and back.
+    """Compress features C -> latent_dim at every time step and position, and back. Takes the fields of `Config`.
 
     forward: x [B, T, N, C] or [B, T, H, W, C] -> dict of
     `latent` (the same layout, latent_dim channels), `reconstruction` (the shape of x),
     `motion_embedding` [B, T, latent_dim].
-
-    With `use_token` the encoder sees `[x, delta_x]`; without it `delta_x` alone, so that what stands still is not in
-    the latent.
     """
 
-    def __init__(
-        self,
-        input_dim: int = 768,
-        model_dim: int = 384,
-        latent_dim: int = 192,
-        num_heads: int = 8,
-        num_layers: int = 2,
-        dropout: float = 0.1,
-        use_token: bool = False,
-        block: int = 24,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        if model_dim % num_heads:
-            raise UserError(f"--model_dim {model_dim} does not divide by --num_heads {num_heads}; change one of them")
-        if latent_dim < 2:
-            raise UserError(f"--latent_dim {latent_dim} is too small; take at least 2")
-        if latent_dim > input_dim:
-            raise UserError(f"--latent_dim {latent_dim} is above --input_dim {input_dim}: that would not compress")
-        self.config = {
-            "input_dim": input_dim,
-            "model_dim": model_dim,
-            "latent_dim": latent_dim,
-            "num_heads": num_heads,
-            "num_layers": num_layers,
-            "dropout": dropout,
-            "use_token": use_token,
-            "block": block,
-        }
-        sizes = (input_dim, model_dim, latent_dim, num_heads, num_layers, dropout)
-        self.encoder = MotionFeatureEncoder(*sizes, use_token, block)
-        self.decoder = MotionFeatureDecoder(*sizes, use_token, block)
-        self.decoder.code = self.encoder.code  # one code, both ways
+        config = Config(*args, **kwargs)
+        self.config = asdict(config)
+        self.code = SpaceTimeCode(config)
+        self.encoder = MotionFeatureEncoder(config)
+        self.decoder = MotionFeatureDecoder(config)
 
     @property
     def compression_ratio(self) -> float:
+        """latent_dim / input_dim: 0.25 at the defaults."""
         return self.config["latent_dim"] / self.config["input_dim"]
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> MotionFeatureAutoencoder:
         """The model that train.py wrote to `path`, on the CPU, in eval mode, its parameters frozen.
 
-        Raises `UserError` when the file is absent, unreadable or no checkpoint of train.py.
+        Raises `UserError` when the file is absent, unreadable or does not fit, with the reason.
         """
         checkpoint = load_checked(Path(path))
+        if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(k), dict) for k in ("config", "model")
+        ):
+            raise UserError(f"{path} is not a checkpoint of train.py; give its motion_ae_best.pt")
+        wrappers = re.compile(r"^(module\.|_orig_mod\.)+")  # of DistributedDataParallel and torch.compile
+        weights = {wrappers.sub("", str(name)): weight for name, weight in checkpoint["model"].items()}
         try:
             model = cls(**checkpoint["config"])
-            model.load_state_dict(checkpoint["model"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
-            raise UserError(f"{path} is not a checkpoint of train.py; give one of its motion_ae_epoch*.pt") from None
+            model.load_state_dict(weights)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path} does not fit this version's model, train anew: {reason[:400]}") from None
         return model.eval().requires_grad_(False)
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, T, N, C] or [B, T, H, W, C] -> latent, differentiable in x."""
-        return self.encoder(x)
+        return self.encoder(x, self.code)
 
     def decode(self, latent: Tensor) -> Tensor:
         """latent -> reconstruction of x."""
-        return self.decoder(latent)
+        return self.decoder(latent, self.code)
 
     @torch.no_grad()
     def encode_long(self, x: Tensor) -> Tensor:
         """One clip [T, N, C] or [T, H, W, C], any T, any floating dtype, anywhere (on disk too, by mmap) -> its latent
-        [T, ..., D], on the CPU: what `encode` gives, to rounding.
+        [T, ..., D], on the CPU: what `encode` gives, to rounding. Raises `UserError` for a latent that is not finite.
 
         Positions are independent sequences, so they are cut: beside x and the latent it takes the memory of `TOKENS`
         tokens, or of one position's T.
@@ -474,8 +439,12 @@ class MotionFeatureAutoencoder(nn.Module):
         clip = x.flatten(1, -2)  # [T, N, C]
         latent = torch.empty(*clip.shape[:2], self.config["latent_dim"])
         for positions in position_slices(*clip.shape[:2]):
-            part = clip[None, :, positions].to(self.encoder.code.mean)  # [1, T, n, C], the model's device and dtype
+            part = clip[None, :, positions].to(self.code.mean)  # [1, T, n, C], the model's device and dtype
             latent[:, positions] = self.encode(part)[0].cpu()
+        if not latent.isfinite().all():
+            raise UserError(
+                "the latent is not finite: the features are far from those that the checkpoint was trained on"
+            )
         return latent.unflatten(1, x.shape[1:-1])
 
     @torch.no_grad()
@@ -484,25 +453,25 @@ class MotionFeatureAutoencoder(nn.Module):
         the model's device), `positions` being a slice of N or of the flattened H, W."""
         clip = latent.flatten(1, -2)
         for positions in position_slices(*clip.shape[:2]):
-            yield positions, self.decode(clip[None, :, positions].to(self.encoder.code.mean))[0]
+            yield positions, self.decode(clip[None, :, positions].to(self.code.mean))[0]
 
     def embed(self, latent: Tensor) -> Tensor:
         """latent [B, T, ..., D] -> motion embedding [B, T, D]: what is there, and how much of it moves.
 
-        The first channels are the mean over space of the latent's frame channels. The last, as many as there are detail
-        channels, split the frame channels into that many groups, leading components first: the log of the mean over
-        space of how far each group moved since the time step before (the first step repeats the second).
+        The first `pca_dim` channels are the mean over space of the latent's PCA channels. The other `detail_dim` split
+        the PCA channels into that many groups, leading components first: the log of the mean over space of how far each
+        group moved since the time step before (the first step repeats the second).
         """
-        frames = latent.flatten(2, -2)[..., : self.encoder.code.frame_dim]  # [B, T, N, frame_dim]
-        delta = frames.diff(dim=1) if latent.shape[1] > 1 else torch.zeros_like(frames)
-        groups = delta.tensor_split(self.encoder.code.detail_dim, dim=-1)
+        leading = latent.flatten(2, -2)[..., : self.code.pca_dim]  # [B, T, N, pca_dim]
+        delta = leading.diff(dim=1) if latent.shape[1] > 1 else torch.zeros_like(leading)
+        groups = delta.tensor_split(self.code.detail_dim, dim=-1)
         motion = torch.stack([group.norm(dim=-1).mean(dim=2) for group in groups], dim=-1)  # [B, T - 1 or 1, groups]
         motion = motion.clamp_min(STILL).log()
         motion = torch.cat([motion[:, :1], motion], dim=1)[:, -latent.shape[1] :]
-        return torch.cat([frames.mean(dim=2), motion], dim=-1)
+        return torch.cat([leading.mean(dim=2), motion], dim=-1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        latent = self.encoder(x)
+        latent = self.encode(x)
         return {"latent": latent, "reconstruction": self.decode(latent), "motion_embedding": self.embed(latent)}
 
 
@@ -531,9 +500,12 @@ def find_features(folder: Path) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raise `UserError` unless `path` is a file; a pipe would be waited for."""
+    """Raise `UserError` unless `path` is a file (a pipe would be waited for), and not one that Git LFS left out."""
     if not path.is_file():
         raise UserError(f"{path} is no file" if path.exists() else f"{path} does not exist")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
 
 
 def load_checked(path: Path, mmap: bool = False) -> Any:
@@ -552,44 +524,68 @@ def load_checked(path: Path, mmap: bool = False) -> Any:
         raise UserError(f"{path} is damaged or no torch file ({type(error).__name__}); make it again") from None
 
 
+def load_array(path: Path, mmap: bool = False) -> Tensor:
+    """`numpy.load` of a .npy that never runs code from the file; `mmap` leaves the numbers on disk."""
+    check_file(path)
+    try:
+        data = np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
+        return torch.from_numpy(data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("=")))
+    except Exception as error:  # damaged, an archive, Python objects, text
+        raise UserError(
+            f"{path} is damaged or no array of numbers ({type(error).__name__}); save it with numpy.save"
+        ) from None
+
+
+def check_numbers(feature: Tensor, path: Path) -> None:
+    """Raise `UserError` that names `path` for a feature [T, ...] with NaN, infinity, or numbers that overflow float32
+    when they are squared and summed. Of a mapped file no more than a few time steps are in memory at once."""
+    largest = torch.stack([part.abs().amax() for part in feature.split(8)]).amax().item()  # NaN if there is one
+    if not math.isfinite(largest):
+        raise UserError(f"{path} holds NaN or infinity; make it again in float32, or take it out")
+    if largest > LARGEST:
+        raise UserError(
+            f"{path} holds numbers up to {largest:.0e}, whose squares overflow float32; divide all by a constant"
+        )
+
+
 def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -> tuple[Tensor, dict[str, Any]]:
     """One feature file and its `caption`, `video`, `model` and `thumbnails` (uint8 [F, h, w, 3]), where it has them.
 
     The file holds a tensor, an array (.npy), or a dict, read by `feature`, else `features`, else its first key.
 
-    Returns the feature [T, N, C] or [T, H, W, C] in the dtype that it was stored in. With `mmap` the numbers stay on
-    disk, and are not looked at. Raises `UserError` that names the file: not readable, wrong rank, `C != input_dim`,
-    not floating point, NaN or infinity.
+    Returns the feature [T, N, C] or [T, H, W, C] in the dtype that it was stored in (float8 as float32). With `mmap`
+    the numbers stay on disk and are not looked at; `check_numbers` does. Raises `UserError` that names the file: not
+    readable, wrong rank, `C != input_dim`, not floating point, and what `check_numbers` refuses.
     """
+    data = load_array(path, mmap) if path.suffix.lower() == ".npy" else load_checked(path, mmap)
     metadata: dict[str, Any] = {}
-    if path.suffix.lower() == ".npy":
-        check_file(path)
-        try:
-            data = np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
-            feature = torch.from_numpy(data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("=")))
-        except Exception as error:  # damaged, an archive, Python objects, text
-            raise UserError(
-                f"{path} is damaged or no array of numbers ({type(error).__name__}); save it with numpy.save"
-            ) from None
-    else:
-        feature = load_checked(path, mmap)
-        if isinstance(feature, dict):
-            metadata = {key: feature[key] for key in ("caption", "video", "model") if isinstance(feature.get(key), str)}
-            frames = feature.get("thumbnails")
-            if isinstance(frames, Tensor) and frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[3] == 3:
-                metadata["thumbnails"] = frames
-            key = next((key for key in ("feature", "features") if key in feature), next(iter(feature), None))
-            feature = feature.get(key)
+    feature = data
+    if isinstance(data, dict):
+        metadata = {key: data[key] for key in ("caption", "video", "model") if isinstance(data.get(key), str)}
+        frames = data.get("thumbnails")
+        if isinstance(frames, Tensor) and frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[3] == 3:
+            metadata["thumbnails"] = frames
+        key = next((key for key in ("feature", "features") if key in data), next(iter(data), None))
+        feature = data.get(key)
     if not isinstance(feature, Tensor) or feature.layout != torch.strided or feature.is_meta or feature.is_quantized:
         raise UserError(f"{path} holds no feature tensor; it holds {type(feature).__name__}")
-    if feature.ndim not in (3, 4) or feature.numel() == 0:
-        raise UserError(f"{path}: shape {list(feature.shape)}, but a feature is [T, N, C] or [T, H, W, C], not empty")
+    shape = list(feature.shape)
+    # A model's output saved with its batch axis. vfm_feature.py, which names its model, writes none.
+    if shape[:1] == [1] and (len(shape) == 5 or (len(shape) == 4 and "model" not in metadata)):
+        raise UserError(
+            f"{path}: shape {shape} looks like a batch of one clip; save its [0], or, if it is a clip of one time "
+            "step, save it as [1, H * W, C]"
+        )
+    if len(shape) not in (3, 4) or feature.numel() == 0:
+        raise UserError(f"{path}: shape {shape}, but a feature is [T, N, C] or [T, H, W, C], not empty")
     if not feature.is_floating_point():
         raise UserError(f"{path}: dtype {feature.dtype}, but a feature is floating point")
-    if input_dim is not None and feature.shape[-1] != input_dim:
-        raise UserError(f"{path}: C is {feature.shape[-1]}, but --input_dim is {input_dim}; give --input_dim C")
-    if not mmap and not feature.isfinite().all():
-        raise UserError(f"{path} holds NaN or infinity; make it again in float32, or take it out")
+    if input_dim is not None and shape[-1] != input_dim:
+        raise UserError(f"{path}: C is {shape[-1]}, but --input_dim is {input_dim}; give --input_dim C")
+    if feature.element_size() == 1:  # hardly any function takes float8
+        feature = feature.float()
+    if not mmap:
+        check_numbers(feature, path)
     return feature.detach(), metadata
 
 
@@ -830,20 +826,21 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 
 
 def add_model_flags(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    """The autoencoder's flags. With `optional`, those not given are absent from the parsed arguments."""
+    """The flags of `Config`. With `optional`, those not given are absent from the parsed arguments."""
 
-    def add(flag: str, default: float, help: str, **options: Any) -> None:
+    def add(name: str, help: str, **options: Any) -> None:
+        default = getattr(Config, name)
         if optional:
             default, help = argparse.SUPPRESS, f"{help} (default: {default})"
-        parser.add_argument(flag, default=default, help=help, **options)
+        parser.add_argument(f"--{name}", default=default, help=help, **options)
 
-    add("--input_dim", 768, "channels C of the features", type=number(int, 1))
-    add("--model_dim", 384, "width of encoder and decoder", type=number(int, 1))
-    add("--latent_dim", 192, "channels of the latent", type=number(int, 2))
-    add("--num_heads", 8, "attention heads", type=number(int, 1))
-    add("--num_layers", 2, "transformer layers, each way", type=number(int, 1))
-    add("--dropout", 0.1, "dropout while training", type=number(float, 0, 1))
-    add("--use_token", False, "the encoder sees [x, delta_x], not delta_x alone", action="store_true")
+    add("input_dim", "channels C of the features", type=number(int, 1))
+    add("model_dim", "width of encoder and decoder", type=number(int, 1))
+    add("latent_dim", "channels of the latent", type=number(int, 2))
+    add("num_heads", "attention heads", type=number(int, 1))
+    add("num_layers", "transformer layers, each way", type=number(int, 1))
+    add("dropout", "dropout while training", type=number(float, 0, 1))
+    add("use_token", "the encoder sees [x, delta_x], not delta_x alone", action="store_true")
 
 
 def join_ranks() -> None:

@@ -33,7 +33,6 @@ sys.path.insert(0, str(ROOT))
 
 from losses import token_relations  # noqa: E402
 from model import (  # noqa: E402  (the scripts are no installed package)
-    Moments,
     MotionFeatureAutoencoder,
     UserError,
     cosine_transform,
@@ -42,6 +41,7 @@ from model import (  # noqa: E402  (the scripts are no installed package)
     principal_components,
     run_script,
     to_sequences,
+    weighted_moment,
 )
 from train import split_files  # noqa: E402
 
@@ -84,11 +84,11 @@ def our_code(model: MotionFeatureAutoencoder) -> Code:
     return code
 
 
-def pca_code(moments: Moments, origin: Tensor, latent_dim: int, motion_weight: float, keep_mean: bool) -> Code:
+def pca_code(paths: list[Path], mean: Tensor, latent_dim: int, motion_weight: float, keep_mean: bool) -> Code:
     """PCA of each frame, by the eigenvectors of cov(x) + motion_weight * cov(delta_x); the latent without the mean's
     coefficients, or with them."""
-    mean = origin + (moments.sum / moments.count).float()
-    basis = principal_components(moments.covariance(1.0, motion_weight))[:, :latent_dim].float()
+    sequences = [to_sequences(load(path) - mean) for path in paths]  # [N, T, C] each
+    basis = principal_components(weighted_moment(sequences, 1.0, motion_weight))[:, :latent_dim].float()
 
     def code(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         latent = (x - mean) @ basis
@@ -186,16 +186,13 @@ def main() -> int:
     sizes = ["--input_dim", str(input_dim), "--latent_dim", str(latent_dim), "--motion_weight", str(args.motion_weight)]
     model, seconds = train(train_paths, [*sizes, "--use_token", "--seed", str(args.seed), *flags])
 
-    origin, moments = x.mean(dim=(0, 1, 2)), Moments()
-    for path in train_paths:
-        moments.add(to_sequences(load(path) - origin))
-    mean = origin + (moments.sum / moments.count).float()
+    mean = sum(load(path).double().mean(dim=(0, 1, 2)) for path in train_paths).float() / len(train_paths)
     codes = {
         "this autoencoder": our_code(model),
     }
     for name, weight in {"PCA": 0.0, "motion-weighted PCA": args.motion_weight}.items():
-        codes[name] = pca_code(moments, origin, latent_dim, weight, False)
-        codes[f"{name}, mean kept"] = pca_code(moments, origin, latent_dim, weight, True)
+        codes[name] = pca_code(train_paths, mean, latent_dim, weight, False)
+        codes[f"{name}, mean kept"] = pca_code(train_paths, mean, latent_dim, weight, True)
     if all(load_feature(path, mmap=True)[0].shape[0] == length for path in train_paths + held_out):
         codes["linear space-time code"] = space_time_code(train_paths, mean, length, latent_dim, args.motion_weight)
     rows = {name: evaluate(code, held_out, args.motion_weight) for name, code in codes.items()}

@@ -35,7 +35,12 @@ def make_features(folder, count=12, shape=(6, 2, 3, 12), seed=0):
         if index % 4 == 3:
             np.save(folder / f"{index:04d}.npy", x.numpy())
         else:
-            data = {"feature": x.half() if index % 2 else x, "caption": f"clip {index}", "video": f"{index}.mp4"}
+            data = {
+                "feature": x.half() if index % 2 else x,
+                "caption": f"clip {index}",
+                "video": f"{index}.mp4",
+                "model": "VideoMAEv2",
+            }
             torch.save(data, folder / f"{index:04d}.pt")
     return folder
 

@@ -9,7 +9,7 @@ import torch
 from made_up import ROOT
 
 from losses import motion_autoencoder_loss
-from model import Moments, MotionFeatureAutoencoder, UserError, frame_differences, load_feature, position_slices
+from model import MotionFeatureAutoencoder, UserError, load_feature, position_slices
 from train import fit_trust
 
 SMALL = {"input_dim": 12, "model_dim": 16, "latent_dim": 6, "num_heads": 2, "num_layers": 1}
@@ -32,14 +32,6 @@ def test_both_layouts_say_the_same():
     grid, flat = model(x), model(x.flatten(2, 3))
     torch.testing.assert_close(grid["reconstruction"].flatten(2, 3), flat["reconstruction"])
     torch.testing.assert_close(grid["motion_embedding"], flat["motion_embedding"])
-
-
-def test_frame_differences():
-    x = np.random.default_rng(0).normal(size=(2, 4, 3, 5)).astype(np.float32)
-    expected = np.zeros_like(x)
-    for t in range(1, 4):
-        expected[:, t] = x[:, t] - x[:, t - 1]
-    np.testing.assert_allclose(frame_differences(torch.from_numpy(x)).numpy(), expected)
 
 
 def awake(model):
@@ -70,9 +62,9 @@ def test_the_networks_know_the_time_step():
 def test_training_starts_from_the_fitted_code():
     x = made_up_clips(count=4)
     output = fitted(x)(x)
-    linear, refinement = fitted(x).decoder.parts(output["latent"])
+    linear, refinement = fitted(x).decoder.linear_and_refinement(output["latent"], fitted(x).code)
     assert refinement.abs().max() == 0
-    torch.testing.assert_close(fitted(x).encoder.code.restore(linear), output["reconstruction"])
+    torch.testing.assert_close(fitted(x).code.restore(linear), output["reconstruction"])
 
 
 def test_motion_only_cannot_see_what_stands_still():
@@ -130,7 +122,7 @@ def made_up_clips(count=24, length=24, seed=0):
 
 def fitted(x, latent_dim=16, use_token=True):
     model = MotionFeatureAutoencoder(48, 16, latent_dim, 2, 1, use_token=use_token, block=min(24, x.shape[1])).eval()
-    model.encoder.code.fit(lambda: x.split(2))
+    model.code.fit(list(x))
     return model
 
 
@@ -178,7 +170,7 @@ def test_the_code_keeps_token_relations():
     model = fitted(train)
     kept = distance(model.encode(held_out))
     assert kept < 1.05 * distance(pca(train, 16, held_out)[0])
-    model.encoder.code.gain.fill_(1.0)
+    model.code.gain.fill_(1.0)
     assert kept < distance(model.encode(held_out))  # than without the gains
 
 
@@ -256,16 +248,6 @@ def test_the_latent_has_one_scale(factor):
     torch.testing.assert_close(spread[14:], torch.full((2,), 0.15), atol=0.05, rtol=0)  # detail channels
 
 
-def test_moments_are_what_numpy_says():
-    x = torch.randn(9, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 3
-    parts = Moments(), Moments()
-    parts[0].add(x[:4])
-    parts[1].add(x[4:])
-    delta = x.diff(dim=1).flatten(0, 1).numpy()
-    expected = 2 * np.cov(x.flatten(0, 1).numpy().T, ddof=0) + 3 * delta.T @ delta / len(delta)
-    np.testing.assert_allclose((parts[0] + parts[1]).covariance(2.0, 3.0).numpy(), expected)
-
-
 def test_the_latent_survives_float16():
     model = fitted(made_up_clips())
     x = made_up_clips(count=4, seed=1)
@@ -312,7 +294,7 @@ def test_encode_is_differentiable():
 def test_trust_is_what_held_out_clips_show():
     model = fitted(made_up_clips())
     held_out = made_up_clips(count=4, seed=1)
-    mean_error = (held_out - model(held_out)["reconstruction"]).mean(dim=(0, 1, 2)) / model.encoder.code.scale
+    mean_error = (held_out - model(held_out)["reconstruction"]).mean(dim=(0, 1, 2)) / model.code.scale
     for share in (1.0, 4.0, 0.5, -1.0):  # a refinement that is right, too large, too small, wrong
         model.decoder.network.head.bias.data = share * mean_error
         fit_trust(model, held_out.split(2), (1.0, 1.0, 0.05))
