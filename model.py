@@ -7,15 +7,13 @@ import ctypes
 import hashlib
 import itertools
 import math
-import multiprocessing
 import os
 import re
-import resource
 import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -29,7 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from pebble import ProcessPool  # of the two scripts that decode
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from matplotlib.lines import Line2D
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 DETAIL_RMS = 0.15  # of a detail channel, a PCA channel having 1: leaves cosines alone and is large enough for float16
@@ -548,8 +548,8 @@ def check_numbers(feature: Tensor, path: Path) -> None:
         )
 
 
-def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -> tuple[Tensor, dict[str, str]]:
-    """One feature file and its `caption`, `video` and `model`, where it has them.
+def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -> tuple[Tensor, dict[str, Any]]:
+    """One feature file and its `caption`, `video`, `model` and `thumbnails` (uint8 [F, h, w, 3]), where it has them.
 
     The file holds a tensor, an array (.npy), or a dict, read by `feature`, else `features`, else its first key.
 
@@ -558,10 +558,13 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
     readable, wrong rank, `C != input_dim`, not floating point, and what `check_numbers` refuses.
     """
     data = load_array(path, mmap) if path.suffix.lower() == ".npy" else load_checked(path, mmap)
-    metadata: dict[str, str] = {}
+    metadata: dict[str, Any] = {}
     feature = data
     if isinstance(data, dict):
         metadata = {key: data[key] for key in ("caption", "video", "model") if isinstance(data.get(key), str)}
+        frames = data.get("thumbnails")
+        if isinstance(frames, Tensor) and frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[3] == 3:
+            metadata["thumbnails"] = frames
         key = next((key for key in ("feature", "features") if key in data), next(iter(data), None))
         feature = data.get(key)
     if not isinstance(feature, Tensor) or feature.layout != torch.strided or feature.is_meta or feature.is_quantized:
@@ -599,12 +602,13 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
 # Previews
 # ---------------------------------------------------------------------------------------------------------------------
 
-PANEL_PIXELS = 240 * 360  # of a picture in a preview's video
+PREVIEW_MARK = "vfm_encoder preview"  # in the video's comment, which tells it from a clip of the same name
 PREVIEW_STEPS = 240  # of a clip that a preview shows, at most
 PREVIEW_FPS = 8
-PREVIEW_MARK = "vfm_encoder preview"  # in the video, which tells it from a clip of the same name
-MARGIN, TITLE, CURVE = 8, 16, 120  # pixels: around things, a line of text, the height of the curve
-CURSOR = (230, 40, 40)
+PANEL_PIXELS = 180 * 270  # of a picture in the video
+SHEET_PIXELS = 120 * 180  # of one in the sheet
+MARGIN, GAP, TITLE, CURVES = 40, 10, 25, 150  # pixels: left of the pictures, between them, above them, below them
+THUMBNAIL_PIXELS = 120 * 180
 
 
 def check_preview_packages() -> None:
@@ -612,25 +616,8 @@ def check_preview_packages() -> None:
     try:
         import av  # noqa: F401
         import matplotlib  # noqa: F401
-        import pebble  # noqa: F401
     except ImportError as error:
         raise UserError(f"--preview needs the package {error.name}; install it, or leave --preview out") from None
-
-
-def has_preview(path: Path) -> bool:
-    """Whether the preview of the file `path` was made after it."""
-    pictures = [path.with_suffix(suffix) for suffix in (".mp4", ".png")]
-    return all(picture.exists() and picture.stat().st_mtime >= path.stat().st_mtime for picture in pictures)
-
-
-def is_preview(path: Path) -> bool:
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            return container.metadata.get("comment") == PREVIEW_MARK
-    except (av.FFmpegError, OSError):
-        return False
 
 
 def preview_steps(length: int) -> list[int]:
@@ -638,7 +625,36 @@ def preview_steps(length: int) -> list[int]:
     return torch.linspace(0, length - 1, min(length, PREVIEW_STEPS), dtype=torch.float64).round().int().tolist()
 
 
-def rounding_of(x: Tensor) -> Tensor:
+def thumbnails(clip: np.ndarray) -> Tensor:
+    """Frames, uint8 RGB [F, H, W, 3] -> as a preview shows them, uint8 [min(F, 240), h, w, 3]: evenly spread over the
+    clip, of the same aspect ratio and at most 120 * 180 pixels each."""
+    height, width = clip.shape[1:3]
+    shrink = min(1.0, (THUMBNAIL_PIXELS / (height * width)) ** 0.5)
+    size = max(1, round(height * shrink)), max(1, round(width * shrink))
+    frames = torch.from_numpy(clip[preview_steps(len(clip))]).permute(0, 3, 1, 2)  # [F', 3, H, W]
+    small = nn.functional.interpolate(frames, size, mode="bilinear", antialias=True)
+    return small.permute(0, 2, 3, 1).contiguous()
+
+
+def preview_comment(video: Path) -> str:
+    """The comment in a video's metadata; empty where there is none, or no video."""
+    import av
+
+    try:
+        with av.open(str(video)) as container:
+            return container.metadata.get("comment", "")
+    except (av.FFmpegError, OSError):
+        return ""
+
+
+def has_preview(path: Path) -> bool:
+    """Whether the preview beside the file `path` was drawn from it as it is now."""
+    video, sheet = path.with_suffix(".mp4"), path.with_suffix(".png")
+    there = path.exists() and video.exists() and sheet.exists()
+    return there and preview_comment(video) == f"{PREVIEW_MARK} of {file_fingerprint(path)}"
+
+
+def noise_floor(x: Tensor) -> Tensor:
     """Differences that a preview must not blow up to look like a signal."""
     return 1e-4 * x.square().mean().sqrt() + 1e-12
 
@@ -654,124 +670,104 @@ def leading_components(x: Tensor) -> tuple[Tensor, float]:
     basis = nn.functional.pad(principal_components(covariance)[:, :3], (0, max(0, 3 - x.shape[-1])))
     spread = (sample - mean) @ basis  # [K, 3]
     low, high = spread.quantile(0.02, dim=0), spread.quantile(0.98, dim=0)
-    rounding = rounding_of(sample)
+    noise = noise_floor(sample)
     steps = torch.stack([(x[step].float() - mean) @ basis for step in preview_steps(len(x))])
-    share = spread.square().mean(dim=0).sum() / covariance.trace().clamp_min(rounding**2)
-    return (steps - (low + high) / 2) / (high - low).clamp_min(rounding), share.item()
+    share = spread.square().mean(dim=0).sum() / covariance.trace().clamp_min(noise**2)
+    return (steps - (low + high) / 2) / (high - low).clamp_min(noise), share.item()
 
 
-def motion_energy(x: Tensor) -> np.ndarray:
+def relative_motion(x: Tensor) -> np.ndarray:
     """How far features [T, ..., C] move at each step but the first, [T - 1]: the root mean square of delta_x over that
     of x around its mean, so that features and latents compare."""
     some = x[preview_steps(len(x))].float()
-    scale = (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(rounding_of(some))
+    scale = (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(noise_floor(some))
     return np.array([((b.float() - a.float()).square().mean().sqrt() / scale).item() for a, b in itertools.pairwise(x)])
 
 
-def draw_page(
-    height: int, width: int, labels: list[tuple[int, int, str]], motion: dict[str, np.ndarray]
-) -> tuple[np.ndarray, Callable[[float], slice]]:
-    """A page, uint8 [height, width, 3], with `labels` (x, y from the top left, text) and at its foot the curves of
-    `motion`; and the function from a time step to its pixel columns there."""
+def draw_clip(
+    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], steps: list[int], area: int
+) -> tuple[Figure, list[AxesImage], list[Line2D]]:
+    """A figure of some time steps of a clip, the images in it, and the cursors on its curves.
+
+    pictures: uint8 [F, h, w, 3] by title, a row for each; of a single step they are side by side. All are drawn `area`
+    pixels large, in the first one's aspect ratio. motion: curves [T - 1] by name, drawn below.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
-    for x, y, text in labels:
-        figure.text(x / width, 1 - y / height, text, fontsize=8, va="top")
-    left, foot = 5 * MARGIN, 3 * MARGIN  # room for the numbers at the axes
-    axes = figure.add_axes(
-        (left / width, foot / height, 1 - (left + 2 * MARGIN) / width, (CURVE - foot - MARGIN) / height)
-    )
+    _, height, width, _ = next(iter(pictures.values())).shape
+    aspect = min(max(width / height, 1 / 8), 8.0)
+    width, height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+    rows, columns = (len(pictures), len(steps)) if len(steps) > 1 else (1, len(pictures))
+    page_width = max(480, MARGIN + columns * (width + GAP))
+    page_height = rows * (TITLE + height) + CURVES
+    page_width, page_height = page_width + page_width % 2, page_height + page_height % 2  # H.264 wants even numbers
+    figure = Figure(figsize=(page_width / 100, page_height / 100), dpi=100)
+    FigureCanvasAgg(figure)
+
+    page = figure.add_axes((0, 0, 1, 1), xlim=(0, page_width), ylim=(page_height, 0), autoscale_on=False)  # in pixels
+    page.set_axis_off()
+    images, length = [], len(next(iter(motion.values()))) + 1
+    for index, (title, shown) in enumerate(pictures.items()):
+        smoothing = "bilinear" if title == "frames" else "nearest"  # a token stays a block
+        for step_index, step in enumerate(steps):
+            row, column = (index, step_index) if len(steps) > 1 else (0, index)
+            x, y = MARGIN + column * (width + GAP), TITLE + row * (TITLE + height)
+            place = {"extent": (x, x + width, y + height, y), "aspect": "auto"}
+            images.append(page.imshow(shown[step * len(shown) // length], interpolation=smoothing, **place))
+        page.text(MARGIN if len(steps) > 1 else x, y - 5, title, fontsize=8)
+
+    box = MARGIN, TITLE, page_width - MARGIN - GAP, CURVES - 2 * TITLE
+    curves = figure.add_axes((box[0] / page_width, box[1] / page_height, box[2] / page_width, box[3] / page_height))
     for name, curve in motion.items():
-        axes.plot(np.arange(1, len(curve) + 1), curve, linewidth=1.2, label=name)
-    axes.set_xlim(0, max(1, *(len(curve) for curve in motion.values())))
-    axes.set_ylim(0, 1.4 * max([0.1, *(value for curve in motion.values() for value in curve)]))
-    axes.tick_params(labelsize=7)
-    axes.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    page = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-    def columns(step: float) -> slice:
-        column = round(axes.transData.transform((step, 0))[0])
-        return slice(column - 1, column + 1)
-
-    return page, columns
+        curves.plot(range(1, length), curve, linewidth=1.2, label=name)
+    curves.set(xlim=(0, max(1, length - 1)), ylim=(0, 1.4 * max(0.1, *(max(y, default=0) for y in motion.values()))))
+    curves.tick_params(labelsize=7)
+    curves.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
+    return figure, images, [curves.axvline(step, color="tab:red") for step in steps]
 
 
-def paste(page: np.ndarray, picture: np.ndarray, x: int, y: int, size: tuple[int, int]) -> None:
-    """Put a picture, uint8 [h, w, 3], on the page, of `size` = (height, width): nearest when it grows, so that a token
-    stays a block."""
-    image = torch.from_numpy(picture).permute(2, 0, 1)[None]
-    options = {"mode": "nearest"} if picture.shape[0] <= size[0] else {"mode": "bilinear", "antialias": True}
-    image = nn.functional.interpolate(image, size, **options)[0].permute(1, 2, 0)
-    page[y : y + size[0], x : x + size[1]] = image.numpy()
-
-
-def draw_sheet(
-    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], length: int, size: tuple[int, int]
-) -> np.ndarray:
-    """Six moments of a clip of `length` steps side by side, a row for each kind of picture, over the motion."""
-    height, width = size[0] + TITLE + MARGIN, size[1] + MARGIN
-    labels = [(MARGIN, MARGIN + row * height, title.replace("\n", "  ")) for row, title in enumerate(pictures)]
-    page, columns = draw_page(MARGIN + len(pictures) * height + CURVE, MARGIN + 6 * width, labels, motion)
-    for column, step in enumerate(np.linspace(0, length - 1, 6).round().astype(int)):
-        for row, shown in enumerate(pictures.values()):
-            corner = MARGIN + column * width, MARGIN + TITLE + row * height
-            paste(page, shown[step * len(shown) // length], *corner, size)
-        page[-CURVE:, columns(step)][MARGIN : -3 * MARGIN] = CURSOR
-    return page
-
-
-def draw_frames(
-    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], length: int, size: tuple[int, int]
-) -> Iterator[np.ndarray]:
-    """The frames of the preview's video, uint8 [even height, even width, 3]: pictures side by side, over the motion."""
-    height, width = MARGIN + 2 * TITLE + size[0] + MARGIN + CURVE, MARGIN + len(pictures) * (size[1] + MARGIN)
-    labels = [(MARGIN + column * (size[1] + MARGIN), MARGIN, title) for column, title in enumerate(pictures)]
-    page, columns = draw_page(height + height % 2, max(480, width + width % 2), labels, motion)
-    count = max(len(shown) for shown in pictures.values())
-    for index in range(count):
-        frame = page.copy()
-        for (x, y, _), shown in zip(labels, pictures.values(), strict=True):
-            paste(frame, shown[index * len(shown) // count], x, y + 2 * TITLE, size)
-        frame[-CURVE:, columns(index * length / count)][MARGIN : -3 * MARGIN] = CURSOR
-        yield frame
-
-
-def write_video(file: BinaryIO, frames: Iterable[np.ndarray]) -> None:
-    """Frames, uint8 RGB [even height, even width, 3], as H.264 in MP4, in the form that browsers play."""
+def write_video(file: BinaryIO, pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], comment: str) -> None:
+    """The clip as H.264 in MP4, in the form that browsers play: its pictures side by side, over the motion."""
     import av
 
+    figure, images, cursors = draw_clip(pictures, motion, [0], PANEL_PIXELS)
+    canvas = figure.canvas
+    for artist in (*images, *cursors):
+        artist.set_animated(True)  # left out of the rest, which is drawn once
+    canvas.draw()
+    still = canvas.copy_from_bbox(figure.bbox)
+    count, length = max(map(len, pictures.values())), len(next(iter(motion.values()))) + 1
     with av.open(file, mode="w", format="mp4") as container:
-        container.metadata["comment"] = PREVIEW_MARK
-        stream = None
-        for frame in frames:
-            if stream is None:
-                stream = container.add_stream("libx264", rate=PREVIEW_FPS, options={"crf": "20", "preset": "veryfast"})
-                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
-                stream.thread_count = 1  # the cores are the models'
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=PREVIEW_FPS, options={"crf": "20", "preset": "veryfast"})
+        stream.width, stream.height = canvas.get_width_height()
+        stream.pix_fmt, stream.thread_count = "yuv420p", 1  # the cores are the models'
+        for index in range(count):
+            canvas.restore_region(still)
+            for image, shown in zip(images, pictures.values(), strict=True):
+                image.set_data(shown[index * len(shown) // count])
+            cursors[0].set_xdata([index * length / count] * 2)
+            for artist in (*images, *cursors):
+                artist.axes.draw_artist(artist)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(canvas.buffer_rgba()), format="rgba")))
         container.mux(stream.encode())
 
 
-def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, frames: np.ndarray | None = None) -> None:
+def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, frames: Tensor | None = None) -> None:
     """Beside the file `path`, `<stem>.mp4` and `<stem>.png`: what a clip's features look like, and how they move.
 
-    feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: uint8 RGB
-    [F, h, w, 3], evenly spread over the clip; their aspect ratio, or else the grid's, is that of all pictures. Both
-    files are whole or not there; raises `OSError` where they cannot be written, and `UserError` where files of these
-    names are no preview: the clip itself may lie there.
+    feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: `thumbnails`
+    of the clip; their aspect ratio, or else the grid's, is that of all pictures. Both files are whole or not there;
+    raises `OSError` where they cannot be written, and `UserError` where files of these names are no preview: the clip
+    itself may lie there.
     """
-    from matplotlib.image import imsave
-
     video, sheet = path.with_suffix(".mp4"), path.with_suffix(".png")
-    if (video.exists() or sheet.exists()) and not is_preview(video):  # the video is written first
+    if (video.exists() or sheet.exists()) and not preview_comment(video).startswith(PREVIEW_MARK):
         raise UserError(f"--preview would write over {video} or {sheet.name}; give another output folder")
     pictures, motion = {}, {}
     if frames is not None:
-        pictures["frames"] = frames
+        pictures["frames"] = frames.numpy()
     for name, x in {"features": feature, "latent": latent}.items():
         if x is None:
             continue
@@ -779,23 +775,21 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
             rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
             x = x.unflatten(1, (rows, -1))
         components, share = leading_components(x)
-        told = f"3 components: {share:.0%} of the variance" if components.abs().max() > 0.01 else "NOTHING VARIES"
+        told = f"{share:.0%} of the variance" if components.abs().max() > 0.01 else "NOTHING VARIES"
         if name == "features":
             reference = components
         else:  # turned so that what is alike has the same colours (orthogonal Procrustes)
             u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
             components = components @ (u @ v)
-        pictures[f"{name} {list(x.shape)}\n{told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
-        motion[f"motion of the {name}"] = motion_energy(x)
+        pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
+        motion[f"motion of the {name}"] = relative_motion(x)
 
-    _, height, width, _ = next(iter(pictures.values())).shape
-    aspect = min(max(width / height, 1 / 8), 8.0)
-    size = round((PANEL_PIXELS / aspect) ** 0.5), round((PANEL_PIXELS * aspect) ** 0.5)
-    small = size[0] // 2, size[1] // 2
+    sheet.unlink(missing_ok=True)  # the video is first: where it is there alone, the preview is not finished
     with whole_file(video) as file:
-        write_video(file, draw_frames(pictures, motion, len(feature), size))
+        write_video(file, pictures, motion, f"{PREVIEW_MARK} of {file_fingerprint(path)}")
+    moments = np.linspace(0, len(feature) - 1, 6).round().astype(int).tolist()
     with whole_file(sheet) as file:
-        imsave(file, draw_sheet(pictures, motion, len(feature), small), format="png")
+        draw_clip(pictures, motion, moments, SHEET_PIXELS)[0].savefig(file, format="png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -829,6 +823,24 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
+
+
+def add_model_flags(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """The flags of `Config`. With `optional`, those not given are absent from the parsed arguments."""
+
+    def add(name: str, help: str, **options: Any) -> None:
+        default = getattr(Config, name)
+        if optional:
+            default, help = argparse.SUPPRESS, f"{help} (default: {default})"
+        parser.add_argument(f"--{name}", default=default, help=help, **options)
+
+    add("input_dim", "channels C of the features", type=number(int, 1))
+    add("model_dim", "width of encoder and decoder", type=number(int, 1))
+    add("latent_dim", "channels of the latent", type=number(int, 2))
+    add("num_heads", "attention heads", type=number(int, 1))
+    add("num_layers", "transformer layers, each way", type=number(int, 1))
+    add("dropout", "dropout while training", type=number(float, 0, 1))
+    add("use_token", "the encoder sees [x, delta_x], not delta_x alone", action="store_true")
 
 
 def join_ranks() -> None:
@@ -957,30 +969,6 @@ def reuse_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap too
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
-
-
-def start_decoder() -> None:
-    """What a decoding process does first: leave Ctrl-C to the parent, take one core, limit what it does to others.
-
-    A broken header can ask for any amount of memory: 4 GiB are enough for frames of 8K. And a decoder that hangs in
-    native code would outlive a parent that is killed.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    reuse_memory()
-    os.nice(10)  # a core that the model's threads share gives them the time they ask for: they wait for one another
-    if sys.platform == "linux":
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30,) * 2)
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def open_decoders(num_workers: int) -> ProcessPool:
-    """A pool of processes for decoders, which may hang, crash or eat memory: that costs a task, and no more."""
-    from pebble import ProcessPool
-
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
-    return ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context)
 
 
 def run_script(main: Callable[[], int]) -> None:

@@ -43,6 +43,7 @@ from model import (
     Config,
     MotionFeatureAutoencoder,
     UserError,
+    add_model_flags,
     check_numbers,
     file_fingerprint,
     find_features,
@@ -81,18 +82,6 @@ Clip = TypeVar("Clip")
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    default = Config()
-    add = parser.add_argument
-    add("--input_dim", type=number(int, 1), default=default.input_dim, help="channels C of the features")
-    add("--model_dim", type=number(int, 1), default=default.model_dim, help="width of encoder and decoder")
-    add("--latent_dim", type=number(int, 2), default=default.latent_dim, help="channels of the latent")
-    add("--num_heads", type=number(int, 1), default=default.num_heads, help="attention heads")
-    add("--num_layers", type=number(int, 1), default=default.num_layers, help="transformer layers, each way")
-    add("--dropout", type=number(float, 0, 1), default=default.dropout, help="dropout while training")
-    add("--use_token", action="store_true", help="the encoder sees [x, delta_x], not delta_x alone")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -20,8 +20,12 @@ import argparse
 import csv
 import ctypes
 import functools
+import multiprocessing
 import os
 import re
+import resource
+import signal
+import sys
 import tempfile
 import zipfile
 from collections import Counter, deque
@@ -31,7 +35,7 @@ from concurrent.futures import TimeoutError as DecodeTimeoutError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import torch
@@ -39,6 +43,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from pebble import ProcessPool
 
 from model import (
     ArgumentParser,
@@ -48,13 +55,14 @@ from model import (
     has_preview,
     join_ranks,
     number,
-    open_decoders,
     open_device,
     rank,
     remove_leftovers,
+    reuse_memory,
     run_script,
     save_atomically,
     say,
+    thumbnails,
     weights_hash,
     whole_file,
     write_preview,
@@ -465,6 +473,30 @@ def bounded_lines(file: TextIO) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding, in processes of its own
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_decoder() -> None:
+    """What a decoding process does first: leave Ctrl-C to the parent, take one core, limit what it does to others.
+
+    A broken header can ask for any amount of memory: 4 GiB are enough for frames of 8K. And a decoder that hangs in
+    native code would outlive a parent that is killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    reuse_memory()
+    os.nice(10)  # a core that the model's threads share gives them the time they ask for: they wait for one another
+    if sys.platform == "linux":
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30,) * 2)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def open_decoders(num_workers: int) -> ProcessPool:
+    """A pool of processes for decoders, which may hang, crash or eat memory: that costs a task, and no more."""
+    from pebble import ProcessPool
+
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
+    return ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context)
 
 
 def frame_indices(num_available: int, num_frames: int) -> np.ndarray:
@@ -979,7 +1011,7 @@ def save_feature(run: Run, video: Path, feature: torch.Tensor, caption: str, cli
     }
     save_atomically(data, run.folder / f"{video.stem}.pt")
     if clip is not None:
-        write_preview(run.folder / f"{video.stem}.pt", feature, frames=clip)
+        write_preview(run.folder / f"{video.stem}.pt", feature, frames=thumbnails(clip))
     run.shape = list(feature.shape)
     run.count["written"] += 1
 
