@@ -11,7 +11,7 @@ Out: `<output_root>/<model>/<video's stem>.pt`, a dict with `feature` [T, H, W, 
 
 The features are VideoREPA's alignment targets (https://github.com/aHapBean/VideoREPA): the last block's output without
 the final norm for VideoMAEv2, VideoMAE and V-JEPA 2, the normalised patch tokens for DINOv2. A run that was stopped
-goes on where it was: features that exist already, made with the same settings, are skipped.
+continues when started again: features that exist already, made from the same video with the same settings, are skipped.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import functools
 import os
 import re
 import tempfile
-import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -44,9 +44,13 @@ from model import (
     ArgumentParser,
     UserError,
     check_preview_packages,
-    from_first_rank,
+    explain_bad_file,
+    file_fingerprint,
+    gather,
     has_preview,
     join_ranks,
+    load_checked,
+    num_ranks,
     number,
     open_decoders,
     open_device,
@@ -55,6 +59,7 @@ from model import (
     run_script,
     save_atomically,
     say,
+    thumbnails,
     weights_hash,
     whole_file,
     write_preview,
@@ -62,12 +67,6 @@ from model import (
 
 REPOSITORY = Path(__file__).resolve().parent
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".wmv")
-# Columns of a caption CSV that name the video, the first one present is used.
-VIDEO_COLUMNS = (
-    *("video", "video_name", "video_path", "video_file", "file", "file_name", "filename", "file_path", "filepath"),
-    *("path", "name", "video_id", "videoid", "clip"),
-)
-LONGEST_LINE = 2**20  # characters of a caption CSV
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -87,8 +86,9 @@ class VFM:
     num_heads: int = 12
     patch_size: int = 16
     tubelet_size: int = 2  # frames in a token; 1: an image model, which sees every frame by itself
-    positions: str = "sinusoid"  # a fixed table; "learned": a table in the weights; "rotary": in every attention
-    flags: str = "videomae"  # <flags>_resize_h and <flags>_resize_w set the input size
+    position_encoding: str = "sinusoid"  # a fixed table; "learned": a table in the weights; "rotary": in each attention
+    size_flags: str = "videomae"  # <size_flags>_resize_h and <size_flags>_resize_w set the input size
+    unused: tuple[str, ...] = (r"(fc_|layer)?norm\.",)  # published weights behind the features, beside `UNUSED`
 
 
 VFMS = {
@@ -98,15 +98,17 @@ VFMS = {
         hub=("timm/vit_base_patch14_dinov2.lvd142m", "model.safetensors"),
         patch_size=14,
         tubelet_size=1,
-        positions="learned",
-        flags="dinov2",
+        position_encoding="learned",
+        size_flags="dinov2",
+        unused=(),
     ),
     "VJEPA2": VFM(
         hub=("facebook/vjepa2-vitl-fpc64-256", "model.safetensors"),
         embed_dim=1024,
         depth=24,
         num_heads=16,
-        positions="rotary",
+        position_encoding="rotary",
+        unused=(r"(layer)?norm\.", r"pos_embed$"),  # its authors publish a table that they do not use either
     ),
 }
 
@@ -133,7 +135,7 @@ class TubeletEmbed(nn.Module):
 class RotaryPositions(nn.Module):
     """V-JEPA 2's rotary positions: turns queries or keys [B, heads, N, D] by their tokens' time, height and width.
 
-    A third of the channels (rounded down to an even number) belongs to each axis, the rest is left alone. As in
+    A third of the channels (rounded down to an even number) belongs to each axis, the rest stays as it is. As in
     facebookresearch/vjepa2 `src/models/utils/modules.py`: neighbouring channels are rotated together, but the
     frequencies are laid out for the two halves of the channels. The published weights were trained with that, so it is
     kept. The tables are made once and shared by all layers.
@@ -152,9 +154,8 @@ class RotaryPositions(nn.Module):
         self.register_buffer("cos", angles.flatten(0, 2).cos(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from timm.layers.pos_embed_sincos import apply_rot_embed
-
-        return apply_rot_embed(x, self.sin, self.cos)
+        quarter_turn = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)  # [B, heads, N, D]
+        return (x * self.cos + quarter_turn * self.sin).to(x.dtype)
 
 
 def sinusoid_positions(grid: tuple[int, int, int], embed_dim: int) -> torch.Tensor:
@@ -188,73 +189,53 @@ def resize_learned_positions(table: torch.Tensor, grid: tuple[int, int]) -> torc
     return torch.cat([table[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-class WeightsDoNotFit(UserError):
-    """Weights that the model needs are missing or of another shape; the text names them."""
+def empty_vit(vfm: VFM, size: tuple[int, int], device: str) -> nn.Module:
+    """timm's `VisionTransformer` for frames of `size` = (height, width), as it is before it gets weights."""
+    from timm.models.vision_transformer import VisionTransformer  # here: decoding processes do not need it, nor --help
+
+    is_video = vfm.tubelet_size > 1
+    vit = VisionTransformer(
+        img_size=size,
+        patch_size=vfm.patch_size,
+        embed_dim=vfm.embed_dim,
+        depth=vfm.depth,
+        num_heads=vfm.num_heads,
+        num_classes=0,
+        global_pool="",
+        class_token=not is_video,
+        pos_embed="learn" if vfm.position_encoding == "learned" else "none",
+        init_values=None if is_video else 1e-5,  # DINOv2's blocks have LayerScale
+        final_norm=not is_video,
+        device=device,
+    )
+    if is_video:
+        vit.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size, device)
+    return vit
 
 
 def build_vit(
     vfm: VFM, num_frames: int, size: tuple[int, int], weights: dict[str, torch.Tensor] | None = None
 ) -> nn.Module:
-    """timm's `VisionTransformer` for clips of `num_frames` frames of `size` = (height, width), in eval mode on the CPU.
+    """The model for clips of `num_frames` frames of `size` = (height, width), in eval mode on the CPU.
 
-    `weights`: a state dict in timm's names (`read_weights` makes it); without it the weights are random, the same every
-    time. Raises `WeightsDoNotFit`; weights that the model does not have, such as heads and decoders, are ignored.
+    `weights`: what `used_weights` gives; without it the weights are random, the same every time.
     """
-    from timm.models.vision_transformer import VisionTransformer
-
-    is_video = vfm.tubelet_size > 1
     grid = (num_frames // vfm.tubelet_size, size[0] // vfm.patch_size, size[1] // vfm.patch_size)
-    # Without weights to come, memory is not worth filling; with them, random values are not worth drawing.
-    device = "cpu" if weights is None else "meta"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        vit = VisionTransformer(
-            img_size=size,
-            patch_size=vfm.patch_size,
-            embed_dim=vfm.embed_dim,
-            depth=vfm.depth,
-            num_heads=vfm.num_heads,
-            num_classes=0,
-            global_pool="",
-            class_token=not is_video,
-            pos_embed="learn" if vfm.positions == "learned" else "none",
-            init_values=None if is_video else 1e-5,  # DINOv2's blocks have LayerScale
-            final_norm=not is_video,
-            device=device,
-        )
-        if is_video:
-            vit.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size, device)
+        # With weights to load, on the meta device: it draws no initial values and takes no memory for them.
+        vit = empty_vit(vfm, size, device="cpu" if weights is None else "meta")
     if weights is not None:
-        load_weights(vit, weights, grid[1:])
-    if vfm.positions == "sinusoid":
-        vit.pos_embed = nn.Parameter(sinusoid_positions(grid, vfm.embed_dim), requires_grad=False)
-    if vfm.positions == "rotary":
+        if vfm.position_encoding == "learned":
+            weights = {**weights, "pos_embed": resize_learned_positions(weights["pos_embed"], grid[1:])}
+        vit.load_state_dict(weights, assign=True)
+    if vfm.position_encoding == "sinusoid":
+        vit.pos_embed = nn.Parameter(sinusoid_positions(grid, vfm.embed_dim))
+    if vfm.position_encoding == "rotary":
         rotary = RotaryPositions(grid, vfm.embed_dim // vfm.num_heads)
         for block in vit.blocks:  # timm's attention sends queries and keys through these two before it compares them
             block.attn.q_norm = block.attn.k_norm = rotary
     return vit.eval().requires_grad_(False)
-
-
-def load_weights(vit: nn.Module, weights: dict[str, torch.Tensor], grid: tuple[int, int]) -> None:
-    """Put `weights` into `vit`, in float32."""
-    expected = {name: list(parameter.shape) for name, parameter in vit.state_dict().items()}
-    if "pos_embed" in expected:
-        expected["pos_embed"][1] = 1 + 37 * 37  # the published table, before it is resized
-    missing = [name for name in expected if name not in weights]
-    misshapen = [
-        f"{name} is {list(weights[name].shape)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in weights and list(weights[name].shape) != shape
-    ]
-    if missing or misshapen:
-        problems = [f"{name} is missing" for name in missing] + misshapen
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise WeightsDoNotFit(f"{', '.join(problems[:4])}{more}")
-    state = {name: weights[name].float() for name in expected}
-    if "pos_embed" in state:
-        state["pos_embed"] = resize_learned_positions(state["pos_embed"], grid)
-        vit.pos_embed = nn.Parameter(state["pos_embed"])
-    vit.load_state_dict(state, assign=True)
 
 
 @torch.inference_mode()
@@ -298,84 +279,33 @@ RENAMES = [
     (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.attention\.(?:attention\.)?", ".attn."),
 ]
+# Published weights that no feature depends on, in timm's names. Any other that a model has no place for is an error:
+# register tokens, say, without which a DINOv2 trained with them gives other features.
+UNUSED = (
+    *(r"(\w+_)?head\.", r"classifier\.", r"decoder\.", r"encoder_to_decoder\.", r"predictor\."),
+    *(r"mask_token$", r"position_embeddings$"),  # the latter: of VideoMAE's decoder
+)
 
 
 class MissingModel(UserError):
     """A model whose weights or packages are not here; `--allow_skip_missing` goes on without it."""
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a published file (.pth, .pt, .bin, .safetensors), in timm's names.
-
-    Tensors and the `argparse.Namespace` that VideoMAE's authors left in theirs are all that is read: no code runs.
-    Raises `UserError` for anything else.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                # mmap: V-JEPA 2's file holds five times as much as is needed; files of old torch cannot do it
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a broken file can raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: cannot be read as weights ({reason}); is the download complete?") from error
-    for key in ("module", "model", "encoder"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds no weights; bring the file that the authors publish")
-    return to_timm_names({str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)})
-
-
-def to_timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename a state dict by `RENAMES`; separate queries, keys and values, and their biases, become one `qkv`."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in RENAMES:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = value
-    for key in [key for key in renamed if key.endswith(".attn.query.weight")]:
-        attention = key.removesuffix("query.weight")
-        for kind in ("weight", "bias"):
-            parts = [renamed.get(f"{attention}{part}.{kind}") for part in ("query", "key", "value")]
-            if all(part is not None for part in parts):
-                renamed[f"{attention}qkv.{kind}"] = torch.cat(parts)
-    for key in [key for key in renamed if key.endswith(".attn.q_bias")]:
-        attention = key.removesuffix("q_bias")
-        q_bias, v_bias = renamed[key], renamed.get(f"{attention}v_bias")
-        if v_bias is not None:  # VideoMAE has no key bias
-            renamed[f"{attention}qkv.bias"] = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-    return renamed
-
-
-def find_weights(name: str, given: Path | None, default: Path | None) -> Path:
-    """Where the weights of model `name` are: the path given by hand, the default path if it exists, else from the hub.
-
-    A relative default lies in the repository or beside it. Raises `UserError` when a path given by hand is absent, and
-    `MissingModel` when the hub cannot be reached.
-    """
-    flag = f"--{name.lower()}_ckpt"
-    if given is not None:
-        if not given.is_file():
-            raise UserError(f"{flag} {given}: no such file")
-        return given
-    for folder in (REPOSITORY, REPOSITORY.parent) if default else ():
-        if (folder / default).is_file():
-            return folder / default
-    repository, file = VFMS[name].hub
+def find_weights(name: str, path: Path | None) -> Path:
+    """`path`, or without one the file from the hub. Raises `MissingModel` when the hub cannot be reached."""
+    if path is not None:
+        return path
     from huggingface_hub import hf_hub_download
 
+    repository, file = VFMS[name].hub
     try:
         return Path(hf_hub_download(repository, file, local_files_only=not hub_answers()))
     except Exception as error:  # the hub's client raises its own errors, those of its HTTP library, and the system's
+        default = DEFAULT_PATHS.get(f"{name.lower()}_ckpt")
         looked = f"no file at {default}, and " if default else ""
         raise MissingModel(
-            f"{name}: {looked}{file} of {repository} cannot be had from the hub ({type(error).__name__}); "
-            f"download it elsewhere and pass it with {flag}"
+            f"{name}: {looked}{file} of {repository} cannot be downloaded from the hub ({type(error).__name__}); "
+            f"download it elsewhere and pass it with --{name.lower()}_ckpt"
         ) from error
 
 
@@ -389,6 +319,64 @@ def hub_answers() -> bool:
     except Exception:  # as above
         return False
     return True
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a published file (.pth, .pt, .bin, .safetensors), in timm's names.
+
+    Tensors and the `argparse.Namespace` that VideoMAE's authors left in theirs are all that is read: no code runs.
+    Raises `UserError` for anything else.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            state = load_file(path)
+        except Exception as error:  # a broken file can raise anything
+            raise UserError(f"{path} {explain_bad_file(path, error)}") from error
+    else:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = load_checked(path, mmap=True)  # V-JEPA 2's file holds five times as much as is needed
+    for key in ("module", "model", "encoder"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no weights; bring the file that the authors publish")
+    return to_timm_names({str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)})
+
+
+def to_timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename a state dict by `RENAMES`; separate queries, keys and values, and their biases, become one `qkv`."""
+    for pattern, replacement in RENAMES:
+        state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
+    for query in [name for name in state if re.search(r"\.attn\.query\.(weight|bias)$", name)]:
+        key, value, joint = (query.replace(".query.", f".{part}.") for part in ("key", "value", "qkv"))
+        if query.endswith("bias"):
+            state.setdefault(key, torch.zeros_like(state[query]))  # VideoMAE has no key bias
+        if key in state and value in state:
+            state[joint] = torch.cat([state.pop(query), state.pop(key), state.pop(value)])
+    return state
+
+
+def used_weights(vfm: VFM, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of `weights`, in timm's names, that the model uses, in float32.
+
+    Raises `ValueError` that names what is missing, of another shape, or in the file without a place in the model.
+    """
+    published_size = (37 * vfm.patch_size, 37 * vfm.patch_size)  # of DINOv2's table of positions; no matter to others
+    expected = {name: list(value.shape) for name, value in empty_vit(vfm, published_size, "meta").state_dict().items()}
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    for name, value in weights.items():
+        if name not in expected:
+            if not any(re.match(pattern, name) for pattern in (*UNUSED, *vfm.unused)):
+                problems.append(f"{name} has no place in it")
+        elif list(value.shape) != expected[name]:
+            problems.append(f"{name} is {list(value.shape)} instead of {expected[name]}")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{', '.join(problems[:4])}{more}")
+    return {name: weights[name].float() for name in expected}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,46 +408,79 @@ def list_videos(folder: Path) -> list[Path]:
     return videos
 
 
-def read_captions(csv_path: Path, videos: Iterable[Path]) -> Callable[[Path], str]:
-    """The captions of `videos` in a CSV file, as a function from a video's path to its caption, which may be empty.
+def read_table(csv_path: Path) -> pd.DataFrame:
+    """A CSV file, whole: all fields strings as they stand, its columns named by number, the header in row 0.
 
-    A column named as one of `VIDEO_COLUMNS` holds the video's file name, path or stem; without such a column row i
-    belongs to the stem `%04d` of i. Of several rows for a video the first counts. Memory holds one row at a time, so
-    the file may be that of a whole data set. Raises `UserError` when it cannot be read or has no `caption` column.
+    Raises `UserError` where a row has more fields than the header, quotes are astray, or the text is not UTF-8.
     """
-    wanted = {name for video in videos for name in (video.name, video.stem)}
-    by_name: dict[str, str] = {}
-    by_stem: dict[str, str] = {}
+    csv.field_size_limit(2**31 - 1)  # a caption may be longer than the 128 KiB that csv takes by default
     try:
-        with open(csv_path, encoding="utf-8-sig", newline="") as file:
-            rows = filter(None, csv.reader(bounded_lines(file), strict=True))  # a blank line is no row
-            header = next(rows, [])
-            columns = {name.strip().lower(): place for place, name in reversed(list(enumerate(header)))}
-            if "caption" not in columns:
-                found = ", ".join(map(repr, header))[:300] or "nothing"
-                raise UserError(f"--csv_path {csv_path}: no column named caption; it has {found}")
-            named_by = next((columns[name] for name in VIDEO_COLUMNS if name in columns), None)
-            progress = tqdm(rows, csv_path.name, unit="row", leave=False, delay=1, disable=rank() > 0)
-            for index, row in enumerate(progress):
-                if any(row[len(header) :]):
-                    raise ValueError(f"row {index + 1} is longer than the header; quote captions that hold commas")
-                row += [""] * (len(header) - len(row))
-                name = f"{index:04d}" if named_by is None else row[named_by].strip().replace("\\", "/").split("/")[-1]
-                stem = os.path.splitext(name)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name
-                for key, captions in ((name, by_name), (stem, by_stem)):
-                    if key in wanted:
-                        captions.setdefault(key, row[columns["caption"]])
-    except (OSError, ValueError, csv.Error) as error:  # a wrong encoding is a ValueError too
-        raise UserError(f"--csv_path {csv_path}: cannot be read as a CSV in UTF-8 ({error})") from error
-    return lambda video: by_name.get(video.name, by_stem.get(video.stem, ""))
+        table = pd.read_csv(
+            csv_path,
+            header=None,  # pandas would take the first column for an index where every row has one field too many
+            dtype=str,
+            keep_default_na=False,
+            skip_blank_lines=False,
+            encoding="utf-8-sig",
+            engine="python",  # refuses stray quotes, which swallow rows, and reads no chunks, where row ends got lost
+        )
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    except (OSError, ValueError) as error:  # among them a wrong encoding, and what pandas and csv raise
+        reason = str(error).replace("in line", "in row")
+        if isinstance(error, pd.errors.ParserError) and "in row" not in reason:
+            reason = f"row {first_bad_row(csv_path)}: {reason}"
+        raise UserError(
+            f"--csv_path {csv_path}: cannot be read as a CSV in UTF-8 ({reason}); quote captions that hold commas"
+        ) from error
+    if table.shape[1] > 1:
+        table = table.dropna(how="all")  # blank lines, which in a file of one column are empty captions
+    return table.fillna("")
 
 
-def bounded_lines(file: TextIO) -> Iterator[str]:
-    """The lines of a text file, of which a single one could otherwise fill the memory."""
-    while line := file.readline(LONGEST_LINE):
-        if len(line) == LONGEST_LINE:
-            raise ValueError(f"a line is longer than {LONGEST_LINE} characters")
-        yield line
+def first_bad_row(csv_path: Path) -> int:
+    """The number of the row with a stray quote, the header being 1; pandas does not say it."""
+    count = 0
+    with open(csv_path, encoding="utf-8-sig", newline="") as file, suppress(csv.Error):
+        for _ in csv.reader(file, strict=True):
+            count += 1
+    return count + 1
+
+
+def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, int]:
+    """Which row names which video, by its file name, path or stem; the first of several counts."""
+    by_name: dict[str, int] = {}
+    by_stem: dict[str, int] = {}
+    for row, text in enumerate(names):
+        name = text.strip().replace("\\", "/").split("/")[-1]
+        by_name.setdefault(name, row)
+        by_stem.setdefault(os.path.splitext(name)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name, row)
+    rows = {video: by_name.get(video.name, by_stem.get(video.stem)) for video in videos}
+    return {video: row for video, row in rows.items() if row is not None}
+
+
+def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, str]:
+    """The captions of `videos` in the column `caption` of a CSV file; empty for those that it does not name.
+
+    Whichever column names most of the videos tells whose a caption is, whatever it is called; where none does, row i
+    belongs to the stem `%04d` of i. Raises `UserError` where the file cannot be read or has no column `caption`.
+    """
+    table = read_table(csv_path)
+    header = [name.strip().lower() for name in table.iloc[0]] if len(table) else []
+    if "caption" not in header:
+        found = ", ".join(map(repr, table.iloc[0] if header else []))[:300] or "nothing"
+        raise UserError(f"--csv_path {csv_path}: no column named caption; it has {found}")
+    rows = table.iloc[1:]
+    captions = rows[header.index("caption")].tolist()
+    matches = {name: match_rows(rows[place], videos) for place, name in enumerate(header) if name != "caption"}
+    column = max(matches, key=lambda name: len(matches[name]), default=None)
+    if column is not None and matches[column]:
+        row_of = matches[column]
+        say(f"captions: column {column!r} of {csv_path} names {len(row_of)} of {len(videos)} videos")
+    else:
+        row_of = match_rows((f"{row:04d}" for row in range(len(captions))), videos)
+        say(f"captions: no column of {csv_path} names the videos, so its row i is that of the video %04d of i")
+    return {video: captions[row_of[video]] if video in row_of else "" for video in videos}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -734,40 +755,16 @@ def decode_ahead(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run
+# Flags
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-@dataclass
-class Run:
-    """One model's part of a run: what it makes features with, and what came of it."""
-
-    name: str
-    vit: nn.Module | None
-    settings: dict[str, int | str]  # a finished feature is kept if it was made with these
-    folder: Path
-    todo: dict[Path, int] = field(default_factory=dict)  # video -> its size in bytes
-    batch: list[tuple[Path, np.ndarray]] = field(default_factory=list)  # clips that wait for a full batch
-    count: Counter = field(default_factory=Counter)
-    failed: dict[str, str] = field(default_factory=dict)  # video -> reason
-    shape: list[int] | None = None
-
-    @property
-    def vfm(self) -> VFM:
-        return VFMS[self.name]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.settings["height"], self.settings["width"]
-
-
-# Relative to the repository, wherever the shell is.
-DEFAULT_VIDEO_DIR = Path("../dataset/motion_top100")
-DEFAULT_CSV = Path("../dataset/motion_top100.csv")
-DEFAULT_OUTPUT = Path("../dataset/vfm_features_motion_top100")
-DEFAULT_WEIGHTS = {  # in the repository or beside it; without them the hub's
-    "VideoMAEv2": Path("VideoREPA/ckpt/VideoMAEv2/vit_b_k710_dl_from_giant.pth"),
-    "VideoMAE": Path(
+# Relative to the repository, wherever the shell is. VideoREPA is in the repository or beside it.
+DEFAULT_PATHS = {
+    "video_dir": Path("../dataset/motion_top100"),
+    "csv_path": Path("../dataset/motion_top100.csv"),
+    "output_root": Path("../dataset/vfm_features_motion_top100"),
+    "videomaev2_ckpt": Path("VideoREPA/ckpt/VideoMAEv2/vit_b_k710_dl_from_giant.pth"),
+    "videomae_ckpt": Path(
         "VideoREPA/ckpt/VideoMAE/k400_videomae_pretrain_base_patch16_224_frame_16x4_tube_mask_ratio_0_9_e1600.pth"
     ),
 }
@@ -780,11 +777,17 @@ def default_num_workers() -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags. Paths that are None stand for no captions and for weights from the hub."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--video_dir", type=Path, default=DEFAULT_VIDEO_DIR, help="folder of videos")
-    add("--csv_path", type=Path, default=DEFAULT_CSV, help="captions: a CSV with a column named caption")
-    add("--output_root", type=Path, default=DEFAULT_OUTPUT, help="features go to <output_root>/<model>/<stem>.pt")
+
+    def add_path(flag: str, text: str) -> None:
+        shown = f" (default: {DEFAULT_PATHS[flag]})" if flag in DEFAULT_PATHS else ""
+        add(f"--{flag}", type=Path, default=argparse.SUPPRESS, help=text + shown)
+
+    add_path("video_dir", "folder of videos")
+    add_path("csv_path", "captions: a CSV with a column named caption")
+    add_path("output_root", "features go to <output_root>/<model>/<stem>.pt")
     add("--models", nargs="+", choices=list(VFMS), default=list(VFMS), metavar="MODEL", help=f"of {', '.join(VFMS)}")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the models run")
     add("--num_frames", type=number(int, 1), default=48, help="frames sampled per video")
@@ -794,7 +797,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dinov2_resize_w", type=number(int, 1), default=630, help="input width of DINOv2")
     add("--dinov2_chunk", type=number(int, 1), default=128, help="frames per DINOv2 forward pass")
     for name in VFMS:
-        add(f"--{name.lower()}_ckpt", type=Path, default=DEFAULT_WEIGHTS.get(name), help=f"published weights of {name}")
+        add_path(f"{name.lower()}_ckpt", f"published weights of {name}; else the hub's")
     add("--allow_skip_missing", action="store_true", help="go on without models whose weights or packages are missing")
     add("--random_weights", action="store_true", help="a dry run without weights: the features mean nothing")
     add("--batch_size", type=number(int, 1), default=1, help="clips per forward pass")
@@ -806,13 +809,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decode_timeout", type=number(int, 1), default=120, help="seconds after which a video counts as undecodable")
     args = parser.parse_args(argv)
     args.models = list(dict.fromkeys(args.models))
+    for name in args.models:
+        input_size(name, args)
+    resolve_paths(args)
     return args
+
+
+def resolve_paths(args: argparse.Namespace) -> None:
+    """Defaults for the paths that were not given. Raises `UserError` where a file that was given is absent."""
+    for flag in ("video_dir", "output_root"):
+        setattr(args, flag, getattr(args, flag, REPOSITORY / DEFAULT_PATHS[flag]))
+    needed = ["csv_path", *([] if args.random_weights else [f"{name.lower()}_ckpt" for name in args.models])]
+    for flag in needed:
+        if hasattr(args, flag):
+            if not getattr(args, flag).is_file():
+                raise UserError(f"--{flag} {getattr(args, flag)}: no such file")
+            continue
+        folders = [REPOSITORY] if flag == "csv_path" else [REPOSITORY, REPOSITORY.parent]
+        places = [folder / DEFAULT_PATHS[flag] for folder in folders if flag in DEFAULT_PATHS]
+        setattr(args, flag, next((place for place in places if place.is_file()), None))
 
 
 def input_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
     """The (height, width) that model `name` takes; raises `UserError` where its patches or tubelets do not fit."""
     vfm = VFMS[name]
-    flags = [f"{vfm.flags}_resize_h", f"{vfm.flags}_resize_w"]
+    flags = [f"{vfm.size_flags}_resize_h", f"{vfm.size_flags}_resize_w"]
     for flag, step in [("num_frames", vfm.tubelet_size), *((flag, vfm.patch_size) for flag in flags)]:
         value = getattr(args, flag)
         if value % step:
@@ -821,44 +842,97 @@ def input_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
     return getattr(args, flags[0]), getattr(args, flags[1])
 
 
-def find_captions(csv_path: Path, videos: list[Path]) -> Callable[[Path], str]:
-    """As `read_captions`; the default CSV may be absent, then no video has a caption."""
-    if csv_path is not DEFAULT_CSV:
-        if not csv_path.is_file():
-            raise UserError(f"--csv_path {csv_path}: no such file")
-        return read_captions(csv_path, videos)
-    if (REPOSITORY / csv_path).is_file():
-        return read_captions(REPOSITORY / csv_path, videos)
-    say(f"warning: no captions: {csv_path} does not exist; --csv_path names another file")
-    return lambda video: ""
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_output(output_root: Path, models: list[str]) -> None:
-    """Raise `UserError` where the models' folders can be neither made nor written, before time is spent on them."""
-    for folder in (output_root / name for name in models):
-        nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        if not nearest.is_dir():
-            raise UserError(f"--output_root {output_root}: {nearest} is no folder; give another place")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"--output_root {output_root}: {nearest} cannot be written into; give another place")
+@dataclass(frozen=True)
+class Clip:
+    """What becomes one feature file of each model."""
+
+    video: Path
+    stem: str  # of the feature files
+    caption: str | None  # None: no CSV was read
+    fingerprint: str | None  # of the video; None: it cannot be read
 
 
-def start_run(name: str, args: argparse.Namespace, output_root: Path) -> Run:
+@dataclass
+class ModelRun:
+    """One model's part of a run."""
+
+    name: str
+    vit: nn.Module
+    settings: dict[str, int | str]  # what its features depend on, beside the clip
+    folder: Path
+    todo: set[Clip] = field(default_factory=set)
+    count: Counter = field(default_factory=Counter)  # of features written and skipped
+    failed: dict[str, str] = field(default_factory=dict)  # video's name -> reason
+    shape: list[int] | None = None  # of a feature
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.settings["height"], self.settings["width"]
+
+    def path(self, clip: Clip) -> Path:
+        return self.folder / f"{clip.stem}.pt"
+
+    def clip_settings(self, clip: Clip) -> dict[str, int | str | None]:
+        """A finished feature is kept if it was made with these."""
+        return {**self.settings, "video": clip.video.name, "video_fingerprint": clip.fingerprint}
+
+
+def list_clips(args: argparse.Namespace) -> list[Clip]:
+    """This rank's share of the clips, with their captions."""
+    videos = list_videos(args.video_dir)
+    captions: dict[Path, str] = {}
+    if args.csv_path is None:
+        say(f"warning: no captions: {DEFAULT_PATHS['csv_path']} does not exist; --csv_path names another file")
+    else:
+        captions = read_captions(args.csv_path, videos)
+        without = sum(not caption for caption in captions.values())
+        if without:
+            say(f"warning: {without} of {len(videos)} videos have no caption in {args.csv_path}")
+    clips = []
+    for video in tqdm(videos[rank() :: num_ranks()], "looking at videos", leave=False, delay=1, disable=rank() > 0):
+        try:
+            fingerprint = file_fingerprint(video)
+        except OSError:  # why, decoding will say
+            fingerprint = None
+        clips.append(Clip(video, video.stem, captions.get(video), fingerprint))
+    return clips
+
+
+def make_folders(args: argparse.Namespace) -> None:
+    """Make the models' folders. Raises `UserError` where one cannot be made or written into."""
+    for name in args.models:
+        folder = args.output_root / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(
+                f"--output_root {args.output_root}: {folder} is no folder that can be written into "
+                f"({error.strerror}); give another place"
+            ) from error
+        remove_leftovers(folder)
+
+
+def load_model(name: str, args: argparse.Namespace) -> ModelRun:
     """Load model `name` onto the device. Raises `MissingModel` if its weights or packages are not here."""
     size = input_size(name, args)
     path, weights, made_by = None, None, "random"
     try:
         if not args.random_weights:
-            given, default = getattr(args, f"{name.lower()}_ckpt"), DEFAULT_WEIGHTS.get(name)
-            path = find_weights(name, None if given is default else given, default)
-            weights = read_weights(path)
+            path = find_weights(name, getattr(args, f"{name.lower()}_ckpt"))
+            weights = used_weights(VFMS[name], read_weights(path))
             made_by = weights_hash(weights)
         vit = build_vit(VFMS[name], args.num_frames, size, weights).to(args.device)
     except ImportError as error:
         raise MissingModel(
             f"{name}: the package {error.name} is missing; install envs/environment.vfm_feature.yaml"
         ) from error
-    except WeightsDoNotFit as error:
+    except ValueError as error:
         raise UserError(f"{path}: not the weights of {name}: {error}") from error
     say(f"{name}: weights from {path or 'a random generator'} ({made_by})")
     settings = {
@@ -869,198 +943,124 @@ def start_run(name: str, args: argparse.Namespace, output_root: Path) -> Run:
         "save_dtype": args.save_dtype,
         "weights": made_by,
     }
-    return Run(name, vit, settings, output_root / name)
+    return ModelRun(name, vit, settings, args.output_root / name)
 
 
-def start_runs(names: list[str], args: argparse.Namespace, output_root: Path) -> tuple[list[Run], dict[str, str]]:
-    """The models `names`, and, with `--allow_skip_missing`, the reasons why some are left out."""
-    runs, left_out = [], {}
-    for name in names:
+def load_models(args: argparse.Namespace) -> tuple[list[ModelRun], list[str]]:
+    """The models, and, with `--allow_skip_missing`, why some are left out."""
+    runs, left_out = [], []
+    for name in args.models:
         try:
-            runs.append(start_run(name, args, output_root))
+            runs.append(load_model(name, args))
         except MissingModel as error:
             if not args.allow_skip_missing:
                 raise UserError(f"{error}, or skip such models with --allow_skip_missing") from error
-            left_out[name] = str(error)
+            left_out.append(str(error))
             say(f"warning: {error}")
     return runs, left_out
 
 
-def group_models(args: argparse.Namespace) -> list[list[str]]:
-    """Which models are loaded at the same time: all of them, so that each video is decoded once, or one by one.
-
-    Together where the weights take at most a third of the device's memory, which leaves room for a forward pass.
-    """
-    bytes_needed = sum(4 * 12 * VFMS[name].depth * VFMS[name].embed_dim ** 2 for name in args.models)  # 12 C^2 a block
-    if torch.device(args.device).type == "cuda":
-        memory = torch.cuda.mem_get_info(args.device)[0]
-    else:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_here
-    if len(args.models) == 1 or bytes_needed <= memory / 3:
-        return [args.models]
-    say(
-        f"warning: models run in turn, each decoding every video: together their weights take "
-        f"{bytes_needed / 1e9:.1f} GB, and {args.device} has {memory / 1e9:.1f} GB"
-    )
-    return [[name] for name in args.models]
-
-
-def video_settings(run: Run, video: Path, video_bytes: int) -> dict[str, int | str]:
-    """What a feature is made with. A video that was replaced by another of the same name shows in its bytes."""
-    return {**run.settings, "video": video.name, "video_bytes": video_bytes}
-
-
-def plan(
-    run: Run, videos: list[Path], caption_of: Callable[[Path], str], overwrite: bool, with_preview: bool = False
-) -> None:
-    """Find out which videos `run` has to do. A finished feature whose caption has changed is saved with the new one."""
-    remove_leftovers(run.folder)
-    for video in tqdm(videos, desc=f"{run.name}: looking for finished features", unit="video", leave=False):
-        try:
-            video_bytes = video.stat().st_size
-        except OSError as error:
-            run.failed[video.name] = f"gone since the run began ({error.strerror})"
-            continue
-        path = run.folder / f"{video.stem}.pt"
-        saved = None if overwrite else read_saved(path)
-        if saved is None or saved.get("settings") != video_settings(run, video, video_bytes):
-            run.todo[video] = video_bytes
-            continue
-        if with_preview and not has_preview(path):
-            run.todo[video] = video_bytes
-            continue
-        run.count["skipped"] += 1
-        run.shape = list(saved["feature"].shape)
-        caption = caption_of(video)
-        if caption and caption != saved.get("caption"):
-            save_atomically({**saved, "caption": caption}, path)
-
-
-def read_saved(path: Path) -> dict | None:
-    """What an earlier run wrote, the feature still on disk; None if there is nothing, or nothing that can be read."""
+def read_finished(run: ModelRun, clip: Clip) -> dict | None:
+    """The feature file of an earlier run, its tensors still on disk, if it was made with the same settings."""
     try:
-        saved = torch.load(path, weights_only=True, mmap=True)
-    except Exception:  # a file of somebody else's can be anything; it is made again
+        saved = load_checked(run.path(clip), mmap=True)
+    except UserError:  # absent, or it cannot be read: then it is made again
         return None
-    return saved if isinstance(saved, dict) and isinstance(saved.get("feature"), torch.Tensor) else None
+    same = isinstance(saved, dict) and saved.get("settings") == run.clip_settings(clip)
+    return saved if same and isinstance(saved.get("feature"), torch.Tensor) else None
 
 
-def forward(run: Run, clips: list[np.ndarray], args: argparse.Namespace) -> torch.Tensor:
-    """Clips uint8 [T, H, W, 3] -> float32 [len(clips), T/t, H/p, W/p, C] on the device, which may still be at it."""
+def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
+    """Fill each run's `todo`. Of a finished feature a new caption is written and a missing preview drawn."""
+    for clip in tqdm(clips, "looking for finished features", leave=False, delay=1, disable=rank() > 0):
+        for run in runs:
+            saved = None if args.overwrite else read_finished(run, clip)
+            if saved is None or (args.preview and "thumbnails" not in saved):
+                run.todo.add(clip)
+                continue
+            run.count["skipped"] += 1
+            run.shape = list(saved["feature"].shape)
+            if clip.caption is not None and clip.caption != saved.get("caption"):
+                save_atomically({**saved, "caption": clip.caption}, run.path(clip))
+            if args.preview and not has_preview(run.path(clip)):
+                write_preview(run.path(clip), saved["feature"], frames=saved["thumbnails"].numpy())
+
+
+def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) -> torch.Tensor:
+    """Clips uint8 [T, H, W, 3] -> features [len(clips), T/t, H/p, W/p, C], in the dtype to save, on the device."""
     batch = torch.from_numpy(np.stack(clips))
-    if torch.device(args.device).type == "cuda":
+    if args.device.type == "cuda":
         batch = batch.pin_memory()  # else the copy waits for the forward pass before it
-    try:
-        batch = batch.to(args.device, non_blocking=True)
-        return extract_features(run.vit, run.vfm, batch, args.dinov2_chunk, getattr(torch, args.precision))
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{run.name}: the device's memory is full; lower --batch_size, --dinov2_chunk or the input size, run fewer "
-            "--models, or use --device cpu"
-        ) from error
+    batch = batch.to(args.device, non_blocking=True)
+    features = extract_features(run.vit, VFMS[run.name], batch, args.dinov2_chunk, getattr(torch, args.precision))
+    return features.to(getattr(torch, args.save_dtype))
 
 
-def save_feature(run: Run, video: Path, feature: torch.Tensor, caption: str, clip: np.ndarray | None = None) -> None:
-    """Fetch a feature from the device and write its file, and its preview if there is a `clip` for it. What comes of it
-    goes into `run`."""
-    feature = feature.to(getattr(torch, run.settings["save_dtype"])).cpu()
+def save_feature(run: ModelRun, clip: Clip, feature: torch.Tensor, frames: np.ndarray, preview: bool) -> None:
+    """Write the feature file of a clip, and its preview; note in `run` that it did, or why it failed."""
+    feature = feature.cpu()
     if not torch.isfinite(feature).all():
-        run.failed[video.name] = f"{run.name} gave NaN or infinity in {run.settings['save_dtype']}"
+        run.failed[clip.video.name] = f"{run.name} gave NaN or infinity in {run.settings['save_dtype']}"
         return
-    settings = video_settings(run, video, run.todo[video])
     data = {
         "feature": feature,
-        "caption": caption,
-        "video": settings["video"],
+        "caption": clip.caption or "",
+        "video": clip.video.name,
         "model": run.name,
-        "weights": settings["weights"],
-        "settings": settings,
+        "weights": run.settings["weights"],
+        "settings": run.clip_settings(clip),
     }
-    save_atomically(data, run.folder / f"{video.stem}.pt")
-    if clip is not None:
-        write_preview(run.folder / f"{video.stem}.pt", feature, frames=clip)
+    if preview:
+        data["thumbnails"] = thumbnails(frames)
+    save_atomically(data, run.path(clip))
+    if preview:
+        write_preview(run.path(clip), feature, frames=data["thumbnails"].numpy())
     run.shape = list(feature.shape)
     run.count["written"] += 1
 
 
-def extract(runs: list[Run], videos: list[Path], caption_of: Callable[[Path], str], args: argparse.Namespace) -> None:
-    """Decode each of `videos` once and give it to every model that has to do it. A video that fails is recorded.
+def extract(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
+    """Decode each video once and give it to every model that has it to do. A video that fails is recorded.
 
-    Decoding runs ahead in its processes, and writing behind in a thread of its own, both by a bounded number of clips.
+    Decoding runs ahead in its processes. Writing runs behind in a thread, by one batch, so that a GPU need not wait.
     """
-    bars = {
-        run.name: tqdm(total=len(run.todo), desc=run.name, unit="video", position=i, disable=rank() > 0)
-        for i, run in enumerate(runs)
-    }
-    saving: deque[tuple[Run, Future]] = deque()
-
-    def finish_saving(at_most: int) -> None:
-        while len(saving) > at_most:
-            run, future = saving.popleft()
-            future.result()
-            bars[run.name].update()
-
-    def flush(run: Run) -> None:
-        if not run.batch:
-            return
-        features = forward(run, [clip for _, clip in run.batch], args)
-        for (video, clip), feature in zip(run.batch, features, strict=True):
-            shown = clip if args.preview else None
-            saving.append((run, writer.submit(save_feature, run, video, feature, caption_of(video), shown)))
-        run.batch.clear()
-        finish_saving(at_most=2 * args.batch_size)
-
-    sizes = sorted({run.size for run in runs})
-    with ThreadPoolExecutor(max_workers=1) as writer:
-        try:
-            for video, clips in decode_ahead(videos, args.num_frames, sizes, args.num_workers, args.decode_timeout):
-                for run in (run for run in runs if video in run.todo):
-                    if isinstance(clips, str):
-                        run.failed[video.name] = clips
-                        bars[run.name].update()
-                        continue
-                    run.batch.append((video, clips[run.size]))
-                    if len(run.batch) == args.batch_size:
-                        flush(run)
+    todo = [clip for clip in clips if any(clip in run.todo for run in runs)]
+    videos, sizes = [clip.video for clip in todo], sorted({run.size for run in runs})
+    with (
+        tqdm(total=len(todo), unit="video", disable=rank() > 0) as bar,
+        ThreadPoolExecutor(max_workers=1) as writer,
+        closing(decode_ahead(videos, args.num_frames, sizes, args.num_workers, args.decode_timeout)) as decoded,
+    ):
+        decoded_clips = zip(todo, decoded, strict=True)
+        being_written: list[Future] = []
+        while batch := [(clip, frames) for clip, (_, frames) in islice(decoded_clips, args.batch_size)]:
+            before, being_written = being_written, []
             for run in runs:
-                flush(run)
-            finish_saving(at_most=0)
-        finally:
-            for bar in bars.values():
-                bar.close()
+                of_run = [(clip, frames) for clip, frames in batch if clip in run.todo]
+                run.failed |= {clip.video.name: reason for clip, reason in of_run if isinstance(reason, str)}
+                good = [(clip, frames[run.size]) for clip, frames in of_run if not isinstance(frames, str)]
+                if good:
+                    features = forward(run, [frames for _, frames in good], args)
+                    for (clip, frames), feature in zip(good, features, strict=True):
+                        being_written.append(writer.submit(save_feature, run, clip, feature, frames, args.preview))
+            for future in before:
+                future.result()
+            bar.update(len(batch))
+        for future in being_written:
+            future.result()
 
 
-# Several processes, started by torchrun, share the videos. They speak to each other twice: rank 0 says what is to be
-# done, and at the end collects what was. Nobody waits in between; the first waits for the last however long it takes.
-
-
-def share_out(runs: list[Run], videos: list[Path]) -> list[Path]:
-    """This rank's part of the videos that any model has to do; all take rank 0's word for which these are."""
-    todo = from_first_rank([run.todo for run in runs])
-    mine = [video for video in videos if any(video in todo_of_run for todo_of_run in todo)]
-    if dist.is_initialized():
-        mine = mine[rank() :: dist.get_world_size()]
-    for run, todo_of_run in zip(runs, todo, strict=True):
-        run.todo = {video: todo_of_run[video] for video in mine if video in todo_of_run}
-    return mine
-
-
-def collect(runs: list[Run]) -> None:
-    """Rank 0's `runs` know what came of all ranks' videos afterwards."""
-    if not dist.is_initialized():
-        return
-    mine = [(run.count["written"], run.failed, run.shape) for run in runs]
-    everyone = [None] * dist.get_world_size() if rank() == 0 else None
-    dist.gather_object(mine, everyone)
-    for others in everyone[1:] if everyone else ():
-        for run, (written, failed, shape) in zip(runs, others, strict=True):
-            run.count["written"] += written
+def collect(runs: list[ModelRun]) -> None:
+    """Add the results of the other ranks to those of rank 0."""
+    for results in gather({run.name: (run.count, run.failed, run.shape) for run in runs})[1:]:
+        for run in runs:
+            count, failed, shape = results.get(run.name, (Counter(), {}, None))
+            run.count += count
             run.failed |= failed
             run.shape = run.shape or shape
 
 
-def report(runs: list[Run], left_out: dict[str, str], output_root: Path) -> None:
+def report(runs: list[ModelRun], left_out: list[str], output_root: Path) -> None:
     """Print the summary, and write `failed_videos.txt` of each model and `vfm_dimensions.txt`."""
     print(f"\n{'model':<11}{'written':>8}{'skipped':>8}{'failed':>8}  {'feature':<20}{'dtype':<9}{'size':>10}  folder")
     for run in runs:
@@ -1070,7 +1070,7 @@ def report(runs: list[Run], left_out: dict[str, str], output_root: Path) -> None
         print(f"{run.name:<11}{counts}  {shape:<20}{run.settings['save_dtype']:<9}{size:>7.1f} MB  {run.folder}")
         if run.failed:
             print(f"{'':<11}why: {run.folder / 'failed_videos.txt'}")
-    for reason in left_out.values():
+    for reason in left_out:
         print(f"not run: {reason}")
     if any(run.settings["weights"] == "random" for run in runs):
         print(RANDOM_WARNING)
@@ -1084,8 +1084,8 @@ def report(runs: list[Run], left_out: dict[str, str], output_root: Path) -> None
         else:
             failures.unlink(missing_ok=True)
     known = [run for run in runs if run.shape]
-    dimensions = "".join(f"{run.name}: feature shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
     if known:
+        dimensions = "".join(f"{run.name}: feature shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
         with whole_file(output_root / "vfm_dimensions.txt") as file:
             file.write(dimensions.encode())
 
@@ -1097,46 +1097,34 @@ RANDOM_WARNING = """
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    for name in args.models:
-        input_size(name, args)
-    args.device = str(open_device(args.device))
+def main() -> int:
+    args = parse_args()
+    join_ranks()
+    args.device = open_device(args.device)
     if args.preview:
         check_preview_packages()
-    video_dir = REPOSITORY / args.video_dir if args.video_dir is DEFAULT_VIDEO_DIR else args.video_dir
-    output_root = REPOSITORY / args.output_root if args.output_root is DEFAULT_OUTPUT else args.output_root
-    videos = list_videos(video_dir)
-    check_output(output_root, args.models)
-    caption_of = find_captions(args.csv_path, videos)
-    without = sum(not caption_of(video) for video in videos)
-    if without and args.csv_path is not DEFAULT_CSV:
-        say(f"warning: {without} of {len(videos)} videos have no caption in {args.csv_path}")
+    clips = list_clips(args)
+    make_folders(args)
     if args.random_weights:
         say("warning: --random_weights: a dry run; the features will mean NOTHING")
-
-    join_ranks()
-    all_runs, left_out = [], {}
+    runs: list[ModelRun] = []
+    left_out: list[str] = []
     try:
-        for names in group_models(args):
-            runs, missing = start_runs(names, args, output_root)
-            left_out |= missing
-            all_runs += runs
-            if len(runs) > 1:
-                say(f"together, each video decoded once: {', '.join(run.name for run in runs)}")
-            if rank() == 0:
-                for run in runs:
-                    plan(run, videos, caption_of, args.overwrite, args.preview)
-            extract(runs, share_out(runs, videos), caption_of, args)
-            collect(runs)
-            for run in runs:
-                run.vit = None  # its memory is the next group's
+        runs, left_out = load_models(args)
+        plan(runs, clips, args)
+        extract(runs, clips, args)
+        collect(runs)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the memory of {args.device} is full; lower --batch_size, --dinov2_chunk or the input size, run fewer "
+            "--models at a time, or use --device cpu"
+        ) from error
     finally:
-        if rank() == 0 and (all_runs or left_out):
-            report(all_runs, left_out, output_root)
+        if rank() == 0 and (runs or left_out):
+            report(runs, left_out, args.output_root)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if any(run.count["written"] or run.count["skipped"] for run in all_runs) or rank() > 0 else 1
+    return 0 if any(run.count["written"] or run.count["skipped"] for run in runs) or rank() > 0 else 1
 
 
 if __name__ == "__main__":
