@@ -7,9 +7,7 @@ import ctypes
 import hashlib
 import itertools
 import math
-import multiprocessing
 import os
-import resource
 import signal
 import sys
 import time
@@ -27,14 +25,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from pebble import ProcessPool  # of the two scripts that decode
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from matplotlib.lines import Line2D
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 DETAIL_RMS = 0.15  # of a detail channel, a frame channel having 1: moves cosines little, clear of float16's rounding
 STILL = 1e-3  # of the frame channels' scale: movement below it counts as none
-WINDOW = 240  # time steps that `encode_long` takes at once; longer clips are cut into windows
-OVERLAP = 48  # time steps on either side of a window that the networks see beyond those that are kept
-TOKENS = 2**14  # that `encode_long` takes at once
+TOKENS = 2**14  # tokens that `encode_long` takes at once
 TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
 LEFTOVER_SECONDS = 24 * 3600  # after which a half-written file is nobody's
 FINGERPRINT_BYTES = 2**16
@@ -50,12 +48,10 @@ def frame_differences(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[:, :1]), x.diff(dim=1)], dim=1)
 
 
-def time_positions(start: int, length: int, dim: int, like: Tensor) -> Tensor:
-    """Sinusoidal positions [length, dim] ("Attention Is All You Need") of the time steps from `start` on: without them
-    attention sees a bag of frames."""
+def time_positions(length: int, dim: int, like: Tensor) -> Tensor:
+    """Sinusoidal positions [length, dim] ("Attention Is All You Need"): without them attention sees a bag of frames."""
     frequency = torch.exp(torch.arange(0, dim, 2, device=like.device) * (-np.log(10000.0) / dim))
-    step = torch.arange(start, start + length, device=like.device)
-    angle = step[:, None] * frequency  # [length, ceil(dim / 2)]
+    angle = torch.arange(length, device=like.device)[:, None] * frequency  # [length, ceil(dim / 2)]
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :dim].to(like.dtype)
 
 
@@ -64,6 +60,28 @@ def cosine_transform(length: int, like: Tensor) -> Tensor:
     time = torch.arange(length, device=like.device)
     matrix = torch.cos(torch.pi / length * (time + 0.5) * time[:, None]) * (2 / length) ** 0.5
     return (matrix * torch.where(time == 0, 0.5**0.5, 1.0)[:, None]).to(like.dtype)
+
+
+class TransformerLayer(nn.Module):
+    """A pre-norm transformer layer, [S, T, dim] -> [S, T, dim]; `dropout` acts on what each half adds.
+
+    nn.TransformerEncoderLayer keeps all T x T scores in memory on the CPU, in eval mode as with dropout on them.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.projection = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # [S, T, 3 * dim] -> [3, S, heads, T, dim / heads]
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [S, T, dim]
+        x = x + self.dropout(self.projection(attended))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
 class TemporalNetwork(nn.Module):
@@ -77,18 +95,16 @@ class TemporalNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv1d(in_dim, model_dim, kernel_size=3, padding=1, padding_mode="replicate")
-        layer = nn.TransformerEncoderLayer(
-            model_dim, num_heads, 4 * model_dim, dropout, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.transformer = nn.TransformerEncoder(layer, num_layers, nn.LayerNorm(model_dim), enable_nested_tensor=False)
+        self.layers = nn.Sequential(*(TransformerLayer(model_dim, num_heads, dropout) for _ in range(num_layers)))
+        self.norm = nn.LayerNorm(model_dim)
         self.head = nn.Linear(model_dim, out_dim)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = nn.functional.gelu(self.conv(x.mT)).mT  # [S, T, in_dim] -> [S, T, model_dim]
-        h = h + time_positions(start, h.shape[1], h.shape[2], h)
-        return self.head(self.transformer(h))
+        h = h + time_positions(h.shape[1], h.shape[2], h)
+        return self.head(self.norm(self.layers(h)))
 
 
 def to_sequences(x: Tensor) -> Tensor:
@@ -163,15 +179,10 @@ class SpaceTimeCode(nn.Module):
         self.register_buffer("slots", torch.arange(block * self.detail_dim).repeat(block, 1))
         self.register_buffer("slot_gain", torch.ones(block, block * self.detail_dim))
 
-    def normalise(self, x: Tensor, clip_mean: Tensor | None = None) -> Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
         """x [B, T, ..., C] -> what is coded: x without the training mean; for motion alone, x without the clip's mean
-        over time, which is all that delta_x says (its running sum, up to a constant). `clip_mean` [..., C] is that
-        mean where x is a part of the clip."""
-        if self.use_token:
-            clip_mean = self.mean
-        elif clip_mean is None:
-            clip_mean = x.mean(dim=1, keepdim=True)
-        return (x - clip_mean) / self.scale
+        over time, which is all that delta_x says (its running sum, up to a constant)."""
+        return (x - (self.mean if self.use_token else x.mean(dim=1, keepdim=True))) / self.scale
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `normalise`; for motion alone, the training mean stands for what is not known."""
@@ -314,8 +325,7 @@ class MotionFeatureEncoder(nn.Module):
 
     forward: x [B, T, N, C] or [B, T, H, W, C], any T >= 1 -> latent of the same layout with `latent_dim` channels: the
     space-time code, to whose detail channels the network adds. The frame channels stay linear in their frame, so that
-    training cannot trade the cosines between tokens for reconstruction. Of a part of a clip, `start` is its first time
-    step, and `clip_mean` is as in `SpaceTimeCode.normalise`.
+    training cannot trade the cosines between tokens for reconstruction.
     """
 
     def __init__(
@@ -335,20 +345,20 @@ class MotionFeatureEncoder(nn.Module):
         in_dim = 2 * input_dim if use_token else input_dim
         self.network = TemporalNetwork(in_dim, model_dim, self.code.detail_dim, num_heads, num_layers, dropout)
 
-    def forward(self, x: Tensor, clip_mean: Tensor | None = None, start: int = 0) -> Tensor:
-        tokens = self.code.normalise(x, clip_mean)
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.code.normalise(x)
         delta = frame_differences(tokens)
         seen = to_sequences(torch.cat([tokens, delta], dim=-1) if self.use_token else delta)  # [B * N, T, C or 2C]
         latent = self.code.encode(to_sequences(tokens))
         frame, detail = latent.split([self.code.frame_dim, self.code.detail_dim], dim=-1)
-        return from_sequences(torch.cat([frame, detail + self.network(seen, start)], dim=-1), like=x)
+        return from_sequences(torch.cat([frame, detail + self.network(seen)], dim=-1), like=x)
 
 
 class MotionFeatureDecoder(nn.Module):
     """Latent -> features: latent [B, T, N, D] or [B, T, H, W, D] -> the same layout with `input_dim` channels.
 
     The network refines what the space-time code reconstructs; `trust` in [0, 1] is how much of that refinement held-out
-    clips have shown to be right. Of a part of a clip, `start` is its first time step.
+    clips have shown to be right.
     """
 
     def __init__(
@@ -367,31 +377,20 @@ class MotionFeatureDecoder(nn.Module):
         self.network = TemporalNetwork(input_dim, model_dim, input_dim, num_heads, num_layers, dropout)
         self.register_buffer("trust", torch.ones(()))
 
-    def parts(self, latent: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+    def parts(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """latent -> what the space-time code reconstructs and the network's refinement of it, normalised features."""
         linear = self.code.decode(to_sequences(latent))  # [B * N, T, C]
-        return from_sequences(linear, like=latent), from_sequences(self.network(linear, start), like=latent)
+        return from_sequences(linear, like=latent), from_sequences(self.network(linear), like=latent)
 
-    def forward(self, latent: Tensor, start: int = 0) -> Tensor:
-        linear, refinement = self.parts(latent, start)
+    def forward(self, latent: Tensor) -> Tensor:
+        linear, refinement = self.parts(latent)
         return self.code.restore(linear + self.trust * refinement)
 
 
-def windows(length: int, positions: int, block: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut a clip [T, N, ...] into parts that fit in memory: (positions, kept, seen), slices of N, of T, and of T.
-
-    `seen` is `kept` and what a model has to see around it: `OVERLAP` steps or a little more on either side, where there
-    are as many, so that what comes of `kept` does not depend on where the cuts are. `seen` begins where a block of the
-    space-time code does. All steps of some positions come in order before the next positions.
-    """
-    overlap = -(-OVERLAP // block) * block
-    stride = length if length <= WINDOW else max(block, (WINDOW - 2 * overlap) // block * block)
-    width = max(1, TOKENS // min(length, WINDOW))
-    for first in range(0, positions, width):
-        for start in range(0, length, stride):
-            stop = min(start + stride, length)
-            seen = slice(max(start - overlap, 0), min(stop + overlap, length))
-            yield slice(first, min(first + width, positions)), slice(start, stop), seen
+def position_slices(length: int, positions: int) -> list[slice]:
+    """Cut the positions of a clip [T, N, ...] into slices of `TOKENS` tokens or little more; time stays whole."""
+    width = max(1, TOKENS // length)
+    return [slice(first, min(first + width, positions)) for first in range(0, positions, width)]
 
 
 class MotionFeatureAutoencoder(nn.Module):
@@ -466,33 +465,26 @@ class MotionFeatureAutoencoder(nn.Module):
 
     @torch.no_grad()
     def encode_long(self, x: Tensor) -> Tensor:
-        """One clip [T, N, C] or [T, H, W, C], any T, any floating dtype, anywhere (on disk too, by mmap) -> its latent,
-        on the CPU.
+        """One clip [T, N, C] or [T, H, W, C], any T, any floating dtype, anywhere (on disk too, by mmap) -> its latent
+        [T, ..., D], on the CPU: what `encode` gives, to rounding.
 
-        What `encode` gives, to rounding, up to `WINDOW` steps; beyond, the networks see windows of time. The memory
-        that it takes beside x and the latent depends on neither T nor N.
+        Positions are independent sequences, so they are cut: beside x and the latent it takes the memory of `TOKENS`
+        tokens, or of one position's T.
         """
-        code = self.encoder.code
-        clip = x.flatten(1, -2)
+        clip = x.flatten(1, -2)  # [T, N, C]
         latent = torch.empty(*clip.shape[:2], self.config["latent_dim"])
-        clip_mean = None
-        for positions, kept, seen in windows(*clip.shape[:2], code.block):
-            if kept.start == 0 and not code.use_token:
-                parts = clip[:, positions].split(WINDOW)
-                clip_mean = sum(part.to(code.mean).sum(dim=0) for part in parts) / len(clip)  # [n, C]
-            z = self.encoder(clip[None, seen, positions].to(code.mean), clip_mean, seen.start)  # [1, t, n, D]
-            latent[kept, positions] = z[0, kept.start - seen.start :][: kept.stop - kept.start].cpu()
+        for positions in position_slices(*clip.shape[:2]):
+            part = clip[None, :, positions].to(self.encoder.code.mean)  # [1, T, n, C], the model's device and dtype
+            latent[:, positions] = self.encode(part)[0].cpu()
         return latent.unflatten(1, x.shape[1:-1])
 
     @torch.no_grad()
-    def decode_long(self, latent: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The latent of one clip [T, N, D] or [T, H, W, D] -> its reconstruction [T, N, C] in parts, as `windows` cuts
-        it: (steps, positions, [t, n, C] on the model's device)."""
-        code = self.encoder.code
+    def decode_long(self, latent: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The latent of one clip [T, N, D] or [T, H, W, D] -> its reconstruction in parts: (positions, [T, n, C] on
+        the model's device), `positions` being a slice of N or of the flattened H, W."""
         clip = latent.flatten(1, -2)
-        for positions, kept, seen in windows(*clip.shape[:2], code.block):
-            x = self.decoder(clip[None, seen, positions].to(code.mean), seen.start)  # [1, t, n, C]
-            yield kept, positions, x[0, kept.start - seen.start :][: kept.stop - kept.start]
+        for positions in position_slices(*clip.shape[:2]):
+            yield positions, self.decode(clip[None, :, positions].to(self.encoder.code.mean))[0]
 
     def embed(self, latent: Tensor) -> Tensor:
         """latent [B, T, ..., D] -> motion embedding [B, T, D]: what is there, and how much of it moves.
@@ -568,8 +560,8 @@ def load_checked(path: Path, mmap: bool = False) -> Any:
         raise UserError(f"{path} {explain_bad_file(path, error)}") from None
 
 
-def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -> tuple[Tensor, dict[str, str]]:
-    """One feature file and its `caption`, `video` and `model`, where it has them.
+def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -> tuple[Tensor, dict[str, Any]]:
+    """One feature file and its `caption`, `video`, `model` and `thumbnails` (uint8 [F, h, w, 3]), where it has them.
 
     The file holds a tensor, an array (.npy), or a dict, read by `feature`, else `features`, else its first key.
 
@@ -577,7 +569,7 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
     disk, and are not looked at. Raises `UserError` that names the file: not readable, wrong rank, `C != input_dim`,
     not floating point, NaN or infinity.
     """
-    metadata: dict[str, str] = {}
+    metadata: dict[str, Any] = {}
     if path.suffix.lower() == ".npy":
         check_file(path)
         try:
@@ -591,6 +583,9 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
         feature = load_checked(path, mmap)
         if isinstance(feature, dict):
             metadata = {key: feature[key] for key in ("caption", "video", "model") if isinstance(feature.get(key), str)}
+            frames = feature.get("thumbnails")
+            if isinstance(frames, Tensor) and frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[3] == 3:
+                metadata["thumbnails"] = frames
             key = next((key for key in ("feature", "features") if key in feature), next(iter(feature), None))
             feature = feature.get(key)
     if not isinstance(feature, Tensor) or feature.layout != torch.strided or feature.is_meta or feature.is_quantized:
@@ -619,12 +614,13 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
 # Previews
 # ---------------------------------------------------------------------------------------------------------------------
 
-PANEL_PIXELS = 240 * 360  # of a picture in a preview's video
+PREVIEW_MARK = "vfm_encoder preview"  # in the video's comment, which tells it from a clip of the same name
 PREVIEW_STEPS = 240  # of a clip that a preview shows, at most
 PREVIEW_FPS = 8
-PREVIEW_MARK = "vfm_encoder preview"  # in the video, which tells it from a clip of the same name
-MARGIN, TITLE, CURVE = 8, 16, 120  # pixels: around things, a line of text, the height of the curve
-CURSOR = (230, 40, 40)
+PANEL_PIXELS = 200 * 300  # of a picture in the video
+SHEET_PIXELS = 120 * 180  # of one in the sheet
+GAP, CURVE_HEIGHT = 10, 100  # pixels: between pictures, of the curves
+THUMBNAIL_PIXELS = 120 * 180
 
 
 def check_preview_packages() -> None:
@@ -632,25 +628,8 @@ def check_preview_packages() -> None:
     try:
         import av  # noqa: F401
         import matplotlib  # noqa: F401
-        import pebble  # noqa: F401
     except ImportError as error:
         raise UserError(f"--preview needs the package {error.name}; install it, or leave --preview out") from None
-
-
-def has_preview(path: Path) -> bool:
-    """Whether the preview of the file `path` was made after it."""
-    pictures = [path.with_suffix(suffix) for suffix in (".mp4", ".png")]
-    return all(picture.exists() and picture.stat().st_mtime >= path.stat().st_mtime for picture in pictures)
-
-
-def is_preview(path: Path) -> bool:
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            return container.metadata.get("comment") == PREVIEW_MARK
-    except (av.FFmpegError, OSError):
-        return False
 
 
 def preview_steps(length: int) -> list[int]:
@@ -658,7 +637,36 @@ def preview_steps(length: int) -> list[int]:
     return torch.linspace(0, length - 1, min(length, PREVIEW_STEPS), dtype=torch.float64).round().int().tolist()
 
 
-def rounding_of(x: Tensor) -> Tensor:
+def thumbnails(clip: np.ndarray) -> Tensor:
+    """Frames, uint8 RGB [F, H, W, 3] -> as a preview shows them, uint8 [min(F, 240), h, w, 3]: evenly spread over the
+    clip, of the same aspect ratio and at most 120 * 180 pixels each."""
+    height, width = clip.shape[1:3]
+    shrink = min(1.0, (THUMBNAIL_PIXELS / (height * width)) ** 0.5)
+    size = max(1, round(height * shrink)), max(1, round(width * shrink))
+    frames = torch.from_numpy(clip[preview_steps(len(clip))]).permute(0, 3, 1, 2)  # [F', 3, H, W]
+    small = nn.functional.interpolate(frames, size, mode="bilinear", antialias=True)
+    return small.permute(0, 2, 3, 1).contiguous()
+
+
+def preview_comment(video: Path) -> str:
+    """The comment in a video's metadata; empty where there is none, or no video."""
+    import av
+
+    try:
+        with av.open(str(video)) as container:
+            return container.metadata.get("comment", "")
+    except (av.FFmpegError, OSError):
+        return ""
+
+
+def has_preview(path: Path) -> bool:
+    """Whether the preview beside the file `path` was drawn from it as it is now."""
+    video, sheet = path.with_suffix(".mp4"), path.with_suffix(".png")
+    there = path.exists() and video.exists() and sheet.exists()
+    return there and preview_comment(video) == f"{PREVIEW_MARK} of {file_fingerprint(path)}"
+
+
+def noise_floor(x: Tensor) -> Tensor:
     """Differences that a preview must not blow up to look like a signal."""
     return 1e-4 * x.square().mean().sqrt() + 1e-12
 
@@ -674,124 +682,118 @@ def leading_components(x: Tensor) -> tuple[Tensor, float]:
     basis = nn.functional.pad(principal_components(covariance)[:, :3], (0, max(0, 3 - x.shape[-1])))
     spread = (sample - mean) @ basis  # [K, 3]
     low, high = spread.quantile(0.02, dim=0), spread.quantile(0.98, dim=0)
-    rounding = rounding_of(sample)
+    noise = noise_floor(sample)
     steps = torch.stack([(x[step].float() - mean) @ basis for step in preview_steps(len(x))])
-    share = spread.square().mean(dim=0).sum() / covariance.trace().clamp_min(rounding**2)
-    return (steps - (low + high) / 2) / (high - low).clamp_min(rounding), share.item()
+    share = spread.square().mean(dim=0).sum() / covariance.trace().clamp_min(noise**2)
+    return (steps - (low + high) / 2) / (high - low).clamp_min(noise), share.item()
 
 
-def motion_energy(x: Tensor) -> np.ndarray:
+def relative_motion(x: Tensor) -> np.ndarray:
     """How far features [T, ..., C] move at each step but the first, [T - 1]: the root mean square of delta_x over that
     of x around its mean, so that features and latents compare."""
     some = x[preview_steps(len(x))].float()
-    scale = (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(rounding_of(some))
+    scale = (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(noise_floor(some))
     return np.array([((b.float() - a.float()).square().mean().sqrt() / scale).item() for a, b in itertools.pairwise(x)])
 
 
-def draw_page(
-    height: int, width: int, labels: list[tuple[int, int, str]], motion: dict[str, np.ndarray]
-) -> tuple[np.ndarray, Callable[[float], slice]]:
-    """A page, uint8 [height, width, 3], with `labels` (x, y from the top left, text) and at its foot the curves of
-    `motion`; and the function from a time step to its pixel columns there."""
+def draw_clip(
+    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], moments: list[float], panel_pixels: float
+) -> tuple[Figure, list[AxesImage], list[Line2D]]:
+    """A clip at some `moments`, 0 its start and 1 its end: a figure, the images in it and the lines over the curves.
+
+    pictures: uint8 [steps, h, w, 3] by title, a row for each; of one moment they are side by side. All have the first
+    ones' aspect ratio. motion: curves [T - 1] by name, below the pictures.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
-    for x, y, text in labels:
-        figure.text(x / width, 1 - y / height, text, fontsize=8, va="top")
-    left, foot = 5 * MARGIN, 3 * MARGIN  # room for the numbers at the axes
-    axes = figure.add_axes(
-        (left / width, foot / height, 1 - (left + 2 * MARGIN) / width, (CURVE - foot - MARGIN) / height)
+    _, height, width, _ = next(iter(pictures.values())).shape
+    aspect = min(max(width / height, 1 / 8), 8.0)
+    width, height = (panel_pixels * aspect) ** 0.5, (panel_pixels / aspect) ** 0.5  # of a picture
+    grid = [[title] for title in pictures] if len(moments) > 1 else [list(pictures)]
+    row_width = max(len(moments), len(grid[0])) * (width + GAP) - GAP
+    heights = [height] * len(grid) + [CURVE_HEIGHT]
+    # around the axes there is room for titles and for the numbers at the curves
+    page_width, page_height = max(480, row_width + 5 * GAP), sum(heights) + len(grid) * 3 * GAP + 5 * GAP
+    page_width, page_height = (2 * math.ceil(length / 2) for length in (page_width, page_height))  # H.264 wants it even
+    figure = Figure(figsize=(page_width / 100, page_height / 100), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.subplot_mosaic(
+        [*grid, ["motion"] * len(grid[0])],
+        height_ratios=heights,
+        gridspec_kw={
+            "left": 4 * GAP / page_width,
+            "right": (4 * GAP + row_width) / page_width,
+            "bottom": 2.5 * GAP / page_height,
+            "top": 1 - 2.5 * GAP / page_height,
+            "wspace": GAP / width,
+            "hspace": 3 * GAP / (sum(heights) / len(heights)),
+        },
     )
+
+    images = []
+    for title, shown in pictures.items():
+        axes[title].set_title(title, loc="left", fontsize=9, pad=4)
+        axes[title].set_axis_off()
+        smooth = "bilinear" if title == "frames" else "nearest"  # a token stays a block
+        for column, moment in enumerate(moments):
+            left, picture = column * (width + GAP), shown[int(moment * len(shown))]
+            images.append(axes[title].imshow(picture, extent=(left, left + width, 0, height), interpolation=smooth))
+        axes[title].set_xlim(0, left + width)
+
     for name, curve in motion.items():
-        axes.plot(np.arange(1, len(curve) + 1), curve, linewidth=1.2, label=name)
-    axes.set_xlim(0, max(1, *(len(curve) for curve in motion.values())))
-    axes.set_ylim(0, 1.4 * max([0.1, *(value for curve in motion.values() for value in curve)]))
-    axes.tick_params(labelsize=7)
-    axes.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    page = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-    def columns(step: float) -> slice:
-        column = round(axes.transData.transform((step, 0))[0])
-        return slice(column - 1, column + 1)
-
-    return page, columns
+        axes["motion"].plot(np.arange(1, len(curve) + 1), curve, linewidth=1.2, label=name)
+    length = len(curve) + 1
+    axes["motion"].set_xlim(0, max(1, length - 1))
+    axes["motion"].set_ylim(0, 1.4 * max(0.1, *(curve.max(initial=0) for curve in motion.values())))
+    axes["motion"].tick_params(labelsize=7)
+    axes["motion"].legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
+    cursors = [axes["motion"].axvline(moment * length, color="tab:red") for moment in moments]
+    return figure, images, cursors
 
 
-def paste(page: np.ndarray, picture: np.ndarray, x: int, y: int, size: tuple[int, int]) -> None:
-    """Put a picture, uint8 [h, w, 3], on the page, of `size` = (height, width): nearest when it grows, so that a token
-    stays a block."""
-    image = torch.from_numpy(picture).permute(2, 0, 1)[None]
-    options = {"mode": "nearest"} if picture.shape[0] <= size[0] else {"mode": "bilinear", "antialias": True}
-    image = nn.functional.interpolate(image, size, **options)[0].permute(1, 2, 0)
-    page[y : y + size[0], x : x + size[1]] = image.numpy()
-
-
-def draw_sheet(
-    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], length: int, size: tuple[int, int]
-) -> np.ndarray:
-    """Six moments of a clip of `length` steps side by side, a row for each kind of picture, over the motion."""
-    height, width = size[0] + TITLE + MARGIN, size[1] + MARGIN
-    labels = [(MARGIN, MARGIN + row * height, title.replace("\n", "  ")) for row, title in enumerate(pictures)]
-    page, columns = draw_page(MARGIN + len(pictures) * height + CURVE, MARGIN + 6 * width, labels, motion)
-    for column, step in enumerate(np.linspace(0, length - 1, 6).round().astype(int)):
-        for row, shown in enumerate(pictures.values()):
-            corner = MARGIN + column * width, MARGIN + TITLE + row * height
-            paste(page, shown[step * len(shown) // length], *corner, size)
-        page[-CURVE:, columns(step)][MARGIN : -3 * MARGIN] = CURSOR
-    return page
-
-
-def draw_frames(
-    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], length: int, size: tuple[int, int]
-) -> Iterator[np.ndarray]:
-    """The frames of the preview's video, uint8 [even height, even width, 3]: pictures side by side, over the motion."""
-    height, width = MARGIN + 2 * TITLE + size[0] + MARGIN + CURVE, MARGIN + len(pictures) * (size[1] + MARGIN)
-    labels = [(MARGIN + column * (size[1] + MARGIN), MARGIN, title) for column, title in enumerate(pictures)]
-    page, columns = draw_page(height + height % 2, max(480, width + width % 2), labels, motion)
-    count = max(len(shown) for shown in pictures.values())
-    for index in range(count):
-        frame = page.copy()
-        for (x, y, _), shown in zip(labels, pictures.values(), strict=True):
-            paste(frame, shown[index * len(shown) // count], x, y + 2 * TITLE, size)
-        frame[-CURVE:, columns(index * length / count)][MARGIN : -3 * MARGIN] = CURSOR
-        yield frame
-
-
-def write_video(file: BinaryIO, frames: Iterable[np.ndarray]) -> None:
-    """Frames, uint8 RGB [even height, even width, 3], as H.264 in MP4, in the form that browsers play."""
+def write_video(file: BinaryIO, pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], comment: str) -> None:
+    """The clip as H.264 in MP4, in the form that browsers play: its pictures side by side, over the motion."""
     import av
 
+    figure, images, (cursor,) = draw_clip(pictures, motion, [0.0], PANEL_PIXELS)
+    for artist in (*images, cursor):
+        artist.set_animated(True)  # not drawn with the rest, which is drawn once
+    figure.canvas.draw()
+    still = figure.canvas.copy_from_bbox(figure.bbox)
+    count, length = max(map(len, pictures.values())), len(next(iter(motion.values()))) + 1
     with av.open(file, mode="w", format="mp4") as container:
-        container.metadata["comment"] = PREVIEW_MARK
-        stream = None
-        for frame in frames:
-            if stream is None:
-                stream = container.add_stream("libx264", rate=PREVIEW_FPS, options={"crf": "20", "preset": "veryfast"})
-                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
-                stream.thread_count = 1  # the cores are the models'
+        container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=PREVIEW_FPS, options={"crf": "20", "preset": "veryfast"})
+        stream.width, stream.height = figure.canvas.get_width_height()
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1  # the cores are the models'
+        for index in range(count):
+            figure.canvas.restore_region(still)
+            for image, shown in zip(images, pictures.values(), strict=True):
+                image.set_data(shown[index * len(shown) // count])
+            cursor.set_xdata([index * length / count] * 2)
+            for artist in (*images, cursor):
+                artist.axes.draw_artist(artist)
+            frame = np.ascontiguousarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
 
-def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, frames: np.ndarray | None = None) -> None:
+def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, frames: Tensor | None = None) -> None:
     """Beside the file `path`, `<stem>.mp4` and `<stem>.png`: what a clip's features look like, and how they move.
 
-    feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: uint8 RGB
-    [F, h, w, 3], evenly spread over the clip; their aspect ratio, or else the grid's, is that of all pictures. Both
-    files are whole or not there; raises `OSError` where they cannot be written, and `UserError` where files of these
-    names are no preview: the clip itself may lie there.
+    feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: `thumbnails`
+    of the clip; their aspect ratio, or else the grid's, is that of all pictures. Both files are whole or not there;
+    raises `OSError` where they cannot be written, and `UserError` where files of these names are no preview: the clip
+    itself may lie there.
     """
-    from matplotlib.image import imsave
-
     video, sheet = path.with_suffix(".mp4"), path.with_suffix(".png")
-    if (video.exists() or sheet.exists()) and not is_preview(video):  # the video is written first
+    if (video.exists() or sheet.exists()) and not preview_comment(video).startswith(PREVIEW_MARK):
         raise UserError(f"--preview would write over {video} or {sheet.name}; give another output folder")
     pictures, motion = {}, {}
     if frames is not None:
-        pictures["frames"] = frames
+        pictures["frames"] = frames.numpy()
     for name, x in {"features": feature, "latent": latent}.items():
         if x is None:
             continue
@@ -799,23 +801,21 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
             rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
             x = x.unflatten(1, (rows, -1))
         components, share = leading_components(x)
-        told = f"3 components: {share:.0%} of the variance" if components.abs().max() > 0.01 else "NOTHING VARIES"
+        told = f"{share:.0%} of the variance" if components.abs().max() > 0.01 else "NOTHING VARIES"
         if name == "features":
             reference = components
         else:  # turned so that what is alike has the same colours (orthogonal Procrustes)
             u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
             components = components @ (u @ v)
-        pictures[f"{name} {list(x.shape)}\n{told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
-        motion[f"motion of the {name}"] = motion_energy(x)
+        pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
+        motion[f"motion of the {name}"] = relative_motion(x)
 
-    _, height, width, _ = next(iter(pictures.values())).shape
-    aspect = min(max(width / height, 1 / 8), 8.0)
-    size = round((PANEL_PIXELS / aspect) ** 0.5), round((PANEL_PIXELS * aspect) ** 0.5)
-    small = size[0] // 2, size[1] // 2
+    sheet.unlink(missing_ok=True)  # the video is first: where it is there alone, the preview is not finished
     with whole_file(video) as file:
-        write_video(file, draw_frames(pictures, motion, len(feature), size))
+        write_video(file, pictures, motion, f"{PREVIEW_MARK} of {file_fingerprint(path)}")
+    moments = [step / len(feature) for step in np.linspace(0, len(feature) - 1, 6).round()]
     with whole_file(sheet) as file:
-        imsave(file, draw_sheet(pictures, motion, len(feature), small), format="png")
+        draw_clip(pictures, motion, moments, SHEET_PIXELS)[0].savefig(file, format="png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -849,6 +849,23 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
+
+
+def add_model_flags(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """The autoencoder's flags. With `optional`, those not given are absent from the parsed arguments."""
+
+    def add(flag: str, default: float, help: str, **options: Any) -> None:
+        if optional:
+            default, help = argparse.SUPPRESS, f"{help} (default: {default})"
+        parser.add_argument(flag, default=default, help=help, **options)
+
+    add("--input_dim", 768, "channels C of the features", type=number(int, 1))
+    add("--model_dim", 384, "width of encoder and decoder", type=number(int, 1))
+    add("--latent_dim", 192, "channels of the latent", type=number(int, 2))
+    add("--num_heads", 8, "attention heads", type=number(int, 1))
+    add("--num_layers", 2, "transformer layers, each way", type=number(int, 1))
+    add("--dropout", 0.1, "dropout while training", type=number(float, 0, 1))
+    add("--use_token", False, "the encoder sees [x, delta_x], not delta_x alone", action="store_true")
 
 
 def join_ranks() -> None:
@@ -977,30 +994,6 @@ def reuse_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap too
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
-
-
-def start_decoder() -> None:
-    """What a decoding process does first: leave Ctrl-C to the parent, take one core, limit what it does to others.
-
-    A broken header can ask for any amount of memory: 4 GiB are enough for frames of 8K. And a decoder that hangs in
-    native code would outlive a parent that is killed.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    reuse_memory()
-    os.nice(10)  # a core that the model's threads share gives them the time they ask for: they wait for one another
-    if sys.platform == "linux":
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30,) * 2)
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def open_decoders(num_workers: int) -> ProcessPool:
-    """A pool of processes for decoders, which may hang, crash or eat memory: that costs a task, and no more."""
-    from pebble import ProcessPool
-
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
-    return ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context)
 
 
 def run_script(main: Callable[[], int]) -> None:

@@ -43,6 +43,7 @@ from model import (
     ArgumentParser,
     MotionFeatureAutoencoder,
     UserError,
+    add_model_flags,
     find_features,
     from_first_rank,
     join_ranks,
@@ -534,16 +535,6 @@ def write_around(checkpoint: dict[str, Any], measured_on: str, save_dir: Path) -
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input_dim", type=number(int, 1), default=768, help="channels C of the features")
-    parser.add_argument("--model_dim", type=number(int, 1), default=384, help="width of encoder and decoder")
-    parser.add_argument("--latent_dim", type=number(int, 2), default=192, help="channels of the latent")
-    parser.add_argument("--num_heads", type=number(int, 1), default=8, help="attention heads")
-    parser.add_argument("--num_layers", type=number(int, 1), default=2, help="transformer layers, each way")
-    parser.add_argument("--dropout", type=number(float, 0, 1), default=0.1, help="dropout while training")
-    parser.add_argument("--use_token", action="store_true", help="the encoder sees [x, delta_x], not delta_x alone")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -20,8 +20,12 @@ import argparse
 import csv
 import ctypes
 import functools
+import multiprocessing
 import os
 import re
+import resource
+import signal
+import sys
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +35,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -39,6 +44,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from pebble import ProcessPool
 
 from model import (
     ArgumentParser,
@@ -52,10 +60,10 @@ from model import (
     load_checked,
     num_ranks,
     number,
-    open_decoders,
     open_device,
     rank,
     remove_leftovers,
+    reuse_memory,
     run_script,
     save_atomically,
     say,
@@ -486,6 +494,30 @@ def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding, in processes of its own
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_decoder() -> None:
+    """What a decoding process does first: leave Ctrl-C to the parent, take one core, limit what it does to others.
+
+    A broken header can ask for any amount of memory: 4 GiB are enough for frames of 8K. And a decoder that hangs in
+    native code would outlive a parent that is killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    reuse_memory()
+    os.nice(10)  # a core that the model's threads share gives them the time they ask for: they wait for one another
+    if sys.platform == "linux":
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30,) * 2)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def open_decoders(num_workers: int) -> ProcessPool:
+    """A pool of processes for decoders, which may hang, crash or eat memory: that costs a task, and no more."""
+    from pebble import ProcessPool
+
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
+    return ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context)
 
 
 def frame_indices(num_available: int, num_frames: int) -> np.ndarray:
@@ -983,7 +1015,7 @@ def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> N
             if clip.caption is not None and clip.caption != saved.get("caption"):
                 save_atomically({**saved, "caption": clip.caption}, run.path(clip))
             if args.preview and not has_preview(run.path(clip)):
-                write_preview(run.path(clip), saved["feature"], frames=saved["thumbnails"].numpy())
+                write_preview(run.path(clip), saved["feature"], frames=saved["thumbnails"])
 
 
 def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) -> torch.Tensor:
@@ -1014,7 +1046,7 @@ def save_feature(run: ModelRun, clip: Clip, feature: torch.Tensor, frames: np.nd
         data["thumbnails"] = thumbnails(frames)
     save_atomically(data, run.path(clip))
     if preview:
-        write_preview(run.path(clip), feature, frames=data["thumbnails"].numpy())
+        write_preview(run.path(clip), feature, frames=data["thumbnails"])
     run.shape = list(feature.shape)
     run.count["written"] += 1
 

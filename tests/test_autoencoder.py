@@ -1,11 +1,15 @@
 """The model and its loss, through their public functions, on made-up features."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from made_up import ROOT
 
 from losses import motion_autoencoder_loss
-from model import Moments, MotionFeatureAutoencoder, UserError, frame_differences, load_feature
+from model import Moments, MotionFeatureAutoencoder, UserError, frame_differences, load_feature, position_slices
 from train import fit_trust
 
 SMALL = {"input_dim": 12, "model_dim": 16, "latent_dim": 6, "num_heads": 2, "num_layers": 1}
@@ -267,6 +271,36 @@ def test_the_latent_survives_float16():
     x = made_up_clips(count=4, seed=1)
     whole = errors(x, model.decode(model.encode(x)))
     assert sum(errors(x, model.decode(model.encode(x).half().float()))) < 1.01 * sum(whole)
+
+
+@pytest.mark.parametrize("use_token", [True, False])
+@pytest.mark.parametrize("shape", [(2000, 20, 48), (7, 2, 5, 48)])
+def test_a_long_clip_encodes_as_in_one_pass(shape, use_token):
+    torch.manual_seed(0)
+    model = awake(fitted(made_up_clips(), use_token=use_token).requires_grad_(False))
+    x = torch.randn(shape).cumsum(dim=0)
+    assert len(position_slices(2000, 20)) > 1
+    latent, expected = model.encode_long(x), model.encode(x[None])[0]
+    torch.testing.assert_close(latent, expected, rtol=0, atol=1e-5 * expected.std().item())
+    reconstruction = torch.cat([part for _, part in model.decode_long(latent)], dim=1)
+    plain = model.decode(expected[None])[0].flatten(1, -2)
+    torch.testing.assert_close(reconstruction, plain, rtol=0, atol=1e-4 * plain.std().item())
+
+
+def test_a_long_clip_fits_in_memory():
+    """All scores between 8,000 steps of 8 heads would take 2 GB."""
+    code = """
+import resource, torch
+from model import MotionFeatureAutoencoder
+model = MotionFeatureAutoencoder(48, 32, 16, 8, 1, use_token=True).eval().requires_grad_(False)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in model.decode_long(model.encode_long(torch.randn(8000, 2, 48))):
+    pass
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 300  # MiB
 
 
 def test_encode_is_differentiable():
