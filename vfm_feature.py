@@ -121,6 +121,14 @@ VFMS = {
 }
 
 
+# Published weights that no feature depends on, in timm's names. Any other that a model has no place for is an error:
+# register tokens, say, without which a DINOv2 trained with them gives other features.
+UNUSED = (
+    *(r"(\w+_)?head\.", r"classifier\.", r"decoder\.", r"encoder_to_decoder\.", r"predictor\."),
+    *(r"mask_token$", r"position_embeddings$"),  # the latter: of VideoMAE's decoder
+)
+
+
 class TubeletEmbed(nn.Module):
     """Patch embedding of a video: [B, 3, T, H, W] -> [B, (T/t)(H/p)(W/p), C], tubelets of t frames and p x p pixels.
 
@@ -197,46 +205,39 @@ def resize_learned_positions(table: torch.Tensor, grid: tuple[int, int]) -> torc
     return torch.cat([table[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-def empty_vit(vfm: VFM, size: tuple[int, int], device: str) -> nn.Module:
-    """timm's `VisionTransformer` for frames of `size` = (height, width), as it is before it gets weights."""
-    from timm.models.vision_transformer import VisionTransformer  # here: decoding processes do not need it, nor --help
-
-    is_video = vfm.tubelet_size > 1
-    vit = VisionTransformer(
-        img_size=size,
-        patch_size=vfm.patch_size,
-        embed_dim=vfm.embed_dim,
-        depth=vfm.depth,
-        num_heads=vfm.num_heads,
-        num_classes=0,
-        global_pool="",
-        class_token=not is_video,
-        pos_embed="learn" if vfm.position_encoding == "learned" else "none",
-        init_values=None if is_video else 1e-5,  # DINOv2's blocks have LayerScale
-        final_norm=not is_video,
-        device=device,
-    )
-    if is_video:
-        vit.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size, device)
-    return vit
-
-
 def build_vit(
     vfm: VFM, num_frames: int, size: tuple[int, int], weights: dict[str, torch.Tensor] | None = None
 ) -> nn.Module:
-    """The model for clips of `num_frames` frames of `size` = (height, width), in eval mode on the CPU.
+    """timm's `VisionTransformer` for clips of `num_frames` frames of `size` = (height, width), in eval mode on the CPU.
 
-    `weights`: what `used_weights` gives; without it the weights are random, the same every time.
+    `weights`: a state dict in timm's names, from `read_weights`; without it they are random, the same every time.
+    Raises what `load_weights` raises.
     """
+    from timm.models.vision_transformer import VisionTransformer  # here: neither --help nor decoders wait for it
+
+    is_video = vfm.tubelet_size > 1
     grid = (num_frames // vfm.tubelet_size, size[0] // vfm.patch_size, size[1] // vfm.patch_size)
+    device = "cpu" if weights is None else "meta"  # with weights to load, no initial values are drawn
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        # With weights to load, on the meta device: it draws no initial values and takes no memory for them.
-        vit = empty_vit(vfm, size, device="cpu" if weights is None else "meta")
+        vit = VisionTransformer(
+            img_size=size,
+            patch_size=vfm.patch_size,
+            embed_dim=vfm.embed_dim,
+            depth=vfm.depth,
+            num_heads=vfm.num_heads,
+            num_classes=0,
+            global_pool="",
+            class_token=not is_video,
+            pos_embed="learn" if vfm.position_encoding == "learned" else "none",
+            init_values=None if is_video else 1e-5,  # DINOv2's blocks have LayerScale
+            final_norm=not is_video,
+            device=device,
+        )
+        if is_video:
+            vit.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size, device)
     if weights is not None:
-        if vfm.position_encoding == "learned":
-            weights = {**weights, "pos_embed": resize_learned_positions(weights["pos_embed"], grid[1:])}
-        vit.load_state_dict(weights, assign=True)
+        load_weights(vit, vfm, weights, grid[1:])
     if vfm.position_encoding == "sinusoid":
         vit.pos_embed = nn.Parameter(sinusoid_positions(grid, vfm.embed_dim))
     if vfm.position_encoding == "rotary":
@@ -244,6 +245,30 @@ def build_vit(
         for block in vit.blocks:  # timm's attention sends queries and keys through these two before it compares them
             block.attn.q_norm = block.attn.k_norm = rotary
     return vit.eval().requires_grad_(False)
+
+
+def load_weights(vit: nn.Module, vfm: VFM, weights: dict[str, torch.Tensor], grid: tuple[int, int]) -> None:
+    """Put `weights` into `vit`, in float32.
+
+    Raises `ValueError` that names what is missing, of another shape, or has no place in the model and is not `UNUSED`.
+    """
+    expected = {name: list(parameter.shape) for name, parameter in vit.state_dict().items()}
+    if "pos_embed" in expected:
+        expected["pos_embed"][1] = 1 + 37 * 37  # the published table, before it is resized
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    for name, value in weights.items():
+        if name not in expected:
+            if not any(re.match(pattern, name) for pattern in (*UNUSED, *vfm.unused)):
+                problems.append(f"{name} has no place in it")
+        elif list(value.shape) != expected[name]:
+            problems.append(f"{name} is {list(value.shape)} instead of {expected[name]}")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{', '.join(problems[:4])}{more}")
+    state = {name: weights[name].float() for name in expected}
+    if "pos_embed" in state:
+        state["pos_embed"] = resize_learned_positions(state["pos_embed"], grid)
+    vit.load_state_dict(state, assign=True)
 
 
 @torch.inference_mode()
@@ -286,21 +311,13 @@ RENAMES = [
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.attention\.(?:attention\.)?", ".attn."),
+    (r"\.attn\.q_bias$", ".attn.query.bias"),
+    (r"\.attn\.v_bias$", ".attn.value.bias"),
 ]
-# Published weights that no feature depends on, in timm's names. Any other that a model has no place for is an error:
-# register tokens, say, without which a DINOv2 trained with them gives other features.
-UNUSED = (
-    *(r"(\w+_)?head\.", r"classifier\.", r"decoder\.", r"encoder_to_decoder\.", r"predictor\."),
-    *(r"mask_token$", r"position_embeddings$"),  # the latter: of VideoMAE's decoder
-)
-
-
-class MissingModel(UserError):
-    """A model whose weights or packages are not here; `--allow_skip_missing` goes on without it."""
 
 
 def find_weights(name: str, path: Path | None) -> Path:
-    """`path`, or without one the file from the hub. Raises `MissingModel` when the hub cannot be reached."""
+    """`path`, or without one the file from the hub. Raises `FileNotFoundError` when the hub cannot be reached."""
     if path is not None:
         return path
     from huggingface_hub import hf_hub_download
@@ -311,8 +328,8 @@ def find_weights(name: str, path: Path | None) -> Path:
     except Exception as error:  # the hub's client raises its own errors, those of its HTTP library, and the system's
         default = DEFAULT_PATHS.get(f"{name.lower()}_ckpt")
         looked = f"no file at {default}, and " if default else ""
-        raise MissingModel(
-            f"{name}: {looked}{file} of {repository} cannot be downloaded from the hub ({type(error).__name__}); "
+        raise FileNotFoundError(
+            f"{looked}{file} of {repository} cannot be downloaded from the hub ({type(error).__name__}); "
             f"download it elsewhere and pass it with --{name.lower()}_ckpt"
         ) from error
 
@@ -358,33 +375,13 @@ def to_timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename a state dict by `RENAMES`; separate queries, keys and values, and their biases, become one `qkv`."""
     for pattern, replacement in RENAMES:
         state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
-    for query in [name for name in state if re.search(r"\.attn\.query\.(weight|bias)$", name)]:
+    for query in [name for name in state if ".attn.query." in name]:
         key, value, joint = (query.replace(".query.", f".{part}.") for part in ("key", "value", "qkv"))
         if query.endswith("bias"):
             state.setdefault(key, torch.zeros_like(state[query]))  # VideoMAE has no key bias
         if key in state and value in state:
             state[joint] = torch.cat([state.pop(query), state.pop(key), state.pop(value)])
     return state
-
-
-def used_weights(vfm: VFM, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those of `weights`, in timm's names, that the model uses, in float32.
-
-    Raises `ValueError` that names what is missing, of another shape, or in the file without a place in the model.
-    """
-    published_size = (37 * vfm.patch_size, 37 * vfm.patch_size)  # of DINOv2's table of positions; no matter to others
-    expected = {name: list(value.shape) for name, value in empty_vit(vfm, published_size, "meta").state_dict().items()}
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    for name, value in weights.items():
-        if name not in expected:
-            if not any(re.match(pattern, name) for pattern in (*UNUSED, *vfm.unused)):
-                problems.append(f"{name} has no place in it")
-        elif list(value.shape) != expected[name]:
-            problems.append(f"{name} is {list(value.shape)} instead of {expected[name]}")
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"{', '.join(problems[:4])}{more}")
-    return {name: weights[name].float() for name in expected}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,15 +414,15 @@ def list_videos(folder: Path) -> list[Path]:
 
 
 def read_table(csv_path: Path) -> pd.DataFrame:
-    """A CSV file, whole: all fields strings as they stand, its columns named by number, the header in row 0.
+    """A CSV file: every field a string as it stands, the header in row 0, the columns numbered.
 
     Raises `UserError` where a row has more fields than the header, quotes are astray, or the text is not UTF-8.
     """
-    csv.field_size_limit(2**31 - 1)  # a caption may be longer than the 128 KiB that csv takes by default
+    csv.field_size_limit(2**31 - 1)  # of one caption; 128 KiB by default
     try:
         table = pd.read_csv(
             csv_path,
-            header=None,  # pandas would take the first column for an index where every row has one field too many
+            header=None,  # else the first column would be an index where every row has one field too many
             dtype=str,
             keep_default_na=False,
             skip_blank_lines=False,
@@ -434,7 +431,7 @@ def read_table(csv_path: Path) -> pd.DataFrame:
         )
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
-    except (OSError, ValueError) as error:  # among them a wrong encoding, and what pandas and csv raise
+    except (OSError, ValueError) as error:  # a wrong encoding is a ValueError too
         reason = str(error).replace("in line", "in row")
         if isinstance(error, pd.errors.ParserError) and "in row" not in reason:
             reason = f"row {first_bad_row(csv_path)}: {reason}"
@@ -442,12 +439,12 @@ def read_table(csv_path: Path) -> pd.DataFrame:
             f"--csv_path {csv_path}: cannot be read as a CSV in UTF-8 ({reason}); quote captions that hold commas"
         ) from error
     if table.shape[1] > 1:
-        table = table.dropna(how="all")  # blank lines, which in a file of one column are empty captions
+        table = table.dropna(how="all")  # blank lines; in a file of one column they are empty captions
     return table.fillna("")
 
 
 def first_bad_row(csv_path: Path) -> int:
-    """The number of the row with a stray quote, the header being 1; pandas does not say it."""
+    """The row, counted from the header as 1, whose quotes are astray, which pandas does not say."""
     count = 0
     with open(csv_path, encoding="utf-8-sig", newline="") as file, suppress(csv.Error):
         for _ in csv.reader(file, strict=True):
@@ -951,22 +948,19 @@ def make_folders(args: argparse.Namespace) -> None:
 
 
 def load_model(name: str, args: argparse.Namespace) -> ModelRun:
-    """Load model `name` onto the device. Raises `MissingModel` if its weights or packages are not here."""
+    """Load model `name` onto the device. Raises `ImportError` or `FileNotFoundError` if what it needs is not here."""
     size = input_size(name, args)
-    path, weights, made_by = None, None, "random"
-    try:
-        if not args.random_weights:
-            path = find_weights(name, getattr(args, f"{name.lower()}_ckpt"))
-            weights = used_weights(VFMS[name], read_weights(path))
-            made_by = weights_hash(weights)
-        vit = build_vit(VFMS[name], args.num_frames, size, weights).to(args.device)
-    except ImportError as error:
-        raise MissingModel(
-            f"{name}: the package {error.name} is missing; install envs/environment.vfm_feature.yaml"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path}: not the weights of {name}: {error}") from error
-    say(f"{name}: weights from {path or 'a random generator'} ({made_by})")
+    if args.random_weights:
+        vit, made_by = build_vit(VFMS[name], args.num_frames, size), "random"
+    else:
+        path = find_weights(name, getattr(args, f"{name.lower()}_ckpt"))
+        weights = read_weights(path)
+        try:
+            vit = build_vit(VFMS[name], args.num_frames, size, weights)
+        except ValueError as error:
+            raise UserError(f"{path}: not the weights of {name}: {error}") from error
+        made_by = weights_hash({key: value.float() for key, value in weights.items() if key in vit.state_dict()})
+        say(f"{name}: weights {made_by} from {path}")
     settings = {
         "num_frames": args.num_frames,
         "height": size[0],
@@ -975,7 +969,7 @@ def load_model(name: str, args: argparse.Namespace) -> ModelRun:
         "save_dtype": args.save_dtype,
         "weights": made_by,
     }
-    return ModelRun(name, vit, settings, args.output_root / name)
+    return ModelRun(name, vit.to(args.device), settings, args.output_root / name)
 
 
 def load_models(args: argparse.Namespace) -> tuple[list[ModelRun], list[str]]:
@@ -984,11 +978,15 @@ def load_models(args: argparse.Namespace) -> tuple[list[ModelRun], list[str]]:
     for name in args.models:
         try:
             runs.append(load_model(name, args))
-        except MissingModel as error:
-            if not args.allow_skip_missing:
-                raise UserError(f"{error}, or skip such models with --allow_skip_missing") from error
-            left_out.append(str(error))
-            say(f"warning: {error}")
+            continue
+        except ImportError as error:
+            reason = f"{name}: the package {error.name} is missing; install envs/environment.vfm_feature.yaml"
+        except FileNotFoundError as error:
+            reason = f"{name}: {error}"
+        if not args.allow_skip_missing:
+            raise UserError(f"{reason}, or skip such models with --allow_skip_missing")
+        left_out.append(reason)
+        say(f"warning: {reason}")
     return runs, left_out
 
 
@@ -1105,7 +1103,7 @@ def report(runs: list[ModelRun], left_out: list[str], output_root: Path) -> None
     for reason in left_out:
         print(f"not run: {reason}")
     if any(run.settings["weights"] == "random" for run in runs):
-        print(RANDOM_WARNING)
+        print("--random_weights: a dry run; these features mean NOTHING")
 
     for run in runs:
         failures = run.folder / "failed_videos.txt"
@@ -1120,13 +1118,6 @@ def report(runs: list[ModelRun], left_out: list[str], output_root: Path) -> None
         dimensions = "".join(f"{run.name}: feature shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
         with whole_file(output_root / "vfm_dimensions.txt") as file:
             file.write(dimensions.encode())
-
-
-RANDOM_WARNING = """
-    *************************************************************************
-    *  --random_weights: these features mean NOTHING. This was a dry run.   *
-    *************************************************************************
-"""
 
 
 def main() -> int:
