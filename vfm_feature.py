@@ -33,20 +33,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import av
 import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
+from av.container import InputContainer
+from av.video.reformatter import ColorPrimaries, ColorTrc, VideoReformatter
+from av.video.stream import VideoStream
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from pebble import ProcessPool
 
 from model import (
     ArgumentParser,
@@ -493,6 +495,191 @@ def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def frame_indices(num_available: int, num_frames: int) -> np.ndarray:
+    """`num_frames` indices spread evenly over 0 .. num_available - 1; when there are too few frames, some repeat."""
+    return np.linspace(0, num_available - 1, num_frames).round().astype(int)
+
+
+def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [height, width, 3]: squashed to `size`, bicubic with antialiasing.
+
+    On bytes, because that is exact to a rounding and many times faster than on a float copy.
+    """
+    if frame.shape[:2] == size:
+        return frame
+    image = torch.from_numpy(frame)[None].permute(0, 3, 1, 2)  # [1, 3, H, W], by its strides channels last
+    image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return image[0].permute(1, 2, 0).numpy()
+
+
+@contextmanager
+def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
+    """A video's container, the track that FFmpeg takes for the best, and the errors that FFmpeg logs: (level, source,
+    text). Raises `ValueError` for a video that cannot be read."""
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # else a message that also ended the video before would be lost
+    with av.logging.Capture(local=False) as messages:
+        try:
+            with av.open(path, metadata_errors="replace") as container:
+                stream = container.streams.best("video")
+                if stream is None:
+                    raise ValueError("no video track")
+                if stream.codec_context is None:
+                    raise ValueError("a codec that FFmpeg cannot decode")
+                stream.codec_context.thread_count = 1
+                yield container, stream, messages
+        except av.error.FFmpegError as error:
+            said = "; ".join(text.strip() for *_, text in messages[-3:])
+            raise ValueError(f"cannot be read: {error.strerror} ({said})") from None
+
+
+def count_packets(path: str) -> int:
+    """How many packets of a video are shown: its number of frames, unless some hold none. Decodes nothing.
+
+    Raises `ValueError` if the video is empty, encrypted or cut short, as far as its container can tell.
+    """
+    with open_track(path) as (container, stream, messages):
+        num_shown, times = 0, []
+        for packet in container.demux(stream):
+            if packet.size:
+                if packet.has_sidedata("encryption_info") or "enc_key_id" in stream.metadata:
+                    raise ValueError("encrypted")
+                num_shown += not packet.is_discard
+                times.append(packet.dts or 0)
+        promised = stream.frames or round((container.duration or 0) / av.time_base * float(stream.average_rate or 0))
+        missing = promised - len(times)
+        if stream.frames and len(times) > 1:  # AVI counts dropped frames, which the time between the others shows
+            spacing = (max(times) - min(times)) / (len(times) - 1)
+            missing = min(missing, (stream.duration or 0) / (spacing or 1) - len(times))
+        elif not any(source == container.format.name for _, source, _ in messages):
+            missing = 0  # a sound track may be longer
+        if missing > 0.5:
+            raise ValueError(f"cut short: {len(times)} of {promised} frames are there")
+    if not num_shown:
+        raise ValueError("no frames")
+    return num_shown
+
+
+# What a decoder gives are all frames that a video shows, in order, each as a function that makes uint8 RGB [H, W, 3] of
+# it, so that only the frames that are wanted are converted.
+Frames = Iterator[Callable[[], np.ndarray]]
+
+
+def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """uint8 RGB [H, W, 3] by the frame's own matrix and range, turned and mirrored as its display matrix says."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if frame.interlaced_frame:  # else each field's colours would be spread over its own lines, as `ffmpeg` does not
+        graph = av.filter.Graph()
+        source = graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25)
+        )
+        graph.link_nodes(source, graph.add("setfield", "prog"), graph.add("buffersink")).configure()
+        graph.vpush(frame)
+        frame = graph.vpull()
+    rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    if matrix is None:
+        return rgb
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # (x, y) is shown at (a x + c y, b x + d y)
+    if abs(b) > abs(a):
+        rgb, a, d = rgb.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def read_with_pyav(path: str) -> Frames:
+    """Raises `ValueError` after the last frame if the decoder or the container found damage.
+
+    That a video starts without a keyframe is no damage: what it says before the first frame is shown does not count.
+    """
+    errors, num_shown, num_whole, starts_whole = [], 0, 0, None
+    reformatter = VideoReformatter()
+    with open_track(path) as (container, stream, messages):
+        sources = stream.codec_context.codec.name, container.format.name
+        messages.clear()  # opening reads headers, of other tracks too
+        for packet in container.demux(stream):
+            starts_whole = packet.is_keyframe if starts_whole is None else starts_whole
+            frames = []
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError as error:
+                errors.append(error.strerror)
+            errors += [text.strip() for _, source, text in messages if source in sources]
+            messages.clear()
+            for frame in frames:
+                num_shown += 1
+                num_whole += not frame.is_corrupt
+                yield functools.partial(to_rgb, frame, reformatter)
+            if not num_shown and not starts_whole:
+                errors.clear()
+    if errors or num_whole < num_shown:
+        raise ValueError(f"damaged: {num_whole} frames are whole ({errors[0] if errors else 'corrupt frames'})")
+
+
+def check_plain(path: str) -> None:
+    """Raise where decord or OpenCV may take another track, leave out a turn or mirror, or map colours."""
+    with open_track(path) as (container, stream, _):
+        frame = next(container.decode(stream))
+        is_hdr = frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
+        is_wide = frame.color_primaries in (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
+        if is_hdr or is_wide or "DISPLAYMATRIX" in frame.side_data or len(container.streams.video) > 1:
+            raise RuntimeError("not for HDR, wide gamut, a display matrix or several tracks")
+
+
+def read_with_decord(path: str) -> Frames:
+    import decord
+
+    check_plain(path)
+    decord.logging.set_level(decord.logging.ERROR)
+    # fault_tol: decord would put a neighbour in the place of a frame that it cannot find, and say nothing
+    reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
+    for _ in range(len(reader)):
+        frame = torch.from_dlpack(reader.next().to_dlpack()).numpy()  # without a copy
+        if frame.shape[-1] != 3:  # dmlc/decord issue 336: some narrow videos, the bytes are not those of the frame
+            raise RuntimeError(f"a frame of shape {list(frame.shape)} instead of [height, width, 3]")
+        yield lambda frame=frame: frame
+
+
+def read_with_opencv(path: str) -> Frames:
+    import cv2
+
+    check_plain(path)
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # not as images whose names are numbered
+    while capture.grab():
+        yield lambda: cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
+
+
+BACKENDS = {"pyav": read_with_pyav, "decord": read_with_decord, "opencv": read_with_opencv}  # tried in this order
+
+
+def decode_clip(
+    path: str, num_frames: int, sizes: Iterable[tuple[int, int]], backend: str
+) -> dict[tuple[int, int], np.ndarray]:
+    """Sample `num_frames` frames of a video and resize them: {size: uint8 RGB [num_frames, height, width, 3]}.
+
+    The video is read from its start to its end; a second time if it shows another number of frames than its packets
+    let expect. Raises `ValueError` if the video is to blame, anything else if the decoder is.
+    """
+    path = os.path.abspath(path)  # the name pipe:0 would be a protocol to FFmpeg if no folder came before it
+    if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
+        raise ValueError("its name is not in UTF-8; rename it")
+    num_available = count_packets(path)
+    while True:
+        indices, position = np.unique(frame_indices(num_available, num_frames), return_inverse=True)
+        clips: dict[tuple[int, int], list[np.ndarray]] = {size: [] for size in sizes}
+        num_shown = 0
+        for num_shown, frame in enumerate(BACKENDS[backend](path), start=1):
+            if num_shown - 1 in indices:
+                rgb = frame()
+                for size, clip in clips.items():
+                    clip.append(resize_frame(rgb, size))
+        if num_shown == num_available:
+            return {size: np.stack(clip)[position] for size, clip in clips.items()}
+        if backend != "pyav":
+            raise RuntimeError(f"{num_shown} frames, where the container has {num_available}")
+        if not num_shown:
+            raise ValueError("no frames: none can be decoded")
+        num_available = num_shown
+
+
 def start_decoder() -> None:
     """What a decoding process does first: leave Ctrl-C to the parent, take one core, limit what it does to others.
 
@@ -509,262 +696,33 @@ def start_decoder() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def open_decoders(num_workers: int) -> ProcessPool:
-    """A pool of processes for decoders, which may hang, crash or eat memory: that costs a task, and no more."""
-    from pebble import ProcessPool
-
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
-    return ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context)
-
-
-def frame_indices(num_available: int, num_frames: int) -> np.ndarray:
-    """`num_frames` indices spread evenly over 0 .. num_available - 1; when there are too few frames, some repeat."""
-    return np.linspace(0, num_available - 1, num_frames).round().astype(int)
-
-
-def codec_of(path: str) -> str:
-    """The four letters that name a video's codec, in small: avc1, vp90... Four zeros where OpenCV cannot tell."""
-    os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors
-    import cv2
-
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # not as images whose names are numbered
-    letters = max(0, int(capture.get(cv2.CAP_PROP_FOURCC)))  # -1: not opened
-    return letters.to_bytes(4, "little").decode(errors="replace").lower()
-
-
-# A backend opens a video of a codec: (number of frames, function from increasing indices to their frames, uint8 RGB
-# [H, W, 3]).
-Opened = tuple[int, Callable[[list[int]], Iterator[np.ndarray]]]
-
-
-BOXES = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"sidx", b"mfra", b"free", b"skip", b"wide", b"uuid")  # MP4, MOV
-
-
-def decord_seeks_right(path: str, codec: str) -> bool:
-    """Whether decord finds the frames behind a keyframe: in MP4, MOV, Matroska and WebM, of codecs whose every keyframe
-    can be decoded from. In others (HEVC, MPEG-2, B-frames in AVI...) it takes other frames for them, without a word."""
-    with open(path, "rb") as file:
-        header = file.read(8)
-    has_index = header[4:] in BOXES or header.startswith(b"\x1aE\xdf\xa3")
-    return has_index and codec in ("h264", "avc1", "vp80", "vp90", "vp09", "av01")
-
-
-def open_decord(path: str, codec: str) -> Opened:
-    import decord
-
-    decord.logging.set_level(decord.logging.ERROR)
-    # fault_tol: decord would put a neighbour in the place of a frame that it cannot find, and say nothing
-    reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
-    if len(reader.get_key_indices()) < len(reader) and not decord_seeks_right(path, codec):
-        raise ValueError("seeks to other frames in videos of this kind")
-
-    def frames(indices: list[int]) -> Iterator[np.ndarray]:
-        for index in indices:
-            frame = torch.from_dlpack(reader[index].to_dlpack()).numpy()  # without a copy
-            if frame.shape[-1] != 3:  # dmlc/decord issue 336: some narrow videos, the bytes are not those of the frame
-                raise ValueError(f"a frame of shape {list(frame.shape)} instead of [height, width, 3]")
-            yield frame
-
-    return len(reader), frames
-
-
-# An MPEG-2 video: one frame, 16 x 16, plain green (0, 200, 0), its colours said to be BT.709.
-GREEN_BT709 = bytes.fromhex(
-    "000001b301001013ffffe018000001b5148a00010000000001b52b02020100420080000001b80008004000000100000ffff8000001b5"
-    "8ffff341800000010113d54a52fceefcbe"
-)
-
-
-@functools.cache
-def opencv_obeys_colours() -> bool:
-    """Whether OpenCV converts colours as the video says. 4.9 takes all for BT.601: BT.709 is then 6 levels off."""
-    import cv2
-
-    with tempfile.NamedTemporaryFile(suffix=".m2v") as file:
-        file.write(GREEN_BT709)
-        file.flush()
-        found, frame = cv2.VideoCapture(file.name, cv2.CAP_FFMPEG).read()
-    return found and bool(np.abs(frame.mean(axis=(0, 1)) - [0, 200, 0]).max() < 4)  # else [4, 233, 14]
-
-
-def open_opencv(path: str, codec: str) -> Opened:
-    """OpenCV estimates the number of frames and seeks inexactly, so it reads all frames in order, twice."""
-    import cv2
-
-    if not opencv_obeys_colours():
-        raise ValueError(f"OpenCV {cv2.__version__} mistakes colours; install opencv-python-headless 4.14 or newer")
-    counter = cv2.VideoCapture(path, cv2.CAP_FFMPEG)
-    num_available = 0
-    while counter.grab():
-        num_available += 1
-
-    def frames(indices: list[int]) -> Iterator[np.ndarray]:
-        capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)
-        wanted = set(indices)
-        for index in range(num_available):
-            if not capture.grab():
-                raise ValueError(f"frame {index} cannot be read a second time")
-            if index in wanted:
-                yield cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
-
-    return num_available, frames
-
-
-BACKENDS = {"decord": open_decord, "opencv": open_opencv}  # tried in this order
-
-
-@contextmanager
-def captured_output() -> Iterator[list[str]]:
-    """What native code prints, on standard output or error: a list of lines, complete when the context ends."""
-    lines: list[str] = []
-    with tempfile.TemporaryFile() as file:
-        terminal = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
-        for descriptor in terminal:
-            os.dup2(file.fileno(), descriptor)
-        try:
-            yield lines
-        finally:
-            ctypes.CDLL(None).fflush(None)  # OpenCV prints through C's buffer
-            for descriptor, copy in terminal.items():
-                os.dup2(copy, descriptor)
-                os.close(copy)
-            file.seek(0)
-            lines += file.read().decode(errors="replace").splitlines()
-
-
-LIBVPX = {"vp80": "libvpx", "vp90": "libvpx-vp9", "vp09": "libvpx-vp9"}  # codec -> FFmpeg's name of its decoder
-LIBVPX_FRAMES = 1500  # of a video, at most: libvpx reads all frames, where decord seeks in long videos
-
-
-def read_with_libvpx(path: str, codec: str) -> None:
-    """Have libvpx print what it has against a VP8 or VP9 video. FFmpeg's own decoders of these, which both backends
-    use, make a picture of any data; libvpx looks whether the data of a picture end where they should. It takes about as
-    long as decoding did. Without libvpx in OpenCV's FFmpeg nothing is read."""
-    import cv2
-
-    os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"video_codec;{LIBVPX[codec]}"
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    del os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"]
-    while capture.grab():
-        pass
-
-
-# In FFmpeg's form, or OpenCV's, which takes over decord's messages where both are loaded.
-FFMPEG_MESSAGE = re.compile(r"\[(?:\S+ @ 0x[0-9a-f]+|OPENCV:FFMPEG:\d+)\] (.*)")
-# What FFmpeg calls an error in whole files: references that a seek left out, and tracks beside the video.
-HARMLESS = re.compile(
-    "co located POCs|mmco:|Could not find ref with POC|number of reference frames|Referenced QT chapter track"
-)
-
-
-def find_damage(path: str, printed: list[str]) -> str | None:
-    """What is wrong with a video whose frames could be read, or None.
-
-    Both backends are built on FFmpeg, which paints over damage, and mentions it; a file that ends too early between two
-    frames shows in its headers alone.
-    """
-    for message in filter(None, map(FFMPEG_MESSAGE.match, printed)):
-        if not HARMLESS.match(message[1]):
-            return message[1]
-    return "the file is shorter than its headers say" if is_cut_short(path) else None
-
-
-def is_cut_short(path: str) -> bool:
-    """Whether an AVI, MP4 or MOV is shorter than the sizes of its outermost parts."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        header, end = file.read(16), 0
-        if header[:4] == b"RIFF":
-            return int.from_bytes(header[4:8], "little") + 8 > size
-        while header[4:8] in BOXES and end < size:
-            length = int.from_bytes(header[:4], "big")
-            if length == 1:  # then it is the 64 bits behind the name
-                length = int.from_bytes(header[8:], "big")
-            if length < 8:  # 0: up to the end of the file
-                return False
-            end += length
-            file.seek(end)
-            header = file.read(16)
-    return end > size
-
-
-def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [height, width, 3]: squashed to `size`, bicubic with antialiasing.
-
-    On bytes, because that is exact to a rounding and many times faster than on a float copy.
-    """
-    if frame.shape[:2] == size:
-        return frame
-    image = torch.from_numpy(frame)[None].permute(0, 3, 1, 2)  # [1, 3, H, W], by its strides channels last
-    image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
-    return image[0].permute(1, 2, 0).numpy()
-
-
-def decode_clip(
-    path: str, num_frames: int, sizes: Iterable[tuple[int, int]], backend: str
-) -> dict[tuple[int, int], np.ndarray]:
-    """Sample `num_frames` frames of a video and resize them: {size: uint8 RGB [num_frames, height, width, 3]}.
-
-    The video is decoded once for all sizes, and one full-size frame at a time is held. Raises what the backend raises,
-    and `ValueError` if the video is damaged or cut short.
-    """
-    path = os.path.abspath(path)  # the name pipe:0 would be a protocol to FFmpeg if no folder came before it
-    if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
-        raise ValueError("its name is not in UTF-8; rename it")  # OpenCV would crash
-    clips: dict[tuple[int, int], list[np.ndarray]] = {size: [] for size in sizes}
-    with captured_output() as printed:
-        codec = codec_of(path)
-        num_available, frames = BACKENDS[backend](path, codec)
-        indices, position = np.unique(frame_indices(num_available, num_frames), return_inverse=True)
-        for frame in frames(indices.tolist()) if num_available else ():
-            for size, clip in clips.items():
-                clip.append(resize_frame(frame, size))
-        del frames  # closes the reader, and with it ends what its threads still have to say
-        if codec in LIBVPX and num_available <= LIBVPX_FRAMES:
-            read_with_libvpx(path, codec)
-    damage = find_damage(path, printed)
-    if damage or not num_available:
-        with captured_output():
-            promised = frames_promised(path)
-        count = f"{num_available} of {max(promised, num_available)} frames can be read"
-        raise ValueError(f"damaged or cut short: {count}{f' ({damage})' if damage else ''}")
-    return {size: np.stack(clip)[position] for size, clip in clips.items()}
-
-
-def frames_promised(path: str) -> int:
-    """How many frames the container says it holds, or its duration and rate, 0 if it does not say."""
-    import cv2
-
-    return max(0, round(cv2.VideoCapture(path, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)))
-
-
 def decode_ahead(
     videos: Iterable[Path], num_frames: int, sizes: list[tuple[int, int]], num_workers: int, timeout: float
 ) -> Iterator[tuple[Path, dict[tuple[int, int], np.ndarray] | str]]:
     """Decode videos in processes, a few ahead of the caller. Yields (video, clips by size) or (video, why it failed).
 
-    A backend that fails, dies or takes longer than `timeout` seconds costs this video's process and nothing else; the
-    next backend has its turn then. The reason holds what each of them said.
+    A decoder that dies, takes longer than `timeout` seconds or fails costs its process and nothing else; the next one
+    has its turn then, unless the video is to blame.
     """
-    from pebble import ProcessExpired
+    # A fork of this process would copy its threads' locks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])  # imported once, not by each worker
+    with ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context) as pool:
 
-    with open_decoders(num_workers) as pool:
-
-        def schedule(video: Path, backend: str):
+        def schedule(video: Path, backend: str) -> ProcessFuture:
             return pool.schedule(decode_clip, args=(str(video), num_frames, sizes, backend), timeout=timeout)
 
-        def result(video: Path, future) -> dict[tuple[int, int], np.ndarray] | str:
+        def result(video: Path, future: ProcessFuture) -> dict[tuple[int, int], np.ndarray] | str:
             reasons = []
             for backend in BACKENDS:
                 try:
-                    clips = (future if not reasons else schedule(video, backend)).result()
-                    if any("avcodec_send_packet" in reason for reason in reasons):  # the codec itself refused the data
-                        return f"damaged: {'; '.join(reasons)}; {backend}: read it all the same"
-                    return clips
+                    return (schedule(video, backend) if reasons else future).result()
                 except DecodeTimeoutError:
                     reasons.append(f"{backend}: no end after {timeout:g} s (--decode_timeout)")
                 except ProcessExpired as error:
                     reasons.append(f"{backend}: the process died ({error.exitcode})")
+                except ValueError as error:
+                    return " ".join(str(error).split())
                 except Exception as error:  # decoders raise their own kinds
                     reasons.append(f"{backend}: {' '.join(str(error).split()) or type(error).__name__}"[:300])
             return "; ".join(reasons)
