@@ -398,21 +398,17 @@ def list_videos(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"--video_dir {folder}: no such folder")
-    videos = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
-    if not videos:
-        raise UserError(
-            f"--video_dir {folder}: no videos in it ({' '.join(VIDEO_SUFFIXES)}; subfolders are not searched)"
-        )
+    visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.is_file()]
     by_stem: dict[str, Path] = {}
-    for path in videos:
-        if path.stem in by_stem:
-            raise UserError(f"{by_stem[path.stem].name} and {path.name} would both write {path.stem}.pt; rename one")
-        by_stem[path.stem] = path
-    return videos
+    for path in visible:
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            other = by_stem.setdefault(path.stem, path)
+            if other is not path:
+                raise UserError(f"{other.name} and {path.name} would both write {path.stem}.pt; rename one")
+    if not by_stem:
+        suffixes = " ".join(VIDEO_SUFFIXES)
+        raise UserError(f"--video_dir {folder}: no videos in it ({suffixes}; subfolders are not searched)")
+    return list(by_stem.values())
 
 
 def read_table(csv_path: Path) -> pd.DataFrame:
@@ -479,14 +475,14 @@ def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, str]:
         raise UserError(f"--csv_path {csv_path}: no column named caption; it has {found}")
     rows = table.iloc[1:]
     captions = rows[header.index("caption")].tolist()
-    matches = {name: match_rows(rows[place], videos) for place, name in enumerate(header) if name != "caption"}
-    column = max(matches, key=lambda name: len(matches[name]), default=None)
-    if column is not None and matches[column]:
-        row_of = matches[column]
-        say(f"captions: column {column!r} of {csv_path} names {len(row_of)} of {len(videos)} videos")
+    matches = {place: match_rows(rows[place], videos) for place, name in enumerate(header) if name != "caption"}
+    best = max(matches, key=lambda place: len(matches[place]), default=None)
+    if best is not None and matches[best]:
+        row_of = matches[best]
+        say(f"captions: column {header[best]!r} of {csv_path} names {len(row_of)} of {len(videos)} videos")
     else:
         row_of = match_rows((f"{row:04d}" for row in range(len(captions))), videos)
-        say(f"captions: no column of {csv_path} names the videos, so its row i is that of the video %04d of i")
+        say(f"captions: no column of {csv_path} names the videos; row i belongs to the video named %04d of i")
     return {video: captions[row_of[video]] if video in row_of else "" for video in videos}
 
 
@@ -917,7 +913,8 @@ def load_model(name: str, args: argparse.Namespace) -> ModelRun:
             vit = build_vit(VFMS[name], args.num_frames, size, weights)
         except ValueError as error:
             raise UserError(f"{path}: not the weights of {name}: {error}") from error
-        made_by = weights_hash({key: value.float() for key, value in weights.items() if key in vit.state_dict()})
+        used = vit.state_dict().keys()
+        made_by = weights_hash({key: value.float() for key, value in weights.items() if key in used})
         say(f"{name}: weights {made_by} from {path}")
     settings = {
         "num_frames": args.num_frames,

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from bench_faults import VP9, decode_corpus, draw, encode, kill_scripts, load_mu
 from made_up import ROOT, SIZES, make_features
 
 import vfm_feature as vfm
-from model import UserError
 
 # A ViT is quick on a clip of two tubelets and six patches.
 SMALL = ["--random_weights", "--num_frames", "4", "--videomae_resize_h", "32", "--videomae_resize_w", "48"]
@@ -233,29 +231,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, r
     (tmp_path / "out" / "VideoMAE").touch()
     for out in ("file", "file/below", "out"):
         result = run_here("vfm_feature.py", "--video_dir", tmp_path / "clips", "--output_root", tmp_path / out, *SMALL)
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-        assert f"--output_root {tmp_path / out}" in result.stderr and "no folder" in result.stderr
-
-
-BROKEN_TABLES = {
-    "empty": (b"", "no column named caption; it has nothing"),
-    "header alone": (b"video,caption\n", ""),
-    "unclosed quote": (b'video,caption\na.mp4,"a dog\nb.mp4,a cat\n', "unexpected end of data"),
-    "quote within": (b'video,caption\na.mp4,"a" dog\n', "',' expected after"),
-    "binary": (bytes(range(256)), "cannot be read as a CSV in UTF-8"),
-    "commas": (b"," * 2**21, "a line is longer than"),
-    "field": (b"video,caption\na.mp4," + b"x" * 2**18, "field larger than field limit"),
-    "long row": (b"video,caption\n" + b"x.mp4,word\n" * 10000 + b"a.mp4,a dog, running\n", "row 10001 is longer"),
-    "same columns": (b"caption,video,caption\na dog,a.mp4,two\n", "a dog"),
-    "short row": (b"video,caption\na.mp4\n", ""),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_TABLES)
-def test_a_broken_table_gives_captions_or_an_error(name, tmp_path):
-    table, outcome = BROKEN_TABLES[name]
-    (tmp_path / "captions.csv").write_bytes(table)
-    try:
-        assert vfm.read_captions(tmp_path / "captions.csv", [Path("a.mp4")])(Path("a.mp4")) == outcome
-    except UserError as error:
-        assert outcome and outcome in str(error)
+        *warnings, error = result.stderr.splitlines()
+        assert result.returncode == 2 and all(": warning: " in line for line in warnings), result.stderr
+        assert f"--output_root {tmp_path / out}" in error and "no folder" in error
