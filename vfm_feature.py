@@ -2,7 +2,8 @@
 
 In:  a folder of videos and, if there is one, a CSV of captions.
 Out: `<output_root>/<model>/<video's stem>.pt`, a dict with `feature` [T, H, W, C], `caption`, `video`, `model`,
-     `weights` and `settings`; `<output_root>/vfm_dimensions.txt`; where videos failed, `failed_videos.txt` beside them.
+     `weights` and `settings`, with --preview also `thumbnails`, small frames, and pictures beside it;
+     `<output_root>/vfm_dimensions.txt`; where videos failed, `<output_root>/<model>/failed_videos.txt`.
 
     python vfm_feature.py --video_dir clips --csv_path clips.csv --output_root features
     python vfm_feature.py --video_dir clips --models VideoMAEv2 DINOv2 --allow_skip_missing
@@ -318,10 +319,8 @@ RENAMES = [
 ]
 
 
-def find_weights(name: str, path: Path | None) -> Path:
-    """`path`, or without one the file from the hub. Raises `FileNotFoundError` when the hub cannot be reached."""
-    if path is not None:
-        return path
+def download_weights(name: str) -> Path:
+    """The hub's file of model `name`. Raises `FileNotFoundError` when the hub cannot be reached."""
     from huggingface_hub import hf_hub_download
 
     repository, file = VFMS[name].hub
@@ -907,7 +906,7 @@ def load_model(name: str, args: argparse.Namespace) -> ModelRun:
     if args.random_weights:
         vit, made_by = build_vit(VFMS[name], args.num_frames, size), "random"
     else:
-        path = find_weights(name, getattr(args, f"{name.lower()}_ckpt"))
+        path = getattr(args, f"{name.lower()}_ckpt") or download_weights(name)
         weights = read_weights(path)
         try:
             vit = build_vit(VFMS[name], args.num_frames, size, weights)
@@ -1010,6 +1009,8 @@ def extract(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -
     Decoding runs ahead in its processes. Writing runs behind in a thread, by one batch, so that a GPU need not wait.
     """
     todo = [clip for clip in clips if any(clip in run.todo for run in runs)]
+    if not todo:
+        return
     videos, sizes = [clip.video for clip in todo], sorted({run.size for run in runs})
     with (
         tqdm(total=len(todo), unit="video", disable=rank() > 0) as bar,
