@@ -44,7 +44,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from av.container import InputContainer
-from av.video.reformatter import ColorPrimaries, ColorTrc, VideoReformatter
+from av.video.reformatter import ColorPrimaries, ColorTrc
 from av.video.stream import VideoStream
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from torch import nn
@@ -560,18 +560,19 @@ def count_packets(path: str) -> int:
 Frames = Iterator[Callable[[], np.ndarray]]
 
 
-def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """uint8 RGB [H, W, 3] by the frame's own matrix and range, turned and mirrored as its display matrix says."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if frame.interlaced_frame:  # else each field's colours would be spread over its own lines, as `ffmpeg` does not
-        graph = av.filter.Graph()
-        source = graph.add_buffer(
-            width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25)
-        )
-        graph.link_nodes(source, graph.add("setfield", "prog"), graph.add("buffersink")).configure()
-        graph.vpush(frame)
-        frame = graph.vpull()
-    rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+def to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 RGB [H, W, 3] as FFmpeg's command makes it: converted by the frame's own matrix and range and nothing else,
+    turned and mirrored by its display matrix."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25))
+    graph.link_nodes(source, graph.add("scale"), graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+    graph.vpush(frame)
+    rgb = graph.vpull().to_ndarray()
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # there is side data that PyAV does not know, as in MV-HEVC
+        return np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90))
     if matrix is None:
         return rgb
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # (x, y) is shown at (a x + c y, b x + d y)
@@ -586,7 +587,6 @@ def read_with_pyav(path: str) -> Frames:
     That a video starts without a keyframe is no damage: what it says before the first frame is shown does not count.
     """
     errors, num_shown, num_whole, starts_whole = [], 0, 0, None
-    reformatter = VideoReformatter()
     with open_track(path) as (container, stream, messages):
         sources = stream.codec_context.codec.name, container.format.name
         messages.clear()  # opening reads headers, of other tracks too
@@ -602,7 +602,7 @@ def read_with_pyav(path: str) -> Frames:
             for frame in frames:
                 num_shown += 1
                 num_whole += not frame.is_corrupt
-                yield functools.partial(to_rgb, frame, reformatter)
+                yield functools.partial(to_rgb, frame)
             if not num_shown and not starts_whole:
                 errors.clear()
     if errors or num_whole < num_shown:
