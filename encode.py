@@ -225,6 +225,7 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
 def main() -> int:
     args = parse_args()
     join_ranks()
+    first = rank() == 0
     device = open_device(args.device)
     model = MotionFeatureAutoencoder.from_checkpoint(args.checkpoint)
     check_flags(args, model.config)
@@ -242,21 +243,21 @@ def main() -> int:
         remove_leftovers(folder)
     rows: list[dict[str, Any]] = []
     try:
-        for path, output in tqdm(jobs, unit="file", disable=None if len(jobs) > 1 and rank() == 0 else True):
+        for path, output in tqdm(jobs, unit="file", disable=None if len(jobs) > 1 and first else True):
             rows.append(encode_file(model, path, output, made_with, args))
         rows = [row for part in gather(rows) for row in part]
     finally:  # of a run that is stopped too
-        if rank() == 0 and args.input.is_dir():
+        if first and args.input.is_dir():
             report(rows, args.output)
     if dist.is_initialized():
         dist.destroy_process_group()
 
-    if rank() == 0 and not args.input.is_dir():
+    if first and not args.input.is_dir():
         if rows[0]["outcome"] == "failed":
             raise UserError(rows[0]["failure"])
         print(f"written to {args.output}, compression_ratio {model.compression_ratio:g}")
         print_summary(pd.DataFrame(rows))
-    return 0 if rank() > 0 or any(row["outcome"] != "failed" for row in rows) else 1
+    return 0 if not first or any(row["outcome"] != "failed" for row in rows) else 1
 
 
 if __name__ == "__main__":

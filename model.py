@@ -617,9 +617,9 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
 PREVIEW_MARK = "vfm_encoder preview"  # in the video's comment, which tells it from a clip of the same name
 PREVIEW_STEPS = 240  # of a clip that a preview shows, at most
 PREVIEW_FPS = 8
-PANEL_PIXELS = 200 * 300  # of a picture in the video
+PANEL_PIXELS = 180 * 270  # of a picture in the video
 SHEET_PIXELS = 120 * 180  # of one in the sheet
-GAP, CURVE_HEIGHT = 10, 100  # pixels: between pictures, of the curves
+MARGIN, GAP, TITLE, CURVES = 40, 10, 25, 150  # pixels: left of the pictures, between them, above them, below them
 THUMBNAIL_PIXELS = 120 * 180
 
 
@@ -697,86 +697,72 @@ def relative_motion(x: Tensor) -> np.ndarray:
 
 
 def draw_clip(
-    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], moments: list[float], panel_pixels: float
+    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], steps: list[int], area: int
 ) -> tuple[Figure, list[AxesImage], list[Line2D]]:
-    """A clip at some `moments`, 0 its start and 1 its end: a figure, the images in it and the lines over the curves.
+    """A figure of some time steps of a clip, the images in it, and the cursors on its curves.
 
-    pictures: uint8 [steps, h, w, 3] by title, a row for each; of one moment they are side by side. All have the first
-    ones' aspect ratio. motion: curves [T - 1] by name, below the pictures.
+    pictures: uint8 [F, h, w, 3] by title, a row for each; of a single step they are side by side. All are drawn `area`
+    pixels large, in the first one's aspect ratio. motion: curves [T - 1] by name, drawn below.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     _, height, width, _ = next(iter(pictures.values())).shape
     aspect = min(max(width / height, 1 / 8), 8.0)
-    width, height = (panel_pixels * aspect) ** 0.5, (panel_pixels / aspect) ** 0.5  # of a picture
-    grid = [[title] for title in pictures] if len(moments) > 1 else [list(pictures)]
-    row_width = max(len(moments), len(grid[0])) * (width + GAP) - GAP
-    heights = [height] * len(grid) + [CURVE_HEIGHT]
-    # around the axes there is room for titles and for the numbers at the curves
-    page_width, page_height = max(480, row_width + 5 * GAP), sum(heights) + len(grid) * 3 * GAP + 5 * GAP
-    page_width, page_height = (2 * math.ceil(length / 2) for length in (page_width, page_height))  # H.264 wants it even
+    width, height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+    rows, columns = (len(pictures), len(steps)) if len(steps) > 1 else (1, len(pictures))
+    page_width = max(480, MARGIN + columns * (width + GAP))
+    page_height = rows * (TITLE + height) + CURVES
+    page_width, page_height = page_width + page_width % 2, page_height + page_height % 2  # H.264 wants even numbers
     figure = Figure(figsize=(page_width / 100, page_height / 100), dpi=100)
     FigureCanvasAgg(figure)
-    axes = figure.subplot_mosaic(
-        [*grid, ["motion"] * len(grid[0])],
-        height_ratios=heights,
-        gridspec_kw={
-            "left": 4 * GAP / page_width,
-            "right": (4 * GAP + row_width) / page_width,
-            "bottom": 2.5 * GAP / page_height,
-            "top": 1 - 2.5 * GAP / page_height,
-            "wspace": GAP / width,
-            "hspace": 3 * GAP / (sum(heights) / len(heights)),
-        },
-    )
 
-    images = []
-    for title, shown in pictures.items():
-        axes[title].set_title(title, loc="left", fontsize=9, pad=4)
-        axes[title].set_axis_off()
-        smooth = "bilinear" if title == "frames" else "nearest"  # a token stays a block
-        for column, moment in enumerate(moments):
-            left, picture = column * (width + GAP), shown[int(moment * len(shown))]
-            images.append(axes[title].imshow(picture, extent=(left, left + width, 0, height), interpolation=smooth))
-        axes[title].set_xlim(0, left + width)
+    page = figure.add_axes((0, 0, 1, 1), xlim=(0, page_width), ylim=(page_height, 0), autoscale_on=False)  # in pixels
+    page.set_axis_off()
+    images, length = [], len(next(iter(motion.values()))) + 1
+    for index, (title, shown) in enumerate(pictures.items()):
+        smoothing = "bilinear" if title == "frames" else "nearest"  # a token stays a block
+        for step_index, step in enumerate(steps):
+            row, column = (index, step_index) if len(steps) > 1 else (0, index)
+            x, y = MARGIN + column * (width + GAP), TITLE + row * (TITLE + height)
+            place = {"extent": (x, x + width, y + height, y), "aspect": "auto"}
+            images.append(page.imshow(shown[step * len(shown) // length], interpolation=smoothing, **place))
+        page.text(MARGIN if len(steps) > 1 else x, y - 5, title, fontsize=8)
 
+    box = MARGIN, TITLE, page_width - MARGIN - GAP, CURVES - 2 * TITLE
+    curves = figure.add_axes((box[0] / page_width, box[1] / page_height, box[2] / page_width, box[3] / page_height))
     for name, curve in motion.items():
-        axes["motion"].plot(np.arange(1, len(curve) + 1), curve, linewidth=1.2, label=name)
-    length = len(curve) + 1
-    axes["motion"].set_xlim(0, max(1, length - 1))
-    axes["motion"].set_ylim(0, 1.4 * max(0.1, *(curve.max(initial=0) for curve in motion.values())))
-    axes["motion"].tick_params(labelsize=7)
-    axes["motion"].legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
-    cursors = [axes["motion"].axvline(moment * length, color="tab:red") for moment in moments]
-    return figure, images, cursors
+        curves.plot(range(1, length), curve, linewidth=1.2, label=name)
+    curves.set(xlim=(0, max(1, length - 1)), ylim=(0, 1.4 * max(0.1, *(max(y, default=0) for y in motion.values()))))
+    curves.tick_params(labelsize=7)
+    curves.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
+    return figure, images, [curves.axvline(step, color="tab:red") for step in steps]
 
 
 def write_video(file: BinaryIO, pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], comment: str) -> None:
     """The clip as H.264 in MP4, in the form that browsers play: its pictures side by side, over the motion."""
     import av
 
-    figure, images, (cursor,) = draw_clip(pictures, motion, [0.0], PANEL_PIXELS)
-    for artist in (*images, cursor):
-        artist.set_animated(True)  # not drawn with the rest, which is drawn once
-    figure.canvas.draw()
-    still = figure.canvas.copy_from_bbox(figure.bbox)
+    figure, images, cursors = draw_clip(pictures, motion, [0], PANEL_PIXELS)
+    canvas = figure.canvas
+    for artist in (*images, *cursors):
+        artist.set_animated(True)  # left out of the rest, which is drawn once
+    canvas.draw()
+    still = canvas.copy_from_bbox(figure.bbox)
     count, length = max(map(len, pictures.values())), len(next(iter(motion.values()))) + 1
     with av.open(file, mode="w", format="mp4") as container:
         container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=PREVIEW_FPS, options={"crf": "20", "preset": "veryfast"})
-        stream.width, stream.height = figure.canvas.get_width_height()
-        stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1  # the cores are the models'
+        stream.width, stream.height = canvas.get_width_height()
+        stream.pix_fmt, stream.thread_count = "yuv420p", 1  # the cores are the models'
         for index in range(count):
-            figure.canvas.restore_region(still)
+            canvas.restore_region(still)
             for image, shown in zip(images, pictures.values(), strict=True):
                 image.set_data(shown[index * len(shown) // count])
-            cursor.set_xdata([index * length / count] * 2)
-            for artist in (*images, cursor):
+            cursors[0].set_xdata([index * length / count] * 2)
+            for artist in (*images, *cursors):
                 artist.axes.draw_artist(artist)
-            frame = np.ascontiguousarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(canvas.buffer_rgba()), format="rgba")))
         container.mux(stream.encode())
 
 
@@ -813,7 +799,7 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
     sheet.unlink(missing_ok=True)  # the video is first: where it is there alone, the preview is not finished
     with whole_file(video) as file:
         write_video(file, pictures, motion, f"{PREVIEW_MARK} of {file_fingerprint(path)}")
-    moments = [step / len(feature) for step in np.linspace(0, len(feature) - 1, 6).round()]
+    moments = np.linspace(0, len(feature) - 1, 6).round().astype(int).tolist()
     with whole_file(sheet) as file:
         draw_clip(pictures, motion, moments, SHEET_PIXELS)[0].savefig(file, format="png")
 

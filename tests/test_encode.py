@@ -1,7 +1,7 @@
 """encode.py from the command line, on made-up features and a checkpoint that train.py made of them."""
 
-import csv
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,32 +10,37 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from made_up import ROOT, SIZES, hear_ctrl_c, make_features, run
+from made_up import ROOT, SIZES, hear_ctrl_c, make_features
 
 from model import MotionFeatureAutoencoder
 
-FIGURES = ("reconstruction_error", "motion_error", "cosine")
+METRICS = ("reconstruction_error", "motion_error", "cosine")
 
 
-def test_encode_needs_no_model_flag(trained, tmp_path):
+def test_encode_needs_no_model_flag(trained, tmp_path, run_here):
     folder, _ = trained
     checkpoint = folder / "ck" / "motion_ae_epoch2.pt"
     source = folder / "features" / "nested" / "0001.pt"
-    result = run("encode.py", "--checkpoint", checkpoint, "--input", source, "--output", tmp_path / "deep" / "z.pt")
+    result = run_here(
+        "encode.py", "--checkpoint", checkpoint, "--input", source, "--output", tmp_path / "deep" / "z.pt"
+    )
     assert result.returncode == 0, result.stderr
     output = torch.load(tmp_path / "deep" / "z.pt", weights_only=True)
-    documented = {"latent", "motion_embedding", "compression_ratio", "caption", "video"}
-    assert set(output) == documented | {*FIGURES, "settings"}
+    documented = {"latent", "motion_embedding", "compression_ratio", "pca_dim", "caption", "video"}
+    assert set(output) == documented | {*METRICS, "settings"}
     assert output["caption"] == "clip 1"
     assert output["compression_ratio"] == 0.5
     x = torch.load(source, weights_only=True)["feature"].float()[None]
     expected = MotionFeatureAutoencoder.from_checkpoint(checkpoint)(x)
     torch.testing.assert_close(output["latent"], expected["latent"][0])
     torch.testing.assert_close(output["motion_embedding"], expected["motion_embedding"][0])
-    for name in FIGURES:
-        assert f"{name.removesuffix('_error'):<16}{output[name]:>8.3f}" in result.stdout
+    assert output["pca_dim"] == 5
+    lines = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()}
+    for name in METRICS:
+        assert lines[name.removesuffix("_error")] == [f"{output[name]:.3f}", f"{output[name]:.3f}", "0001.pt"]
 
 
 def test_encode_mirrors_a_folder(trained, tmp_path, run_here):
@@ -61,8 +66,8 @@ def encode_folder(run_here, trained, source, target, *flags, epoch=1):
 
 
 def rows(target):
-    with open(target / "encode_report.csv", newline="", encoding="utf-8") as file:
-        return {row["file"]: row for row in csv.DictReader(file)}
+    table = pd.read_csv(target / "encode_report.csv", dtype=str, keep_default_na=False)
+    return {row["file"]: row for row in table.to_dict("records")}
 
 
 def test_finished_files_are_skipped_and_keep_their_row(trained, tmp_path, run_here):
@@ -72,11 +77,8 @@ def test_finished_files_are_skipped_and_keep_their_row(trained, tmp_path, run_he
     (target / "0001.pt").write_bytes(made[target / "0001.pt"][:1000])  # torn, as another program might
     (target / "0002.pt").unlink()
     torch.save({"feature": torch.randn(6, 2, 3, 12)}, source / "0004.pt")  # another feature
-    leftover = target / f".{os.uname().nodename}.999999999.0005.tmp"
-    leftover.touch()
     counts, result = encode_folder(run_here, trained, source, target)
     assert counts == [3, 3, 0]
-    assert not leftover.exists()
     assert {path for path in made if path.read_bytes() != made[path]} == {target / "0004.pt"}
     assert [name for name, row in rows(target).items() if row != report[name]] == ["0004.pt"]
     assert len(rows(target)) == 6 and "cosine" in result.stdout
@@ -130,7 +132,7 @@ def test_the_figures_are_what_numpy_says(trained, tmp_path, run_here, length):
     assert run_here("encode.py", *command, "--output", tmp_path / "z.npz").returncode == 0
     x = torch.load(source, weights_only=True)["feature"].double().numpy()
     with np.load(tmp_path / "z.npz", allow_pickle=False) as saved:
-        r, found = saved["reconstruction"].astype(float), {name: saved[name].item() for name in FIGURES}
+        r, found = saved["reconstruction"].astype(float), {name: saved[name].item() for name in METRICS}
     error = r - x
     expected = {
         "reconstruction_error": (error**2).sum() / ((x - x.mean(axis=(0, 1, 2))) ** 2).sum(),
@@ -165,22 +167,104 @@ def test_ranks_of_torchrun_write_what_one_process_writes(trained, tmp_path):
     assert one == two and len(one) == 13
 
 
+def test_another_feature_of_the_same_size_and_time_is_encoded_again(trained, tmp_path, run_here):
+    source, target = make_features(tmp_path / "f", count=1), tmp_path / "z"
+    encode_folder(run_here, trained, source, target)
+    path, before = source / "0000.pt", torch.load(target / "0000.pt", weights_only=True)["latent"]
+    old = path.stat()
+    torch.save(torch.load(path, weights_only=True) | {"feature": torch.randn(6, 2, 3, 12)}, path)
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert path.stat().st_size == old.st_size
+    assert encode_folder(run_here, trained, source, target)[0] == [1, 0, 0]
+    assert not torch.equal(torch.load(target / "0000.pt", weights_only=True)["latent"], before)
+
+
+def test_a_copied_folder_is_finished(trained, tmp_path, run_here):
+    source = make_features(tmp_path / "f", count=3)
+    encode_folder(run_here, trained, source, tmp_path / "z", "--preview")
+    for name in ("f", "z"):
+        shutil.copytree(tmp_path / name, tmp_path / "copy" / name, copy_function=shutil.copyfile)  # with new times
+    counts, _ = encode_folder(run_here, trained, tmp_path / "copy" / "f", tmp_path / "copy" / "z", "--preview")
+    assert counts == [0, 3, 0]
+
+
+HUGE = {
+    "float32": torch.full((6, 2, 3, 12), 1e30),
+    "float64": torch.randn(6, 2, 3, 12, dtype=torch.float64) * 1e300,
+    "one infinity": torch.zeros(6, 2, 3, 12).index_fill(0, torch.tensor([3]), float("inf")),
+    "one NaN": torch.zeros(6, 2, 3, 12).index_fill(0, torch.tensor([5]), float("nan")),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_no_output_holds_nan(name, trained, tmp_path, run_here):
+    torch.save(HUGE[name], tmp_path / "x.pt")
+    command = ["--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--input", tmp_path / "x.pt"]
+    result = run_here("encode.py", *command, "--output", tmp_path / "z.pt")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "x.pt holds NaN or infinity, or numbers too large for float32" in result.stderr
+    assert not (tmp_path / "z.pt").exists()
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"RANK": ""}, {"RANK": "1", "WORLD_SIZE": "1"}])
+def test_a_rank_left_in_the_environment_works_alone(environment, trained, tmp_path, run_here, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    counts, result = encode_folder(run_here, trained, make_features(tmp_path / "f", count=2), tmp_path / "z")
+    assert (counts, result.returncode) == ([2, 0, 0], 0)
+
+
+def test_half_a_process_group_is_refused_in_one_line(trained, tmp_path, run_here, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ["--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--input", trained[0] / "features"]
+    result = run_here("encode.py", *command, "--output", tmp_path / "z")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "WORLD_SIZE is 2" in result.stderr and "unset WORLD_SIZE" in result.stderr
+
+
+def start_encoding(source, target, trained):
+    arguments = ["encode.py", "--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--device", "cpu"]
+    command = [sys.executable, *map(str, arguments), "--input", str(source), "--output", str(target)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, preexec_fn=hear_ctrl_c)
+
+
+def test_two_runs_into_one_folder_swap_nothing(trained, tmp_path, run_here):
+    """Even of files that both write; each output names the feature that it is made of."""
+    sources = [make_features(tmp_path / f"{seed}", count=12, seed=seed) for seed in (1, 2)]
+    for process in [start_encoding(source, tmp_path / "z", trained) for source in sources]:
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 0, stderr.decode()
+    assert not list((tmp_path / "z").glob(".*"))
+    alone = [tmp_path / "alone" / source.name for source in sources]
+    for source, target in zip(sources, alone, strict=True):
+        encode_folder(run_here, trained, source, target)
+    for index in range(12):
+        both, *each = (torch.load(f / f"{index:04d}.pt", weights_only=True) for f in (tmp_path / "z", *alone))
+        (made_of,) = [one for one in each if one["settings"] == both["settings"]]
+        torch.testing.assert_close(both["latent"], made_of["latent"])
+
+
+def test_a_full_disk_ends_the_run_with_status_1(trained, tmp_path, run_here):
+    source = make_features(tmp_path / "f", count=3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # no file can grow beyond it, as on a full disk
+    try:
+        counts, result = encode_folder(run_here, trained, source, tmp_path / "z")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (counts, result.returncode) == ([0, 0, 0], 1)
+    assert "File too large; finished files are whole" in result.stderr.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "z").iterdir()] == ["encode_report.csv"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_path, run_here, number):
-    source, target = make_features(tmp_path / "f", count=8, shape=(30, 8, 8, 12)), tmp_path / "z"
-    for index in range(16):
+    source, target = make_features(tmp_path / "f", count=3, shape=(30, 8, 8, 12)), tmp_path / "z"
+    for index in range(13):
         os.link(source / f"000{index % 3}.pt", source / f"more{index:03d}.pt")
-    command = [
-        "encode.py",
-        "--checkpoint",
-        trained[0] / "ck" / "motion_ae_epoch1.pt",
-        "--input",
-        source,
-        "--device",
-        "cpu",
-    ]
-    command = [sys.executable, *map(str, command), "--output", str(target)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, preexec_fn=hear_ctrl_c)
+    process = start_encoding(source, target, trained)
     while len(list(target.glob("*.pt"))) < 3:
         time.sleep(0.005)
         assert process.poll() is None
@@ -191,10 +275,10 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_p
         assert process.returncode == 130 and "stopped" in stderr
         assert " written, 0 skipped, 0 failed" in stdout
     finished = {path: path.read_bytes() for path in target.glob("*.pt")}
-    assert 3 <= len(finished) < 24
+    assert 3 <= len(finished) < 16
     counts, _ = encode_folder(run_here, trained, source, target)
-    assert sum(counts) == 24 and counts[1] >= len(finished) - 1 and counts[2] == 0
-    assert len(rows(target)) == 24 and not list(target.glob(".*"))
+    assert counts == [16 - len(finished), len(finished), 0]
+    assert len(rows(target)) == 16
     assert {path: path.read_bytes() for path in finished} == finished
     whole = tmp_path / "whole"
     encode_folder(run_here, trained, source, whole)
