@@ -529,8 +529,8 @@ def count_packets(path: str) -> int:
                 times.append(packet.dts or 0)
         promised = stream.frames or round((container.duration or 0) / av.time_base * float(stream.average_rate or 0))
         missing = promised - len(times)
-        if stream.frames and len(times) > 1:  # AVI counts dropped frames, which the time between the others shows
-            spacing = (max(times) - min(times)) / (len(times) - 1)
+        if stream.frames:  # AVI counts dropped frames, an edit list can leave out the last ones: time tells
+            spacing = (max(times) - min(times)) / max(1, len(times) - 1) if times else 0
             missing = min(missing, (stream.duration or 0) / (spacing or 1) - len(times))
         elif not any(source == container.format.name for _, source, _ in messages):
             missing = 0  # a sound track may be longer
@@ -568,23 +568,25 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 
 def read_with_pyav(path: str) -> Frames:
-    """Raises `ValueError` after the last frame if the decoder or the container found damage.
+    """Raises `ValueError` after the last frame if FFmpeg's decoder found damage.
 
-    That a video starts without a keyframe is no damage: what it says before the first frame is shown does not count.
+    Its log counts only as long as every packet is a keyframe: elsewhere it also tells of references that a cut left
+    behind, of which the frames that are shown have no need. Nor does a video without a first keyframe count as damaged.
     """
-    errors, num_shown, num_whole, starts_whole = [], 0, 0, None
+    errors, num_shown, num_whole, starts_whole, all_keyframes = [], 0, 0, None, True
     with open_track(path) as (container, stream, messages):
-        sources = stream.codec_context.codec.name, container.format.name
-        messages.clear()  # opening reads headers, of other tracks too
         for packet in container.demux(stream):
-            starts_whole = packet.is_keyframe if starts_whole is None else starts_whole
+            messages.clear()
             frames = []
+            if packet.size:
+                all_keyframes &= packet.is_keyframe
+                starts_whole = all_keyframes if starts_whole is None else starts_whole
             try:
                 frames = packet.decode()
             except av.error.FFmpegError as error:
                 errors.append(error.strerror)
-            errors += [text.strip() for _, source, text in messages if source in sources]
-            messages.clear()
+            if all_keyframes:
+                errors += [text.strip() for _, source, text in messages if source == stream.codec_context.codec.name]
             for frame in frames:
                 num_shown += 1
                 num_whole += not frame.is_corrupt
