@@ -510,8 +510,8 @@ def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
                 stream.codec_context.thread_count = 1
                 yield container, stream, messages
         except av.error.FFmpegError as error:
-            said = "; ".join(text.strip() for *_, text in messages[-3:])
-            raise ValueError(f"cannot be read: {error.strerror} ({said})") from None
+            said = "; ".join([error.strerror, *(text.strip() for *_, text in messages[-2:])])
+            raise ValueError(f"cannot be read: {said}") from None
 
 
 def count_packets(path: str) -> int:
@@ -573,14 +573,16 @@ def read_with_pyav(path: str) -> Frames:
     Its log counts only as long as every packet is a keyframe: elsewhere it also tells of references that a cut left
     behind, of which the frames that are shown have no need. Nor does a video without a first keyframe count as damaged.
     """
-    errors, num_shown, num_whole, starts_whole, all_keyframes = [], 0, 0, None, True
+    errors, num_packets, num_shown, num_whole = [], 0, 0, 0
+    starts_whole, all_keyframes = False, True
     with open_track(path) as (container, stream, messages):
         for packet in container.demux(stream):
             messages.clear()
             frames = []
-            if packet.size:
+            if packet.size:  # the last one only tells the decoder that nothing follows
                 all_keyframes &= packet.is_keyframe
-                starts_whole = all_keyframes if starts_whole is None else starts_whole
+                starts_whole |= not num_packets and packet.is_keyframe
+                num_packets += not packet.is_discard
             try:
                 frames = packet.decode()
             except av.error.FFmpegError as error:
@@ -594,7 +596,8 @@ def read_with_pyav(path: str) -> Frames:
             if not num_shown and not starts_whole:
                 errors.clear()
     if errors or num_whole < num_shown:
-        raise ValueError(f"damaged: {num_whole} frames are whole ({errors[0] if errors else 'corrupt frames'})")
+        reason = errors[0] if errors else "corrupt frames"
+        raise ValueError(f"damaged: {num_whole} of {num_packets} frames are whole ({reason})")
 
 
 def check_plain(path: str) -> None:

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import vfm_feature as vfm  # noqa: E402
-from model import reuse_memory, start_decoder  # noqa: E402
+from model import reuse_memory  # noqa: E402
 
 HEIGHT, WIDTH, NUM_AVAILABLE = 1080, 1920, 150
 
@@ -135,7 +135,7 @@ def read_plainly(clip: str) -> float:
 
 def decoding_seconds(clip: str, sizes: list[tuple[int, int]]) -> float:
     """Processor seconds of decoding and resizing 48 frames, as a decoding process does it."""
-    return seconds(lambda: vfm.decode_clip(clip, 48, sizes, "decord"), time.process_time)
+    return seconds(lambda: vfm.decode_clip(clip, 48, sizes, "pyav"), time.process_time)
 
 
 def in_process(start: Callable[[], None] | None = None) -> multiprocessing.pool.Pool:
@@ -143,7 +143,7 @@ def in_process(start: Callable[[], None] | None = None) -> multiprocessing.pool.
 
 
 def row_decode(clip: Path) -> None:
-    with in_process() as plain, in_process(start_decoder) as ours:
+    with in_process() as plain, in_process(vfm.start_decoder) as ours:
         value = ratio(
             lambda: plain.apply(read_plainly, (str(clip),)),
             lambda: ours.apply(decoding_seconds, (str(clip), [(160, 240)])),
@@ -191,17 +191,6 @@ def row_vjepa2(clip: Path) -> None:
             3,
         )
     show("V-JEPA 2, 16 frames: transformers / ours", value, ">= 1.1")
-
-
-def row_one_decode(clip: Path) -> None:
-    """The four models take two sizes: one run decodes once and resizes to both, four runs decode and resize each."""
-    small, large = (160, 240), (420, 630)
-    with in_process(start_decoder) as ours:
-        value = ratio(
-            lambda: ours.apply(decoding_seconds, (str(clip), [small, large])),
-            lambda: sum(ours.apply(decoding_seconds, (str(clip), [size])) for size in (small, small, small, large)),
-        )
-    show("decoding for 4 models in one run / in 4 runs", value, "<= 0.3")
 
 
 def row_ranks(clip: Path) -> None:
