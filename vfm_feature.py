@@ -524,8 +524,8 @@ def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
                 stream.codec_context.thread_count = 1
                 yield container, stream, messages
         except av.error.FFmpegError as error:
-            said = "; ".join(text.strip() for *_, text in messages[-3:])
-            raise ValueError(f"cannot be read: {error.strerror} ({said})") from None
+            said = "; ".join([error.strerror, *(text.strip() for *_, text in messages[-2:])])
+            raise ValueError(f"cannot be read: {said}") from None
 
 
 def count_packets(path: str) -> int:
@@ -543,8 +543,8 @@ def count_packets(path: str) -> int:
                 times.append(packet.dts or 0)
         promised = stream.frames or round((container.duration or 0) / av.time_base * float(stream.average_rate or 0))
         missing = promised - len(times)
-        if stream.frames and len(times) > 1:  # AVI counts dropped frames, which the time between the others shows
-            spacing = (max(times) - min(times)) / (len(times) - 1)
+        if stream.frames:  # AVI counts dropped frames, an edit list can leave out the last ones: time tells
+            spacing = (max(times) - min(times)) / max(1, len(times) - 1) if times else 0
             missing = min(missing, (stream.duration or 0) / (spacing or 1) - len(times))
         elif not any(source == container.format.name for _, source, _ in messages):
             missing = 0  # a sound track may be longer
@@ -582,23 +582,27 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 
 def read_with_pyav(path: str) -> Frames:
-    """Raises `ValueError` after the last frame if the decoder or the container found damage.
+    """Raises `ValueError` after the last frame if FFmpeg's decoder found damage.
 
-    That a video starts without a keyframe is no damage: what it says before the first frame is shown does not count.
+    Its log counts only as long as every packet is a keyframe: elsewhere it also tells of references that a cut left
+    behind, of which the frames that are shown have no need. Nor does a video without a first keyframe count as damaged.
     """
-    errors, num_shown, num_whole, starts_whole = [], 0, 0, None
+    errors, num_packets, num_shown, num_whole = [], 0, 0, 0
+    starts_whole, all_keyframes = False, True
     with open_track(path) as (container, stream, messages):
-        sources = stream.codec_context.codec.name, container.format.name
-        messages.clear()  # opening reads headers, of other tracks too
         for packet in container.demux(stream):
-            starts_whole = packet.is_keyframe if starts_whole is None else starts_whole
+            messages.clear()
             frames = []
+            if packet.size:  # the last one only tells the decoder that nothing follows
+                all_keyframes &= packet.is_keyframe
+                starts_whole |= not num_packets and packet.is_keyframe
+                num_packets += not packet.is_discard
             try:
                 frames = packet.decode()
             except av.error.FFmpegError as error:
                 errors.append(error.strerror)
-            errors += [text.strip() for _, source, text in messages if source in sources]
-            messages.clear()
+            if all_keyframes:
+                errors += [text.strip() for _, source, text in messages if source == stream.codec_context.codec.name]
             for frame in frames:
                 num_shown += 1
                 num_whole += not frame.is_corrupt
@@ -606,7 +610,8 @@ def read_with_pyav(path: str) -> Frames:
             if not num_shown and not starts_whole:
                 errors.clear()
     if errors or num_whole < num_shown:
-        raise ValueError(f"damaged: {num_whole} frames are whole ({errors[0] if errors else 'corrupt frames'})")
+        reason = errors[0] if errors else "corrupt frames"
+        raise ValueError(f"damaged: {num_whole} of {num_packets} frames are whole ({reason})")
 
 
 def check_plain(path: str) -> None:

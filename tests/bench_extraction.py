@@ -135,7 +135,7 @@ def read_plainly(clip: str) -> float:
 
 def decoding_seconds(clip: str, sizes: list[tuple[int, int]]) -> float:
     """Processor seconds of decoding and resizing 48 frames, as a decoding process does it."""
-    return seconds(lambda: vfm.decode_clip(clip, 48, sizes, "decord"), time.process_time)
+    return seconds(lambda: vfm.decode_clip(clip, 48, sizes, "pyav"), time.process_time)
 
 
 def in_process(start: Callable[[], None] | None = None) -> multiprocessing.pool.Pool:
@@ -161,17 +161,6 @@ def row_flops(clip: Path) -> None:
             3,
         )
         show(f"{name}: FLOP/s / those of a large matrix product ({gemm_peak() / 1e9:.0f} GFLOP/s)", value, ">= 0.85")
-
-
-def row_one_decode(clip: Path) -> None:
-    """The four models take two sizes: one run decodes once and resizes to both, four runs decode and resize each."""
-    small, large = (160, 240), (420, 630)
-    with in_process(vfm.start_decoder) as ours:
-        value = ratio(
-            lambda: ours.apply(decoding_seconds, (str(clip), [small, large])),
-            lambda: sum(ours.apply(decoding_seconds, (str(clip), [size])) for size in (small, small, small, large)),
-        )
-    show("decoding for 4 models in one run / in 4 runs", value, "<= 0.3")
 
 
 def row_ranks(clip: Path) -> None:
