@@ -508,6 +508,16 @@ def check_file(path: Path) -> None:
             raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
 
 
+def explain_bad_file(path: Path, error: Exception) -> str:
+    """Why `path` could not be loaded, and what to do about it: the end of a sentence that begins with its name."""
+    with open(path, "rb") as file:
+        if file.read(64).startswith(b"version https://git-lfs"):
+            return "is a Git LFS pointer instead of the file; run `git lfs pull` in the repository that it came with"
+    if "weights_only" in str(error):
+        return "holds objects that only unsafe loading could read; save plain tensors"
+    return f"is damaged or of another format ({type(error).__name__}); make or download it again"
+
+
 def load_checked(path: Path, mmap: bool = False) -> Any:
     """`torch.load` on the CPU that never runs code from the file. `mmap` leaves tensors on disk.
 
@@ -519,9 +529,7 @@ def load_checked(path: Path, mmap: bool = False) -> Any:
     except Exception as error:  # damaged files raise almost anything
         if mmap:  # files of torch < 1.6 cannot be mapped
             return load_checked(path)
-        if "weights_only" in str(error):
-            raise UserError(f"{path} holds objects that only unsafe loading could read; save plain tensors") from None
-        raise UserError(f"{path} is damaged or no torch file ({type(error).__name__}); make it again") from None
+        raise UserError(f"{path} {explain_bad_file(path, error)}") from None
 
 
 def load_array(path: Path, mmap: bool = False) -> Tensor:

@@ -2,7 +2,8 @@
 
 In:  a folder of videos and, if there is one, a CSV of captions.
 Out: `<output_root>/<model>/<video's stem>.pt`, a dict with `feature` [T, H, W, C], `caption`, `video`, `model`,
-     `weights` and `settings`; `<output_root>/vfm_dimensions.txt`; where videos failed, `failed_videos.txt` beside them.
+     `weights` and `settings`, with --preview also `thumbnails`, small frames, and pictures beside it;
+     `<output_root>/vfm_dimensions.txt`; where videos failed, `<output_root>/<model>/failed_videos.txt`.
 
     python vfm_feature.py --video_dir clips --csv_path clips.csv --output_root features
     python vfm_feature.py --video_dir clips --models VideoMAEv2 DINOv2 --allow_skip_missing
@@ -11,7 +12,7 @@ Out: `<output_root>/<model>/<video's stem>.pt`, a dict with `feature` [T, H, W, 
 
 The features are VideoREPA's alignment targets (https://github.com/aHapBean/VideoREPA): the last block's output without
 the final norm for VideoMAEv2, VideoMAE and V-JEPA 2, the normalised patch tokens for DINOv2. A run that was stopped
-goes on where it was: features that exist already, made with the same settings, are skipped.
+continues when started again: features that exist already, made from the same video with the same settings, are skipped.
 """
 
 from __future__ import annotations
@@ -27,33 +28,40 @@ import resource
 import signal
 import sys
 import tempfile
-import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
 
+import av
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
+from av.container import InputContainer
+from av.video.reformatter import ColorPrimaries, ColorTrc
+from av.video.stream import VideoStream
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from pebble import ProcessPool
 
 from model import (
     ArgumentParser,
     UserError,
     check_preview_packages,
-    from_first_rank,
+    explain_bad_file,
+    file_fingerprint,
+    gather,
     has_preview,
     join_ranks,
+    load_checked,
+    num_ranks,
     number,
     open_device,
     rank,
@@ -70,12 +78,6 @@ from model import (
 
 REPOSITORY = Path(__file__).resolve().parent
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".wmv")
-# Columns of a caption CSV that name the video, the first one present is used.
-VIDEO_COLUMNS = (
-    *("video", "video_name", "video_path", "video_file", "file", "file_name", "filename", "file_path", "filepath"),
-    *("path", "name", "video_id", "videoid", "clip"),
-)
-LONGEST_LINE = 2**20  # characters of a caption CSV
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -95,8 +97,9 @@ class VFM:
     num_heads: int = 12
     patch_size: int = 16
     tubelet_size: int = 2  # frames in a token; 1: an image model, which sees every frame by itself
-    positions: str = "sinusoid"  # a fixed table; "learned": a table in the weights; "rotary": in every attention
-    flags: str = "videomae"  # <flags>_resize_h and <flags>_resize_w set the input size
+    position_encoding: str = "sinusoid"  # a fixed table; "learned": a table in the weights; "rotary": in each attention
+    size_flags: str = "videomae"  # <size_flags>_resize_h and <size_flags>_resize_w set the input size
+    unused: tuple[str, ...] = (r"(fc_|layer)?norm\.",)  # published weights behind the features, beside `UNUSED`
 
 
 VFMS = {
@@ -106,17 +109,27 @@ VFMS = {
         hub=("timm/vit_base_patch14_dinov2.lvd142m", "model.safetensors"),
         patch_size=14,
         tubelet_size=1,
-        positions="learned",
-        flags="dinov2",
+        position_encoding="learned",
+        size_flags="dinov2",
+        unused=(),
     ),
     "VJEPA2": VFM(
         hub=("facebook/vjepa2-vitl-fpc64-256", "model.safetensors"),
         embed_dim=1024,
         depth=24,
         num_heads=16,
-        positions="rotary",
+        position_encoding="rotary",
+        unused=(r"(layer)?norm\.", r"pos_embed$"),  # its authors publish a table that they do not use either
     ),
 }
+
+
+# Published weights that no feature depends on, in timm's names. Any other that a model has no place for is an error:
+# register tokens, say, without which a DINOv2 trained with them gives other features.
+UNUSED = (
+    *(r"(\w+_)?head\.", r"classifier\.", r"decoder\.", r"encoder_to_decoder\.", r"predictor\."),
+    *(r"mask_token$", r"position_embeddings$"),  # the latter: of VideoMAE's decoder
+)
 
 
 class TubeletEmbed(nn.Module):
@@ -141,7 +154,7 @@ class TubeletEmbed(nn.Module):
 class RotaryPositions(nn.Module):
     """V-JEPA 2's rotary positions: turns queries or keys [B, heads, N, D] by their tokens' time, height and width.
 
-    A third of the channels (rounded down to an even number) belongs to each axis, the rest is left alone. As in
+    A third of the channels (rounded down to an even number) belongs to each axis, the rest stays as it is. As in
     facebookresearch/vjepa2 `src/models/utils/modules.py`: neighbouring channels are rotated together, but the
     frequencies are laid out for the two halves of the channels. The published weights were trained with that, so it is
     kept. The tables are made once and shared by all layers.
@@ -160,9 +173,8 @@ class RotaryPositions(nn.Module):
         self.register_buffer("cos", angles.flatten(0, 2).cos(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from timm.layers.pos_embed_sincos import apply_rot_embed
-
-        return apply_rot_embed(x, self.sin, self.cos)
+        quarter_turn = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)  # [B, heads, N, D]
+        return (x * self.cos + quarter_turn * self.sin).to(x.dtype)
 
 
 def sinusoid_positions(grid: tuple[int, int, int], embed_dim: int) -> torch.Tensor:
@@ -196,24 +208,19 @@ def resize_learned_positions(table: torch.Tensor, grid: tuple[int, int]) -> torc
     return torch.cat([table[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-class WeightsDoNotFit(UserError):
-    """Weights that the model needs are missing or of another shape; the text names them."""
-
-
 def build_vit(
     vfm: VFM, num_frames: int, size: tuple[int, int], weights: dict[str, torch.Tensor] | None = None
 ) -> nn.Module:
     """timm's `VisionTransformer` for clips of `num_frames` frames of `size` = (height, width), in eval mode on the CPU.
 
-    `weights`: a state dict in timm's names (`read_weights` makes it); without it the weights are random, the same every
-    time. Raises `WeightsDoNotFit`; weights that the model does not have, such as heads and decoders, are ignored.
+    `weights`: a state dict in timm's names, from `read_weights`; without it they are random, the same every time.
+    Raises what `load_weights` raises.
     """
-    from timm.models.vision_transformer import VisionTransformer
+    from timm.models.vision_transformer import VisionTransformer  # here: neither --help nor decoders wait for it
 
     is_video = vfm.tubelet_size > 1
     grid = (num_frames // vfm.tubelet_size, size[0] // vfm.patch_size, size[1] // vfm.patch_size)
-    # Without weights to come, memory is not worth filling; with them, random values are not worth drawing.
-    device = "cpu" if weights is None else "meta"
+    device = "cpu" if weights is None else "meta"  # with weights to load, no initial values are drawn
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vit = VisionTransformer(
@@ -225,7 +232,7 @@ def build_vit(
             num_classes=0,
             global_pool="",
             class_token=not is_video,
-            pos_embed="learn" if vfm.positions == "learned" else "none",
+            pos_embed="learn" if vfm.position_encoding == "learned" else "none",
             init_values=None if is_video else 1e-5,  # DINOv2's blocks have LayerScale
             final_norm=not is_video,
             device=device,
@@ -233,35 +240,37 @@ def build_vit(
         if is_video:
             vit.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size, device)
     if weights is not None:
-        load_weights(vit, weights, grid[1:])
-    if vfm.positions == "sinusoid":
-        vit.pos_embed = nn.Parameter(sinusoid_positions(grid, vfm.embed_dim), requires_grad=False)
-    if vfm.positions == "rotary":
+        load_weights(vit, vfm, weights, grid[1:])
+    if vfm.position_encoding == "sinusoid":
+        vit.pos_embed = nn.Parameter(sinusoid_positions(grid, vfm.embed_dim))
+    if vfm.position_encoding == "rotary":
         rotary = RotaryPositions(grid, vfm.embed_dim // vfm.num_heads)
         for block in vit.blocks:  # timm's attention sends queries and keys through these two before it compares them
             block.attn.q_norm = block.attn.k_norm = rotary
     return vit.eval().requires_grad_(False)
 
 
-def load_weights(vit: nn.Module, weights: dict[str, torch.Tensor], grid: tuple[int, int]) -> None:
-    """Put `weights` into `vit`, in float32."""
+def load_weights(vit: nn.Module, vfm: VFM, weights: dict[str, torch.Tensor], grid: tuple[int, int]) -> None:
+    """Put `weights` into `vit`, in float32.
+
+    Raises `ValueError` that names what is missing, of another shape, or has no place in the model and is not `UNUSED`.
+    """
     expected = {name: list(parameter.shape) for name, parameter in vit.state_dict().items()}
     if "pos_embed" in expected:
         expected["pos_embed"][1] = 1 + 37 * 37  # the published table, before it is resized
-    missing = [name for name in expected if name not in weights]
-    misshapen = [
-        f"{name} is {list(weights[name].shape)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in weights and list(weights[name].shape) != shape
-    ]
-    if missing or misshapen:
-        problems = [f"{name} is missing" for name in missing] + misshapen
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    for name, value in weights.items():
+        if name not in expected:
+            if not any(re.match(pattern, name) for pattern in (*UNUSED, *vfm.unused)):
+                problems.append(f"{name} has no place in it")
+        elif list(value.shape) != expected[name]:
+            problems.append(f"{name} is {list(value.shape)} instead of {expected[name]}")
+    if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise WeightsDoNotFit(f"{', '.join(problems[:4])}{more}")
+        raise ValueError(f"{', '.join(problems[:4])}{more}")
     state = {name: weights[name].float() for name in expected}
     if "pos_embed" in state:
         state["pos_embed"] = resize_learned_positions(state["pos_embed"], grid)
-        vit.pos_embed = nn.Parameter(state["pos_embed"])
     vit.load_state_dict(state, assign=True)
 
 
@@ -305,85 +314,24 @@ RENAMES = [
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.attention\.(?:attention\.)?", ".attn."),
+    (r"\.attn\.q_bias$", ".attn.query.bias"),
+    (r"\.attn\.v_bias$", ".attn.value.bias"),
 ]
 
 
-class MissingModel(UserError):
-    """A model whose weights or packages are not here; `--allow_skip_missing` goes on without it."""
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a published file (.pth, .pt, .bin, .safetensors), in timm's names.
-
-    Tensors and the `argparse.Namespace` that VideoMAE's authors left in theirs are all that is read: no code runs.
-    Raises `UserError` for anything else.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                # mmap: V-JEPA 2's file holds five times as much as is needed; files of old torch cannot do it
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a broken file can raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: cannot be read as weights ({reason}); is the download complete?") from error
-    for key in ("module", "model", "encoder"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds no weights; bring the file that the authors publish")
-    return to_timm_names({str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)})
-
-
-def to_timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename a state dict by `RENAMES`; separate queries, keys and values, and their biases, become one `qkv`."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in RENAMES:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = value
-    for key in [key for key in renamed if key.endswith(".attn.query.weight")]:
-        attention = key.removesuffix("query.weight")
-        for kind in ("weight", "bias"):
-            parts = [renamed.get(f"{attention}{part}.{kind}") for part in ("query", "key", "value")]
-            if all(part is not None for part in parts):
-                renamed[f"{attention}qkv.{kind}"] = torch.cat(parts)
-    for key in [key for key in renamed if key.endswith(".attn.q_bias")]:
-        attention = key.removesuffix("q_bias")
-        q_bias, v_bias = renamed[key], renamed.get(f"{attention}v_bias")
-        if v_bias is not None:  # VideoMAE has no key bias
-            renamed[f"{attention}qkv.bias"] = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-    return renamed
-
-
-def find_weights(name: str, given: Path | None, default: Path | None) -> Path:
-    """Where the weights of model `name` are: the path given by hand, the default path if it exists, else from the hub.
-
-    A relative default lies in the repository or beside it. Raises `UserError` when a path given by hand is absent, and
-    `MissingModel` when the hub cannot be reached.
-    """
-    flag = f"--{name.lower()}_ckpt"
-    if given is not None:
-        if not given.is_file():
-            raise UserError(f"{flag} {given}: no such file")
-        return given
-    for folder in (REPOSITORY, REPOSITORY.parent) if default else ():
-        if (folder / default).is_file():
-            return folder / default
-    repository, file = VFMS[name].hub
+def download_weights(name: str) -> Path:
+    """The hub's file of model `name`. Raises `FileNotFoundError` when the hub cannot be reached."""
     from huggingface_hub import hf_hub_download
 
+    repository, file = VFMS[name].hub
     try:
         return Path(hf_hub_download(repository, file, local_files_only=not hub_answers()))
     except Exception as error:  # the hub's client raises its own errors, those of its HTTP library, and the system's
+        default = DEFAULT_PATHS.get(f"{name.lower()}_ckpt")
         looked = f"no file at {default}, and " if default else ""
-        raise MissingModel(
-            f"{name}: {looked}{file} of {repository} cannot be had from the hub ({type(error).__name__}); "
-            f"download it elsewhere and pass it with {flag}"
+        raise FileNotFoundError(
+            f"{looked}{file} of {repository} cannot be downloaded from the hub ({type(error).__name__}); "
+            f"download it elsewhere and pass it with --{name.lower()}_ckpt"
         ) from error
 
 
@@ -399,6 +347,44 @@ def hub_answers() -> bool:
     return True
 
 
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a published file (.pth, .pt, .bin, .safetensors), in timm's names.
+
+    Tensors and the `argparse.Namespace` that VideoMAE's authors left in theirs are all that is read: no code runs.
+    Raises `UserError` for anything else.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            state = load_file(path)
+        except Exception as error:  # a broken file can raise anything
+            raise UserError(f"{path} {explain_bad_file(path, error)}") from error
+    else:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = load_checked(path, mmap=True)  # V-JEPA 2's file holds five times as much as is needed
+    for key in ("module", "model", "encoder"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no weights; bring the file that the authors publish")
+    return to_timm_names({str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)})
+
+
+def to_timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename a state dict by `RENAMES`; separate queries, keys and values, and their biases, become one `qkv`."""
+    for pattern, replacement in RENAMES:
+        state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
+    for query in [name for name in state if ".attn.query." in name]:
+        key, value, joint = (query.replace(".query.", f".{part}.") for part in ("key", "value", "qkv"))
+        if query.endswith("bias"):
+            state.setdefault(key, torch.zeros_like(state[query]))  # VideoMAE has no key bias
+        if key in state and value in state:
+            state[joint] = torch.cat([state.pop(query), state.pop(key), state.pop(value)])
+    return state
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Videos and captions
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,68 +397,287 @@ def list_videos(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"--video_dir {folder}: no such folder")
-    videos = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
-    if not videos:
-        raise UserError(
-            f"--video_dir {folder}: no videos in it ({' '.join(VIDEO_SUFFIXES)}; subfolders are not searched)"
-        )
+    visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.is_file()]
     by_stem: dict[str, Path] = {}
-    for path in videos:
-        if path.stem in by_stem:
-            raise UserError(f"{by_stem[path.stem].name} and {path.name} would both write {path.stem}.pt; rename one")
-        by_stem[path.stem] = path
-    return videos
+    for path in visible:
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            other = by_stem.setdefault(path.stem, path)
+            if other is not path:
+                raise UserError(f"{other.name} and {path.name} would both write {path.stem}.pt; rename one")
+    if not by_stem:
+        suffixes = " ".join(VIDEO_SUFFIXES)
+        raise UserError(f"--video_dir {folder}: no videos in it ({suffixes}; subfolders are not searched)")
+    return list(by_stem.values())
 
 
-def read_captions(csv_path: Path, videos: Iterable[Path]) -> Callable[[Path], str]:
-    """The captions of `videos` in a CSV file, as a function from a video's path to its caption, which may be empty.
+def read_table(csv_path: Path) -> pd.DataFrame:
+    """A CSV file: every field a string as it stands, the header in row 0, the columns numbered.
 
-    A column named as one of `VIDEO_COLUMNS` holds the video's file name, path or stem; without such a column row i
-    belongs to the stem `%04d` of i. Of several rows for a video the first counts. Memory holds one row at a time, so
-    the file may be that of a whole data set. Raises `UserError` when it cannot be read or has no `caption` column.
+    Raises `UserError` where a row has more fields than the header, quotes are astray, or the text is not UTF-8.
     """
-    wanted = {name for video in videos for name in (video.name, video.stem)}
-    by_name: dict[str, str] = {}
-    by_stem: dict[str, str] = {}
+    csv.field_size_limit(2**31 - 1)  # of one caption; 128 KiB by default
     try:
-        with open(csv_path, encoding="utf-8-sig", newline="") as file:
-            rows = filter(None, csv.reader(bounded_lines(file), strict=True))  # a blank line is no row
-            header = next(rows, [])
-            columns = {name.strip().lower(): place for place, name in reversed(list(enumerate(header)))}
-            if "caption" not in columns:
-                found = ", ".join(map(repr, header))[:300] or "nothing"
-                raise UserError(f"--csv_path {csv_path}: no column named caption; it has {found}")
-            named_by = next((columns[name] for name in VIDEO_COLUMNS if name in columns), None)
-            progress = tqdm(rows, csv_path.name, unit="row", leave=False, delay=1, disable=rank() > 0)
-            for index, row in enumerate(progress):
-                if any(row[len(header) :]):
-                    raise ValueError(f"row {index + 1} is longer than the header; quote captions that hold commas")
-                row += [""] * (len(header) - len(row))
-                name = f"{index:04d}" if named_by is None else row[named_by].strip().replace("\\", "/").split("/")[-1]
-                stem = os.path.splitext(name)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name
-                for key, captions in ((name, by_name), (stem, by_stem)):
-                    if key in wanted:
-                        captions.setdefault(key, row[columns["caption"]])
-    except (OSError, ValueError, csv.Error) as error:  # a wrong encoding is a ValueError too
-        raise UserError(f"--csv_path {csv_path}: cannot be read as a CSV in UTF-8 ({error})") from error
-    return lambda video: by_name.get(video.name, by_stem.get(video.stem, ""))
+        table = pd.read_csv(
+            csv_path,
+            header=None,  # else the first column would be an index where every row has one field too many
+            dtype=str,
+            keep_default_na=False,
+            skip_blank_lines=False,
+            encoding="utf-8-sig",
+            engine="python",  # refuses stray quotes, which swallow rows, and reads no chunks, where row ends got lost
+        )
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    except (OSError, ValueError) as error:  # a wrong encoding is a ValueError too
+        reason = str(error).replace("in line", "in row")
+        if isinstance(error, pd.errors.ParserError) and "in row" not in reason:
+            reason = f"row {first_bad_row(csv_path)}: {reason}"
+        raise UserError(
+            f"--csv_path {csv_path}: cannot be read as a CSV in UTF-8 ({reason}); quote captions that hold commas"
+        ) from error
+    if table.shape[1] > 1:
+        table = table.dropna(how="all")  # blank lines; in a file of one column they are empty captions
+    return table.fillna("")
 
 
-def bounded_lines(file: TextIO) -> Iterator[str]:
-    """The lines of a text file, of which a single one could otherwise fill the memory."""
-    while line := file.readline(LONGEST_LINE):
-        if len(line) == LONGEST_LINE:
-            raise ValueError(f"a line is longer than {LONGEST_LINE} characters")
-        yield line
+def first_bad_row(csv_path: Path) -> int:
+    """The row, counted from the header as 1, whose quotes are astray, which pandas does not say."""
+    count = 0
+    with open(csv_path, encoding="utf-8-sig", newline="") as file, suppress(csv.Error):
+        for _ in csv.reader(file, strict=True):
+            count += 1
+    return count + 1
+
+
+def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, int]:
+    """Which row names which video, by its file name, path or stem; the first of several counts."""
+    by_name: dict[str, int] = {}
+    by_stem: dict[str, int] = {}
+    for row, text in enumerate(names):
+        name = text.strip().replace("\\", "/").split("/")[-1]
+        by_name.setdefault(name, row)
+        by_stem.setdefault(os.path.splitext(name)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name, row)
+    rows = {video: by_name.get(video.name, by_stem.get(video.stem)) for video in videos}
+    return {video: row for video, row in rows.items() if row is not None}
+
+
+def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, str]:
+    """The captions of `videos` in the column `caption` of a CSV file; empty for those that it does not name.
+
+    Whichever column names most of the videos tells whose a caption is, whatever it is called; where none does, row i
+    belongs to the stem `%04d` of i. Raises `UserError` where the file cannot be read or has no column `caption`.
+    """
+    table = read_table(csv_path)
+    header = [name.strip().lower() for name in table.iloc[0]] if len(table) else []
+    if "caption" not in header:
+        found = ", ".join(map(repr, table.iloc[0] if header else []))[:300] or "nothing"
+        raise UserError(f"--csv_path {csv_path}: no column named caption; it has {found}")
+    rows = table.iloc[1:]
+    captions = rows[header.index("caption")].tolist()
+    matches = {place: match_rows(rows[place], videos) for place, name in enumerate(header) if name != "caption"}
+    best = max(matches, key=lambda place: len(matches[place]), default=None)
+    if best is not None and matches[best]:
+        row_of = matches[best]
+        say(f"captions: column {header[best]!r} of {csv_path} names {len(row_of)} of {len(videos)} videos")
+    else:
+        row_of = match_rows((f"{row:04d}" for row in range(len(captions))), videos)
+        say(f"captions: no column of {csv_path} names the videos; row i belongs to the video named %04d of i")
+    return {video: captions[row_of[video]] if video in row_of else "" for video in videos}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding, in processes of its own
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def frame_indices(num_available: int, num_frames: int) -> np.ndarray:
+    """`num_frames` indices spread evenly over 0 .. num_available - 1; when there are too few frames, some repeat."""
+    return np.linspace(0, num_available - 1, num_frames).round().astype(int)
+
+
+def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [height, width, 3]: squashed to `size`, bicubic with antialiasing.
+
+    On bytes, because that is exact to a rounding and many times faster than on a float copy.
+    """
+    if frame.shape[:2] == size:
+        return frame
+    image = torch.from_numpy(frame)[None].permute(0, 3, 1, 2)  # [1, 3, H, W], by its strides channels last
+    image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return image[0].permute(1, 2, 0).numpy()
+
+
+@contextmanager
+def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
+    """A video's container, the track that FFmpeg takes for the best, and the errors that FFmpeg logs: (level, source,
+    text). Raises `ValueError` for a video that cannot be read."""
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # else a message that also ended the video before would be lost
+    with av.logging.Capture(local=False) as messages:
+        try:
+            with av.open(path, metadata_errors="replace") as container:
+                stream = container.streams.best("video")
+                if stream is None:
+                    raise ValueError("no video track")
+                if stream.codec_context is None:
+                    raise ValueError("a codec that FFmpeg cannot decode")
+                stream.codec_context.thread_count = 1
+                yield container, stream, messages
+        except av.error.FFmpegError as error:
+            said = "; ".join([error.strerror, *(text.strip() for *_, text in messages[-2:])])
+            raise ValueError(f"cannot be read: {said}") from None
+
+
+def count_packets(path: str) -> int:
+    """How many packets of a video are shown: its number of frames, unless some hold none. Decodes nothing.
+
+    Raises `ValueError` if the video is empty, encrypted or cut short, as far as its container can tell.
+    """
+    with open_track(path) as (container, stream, messages):
+        num_shown, times = 0, []
+        for packet in container.demux(stream):
+            if packet.size:
+                if packet.has_sidedata("encryption_info") or "enc_key_id" in stream.metadata:
+                    raise ValueError("encrypted")
+                num_shown += not packet.is_discard
+                times.append(packet.dts or 0)
+        promised = stream.frames or round((container.duration or 0) / av.time_base * float(stream.average_rate or 0))
+        missing = promised - len(times)
+        if stream.frames:  # AVI counts dropped frames, an edit list can leave out the last ones: time tells
+            spacing = (max(times) - min(times)) / max(1, len(times) - 1) if times else 0
+            missing = min(missing, (stream.duration or 0) / (spacing or 1) - len(times))
+        elif not any(source == container.format.name for _, source, _ in messages):
+            missing = 0  # a sound track may be longer
+        if missing > 0.5:
+            raise ValueError(f"cut short: {len(times)} of {promised} frames are there")
+    if not num_shown:
+        raise ValueError("no frames")
+    return num_shown
+
+
+# What a decoder gives are all frames that a video shows, in order, each as a function that makes uint8 RGB [H, W, 3] of
+# it, so that only the frames that are wanted are converted.
+Frames = Iterator[Callable[[], np.ndarray]]
+
+
+def to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 RGB [H, W, 3] as FFmpeg's command makes it: converted by the frame's own matrix and range and nothing else,
+    turned and mirrored by its display matrix."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25))
+    graph.link_nodes(source, graph.add("scale"), graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+    graph.vpush(frame)
+    rgb = graph.vpull().to_ndarray()
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # there is side data that PyAV does not know, as in MV-HEVC
+        return np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90))
+    if matrix is None:
+        return rgb
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # (x, y) is shown at (a x + c y, b x + d y)
+    if abs(b) > abs(a):
+        rgb, a, d = rgb.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def read_with_pyav(path: str) -> Frames:
+    """Raises `ValueError` after the last frame if FFmpeg's decoder found damage.
+
+    Its log counts only as long as every packet is a keyframe: elsewhere it also tells of references that a cut left
+    behind, of which the frames that are shown have no need. Nor does a video without a first keyframe count as damaged.
+    """
+    errors, num_packets, num_shown, num_whole = [], 0, 0, 0
+    starts_whole, all_keyframes = False, True
+    with open_track(path) as (container, stream, messages):
+        for packet in container.demux(stream):
+            messages.clear()
+            frames = []
+            if packet.size:  # the last one only tells the decoder that nothing follows
+                all_keyframes &= packet.is_keyframe
+                starts_whole |= not num_packets and packet.is_keyframe
+                num_packets += not packet.is_discard
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError as error:
+                errors.append(error.strerror)
+            if all_keyframes:
+                errors += [text.strip() for _, source, text in messages if source == stream.codec_context.codec.name]
+            for frame in frames:
+                num_shown += 1
+                num_whole += not frame.is_corrupt
+                yield functools.partial(to_rgb, frame)
+            if not num_shown and not starts_whole:
+                errors.clear()
+    if errors or num_whole < num_shown:
+        reason = errors[0] if errors else "corrupt frames"
+        raise ValueError(f"damaged: {num_whole} of {num_packets} frames are whole ({reason})")
+
+
+def check_plain(path: str) -> None:
+    """Raise where decord or OpenCV may take another track, leave out a turn or mirror, or map colours."""
+    with open_track(path) as (container, stream, _):
+        frame = next(container.decode(stream))
+        is_hdr = frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
+        is_wide = frame.color_primaries in (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
+        if is_hdr or is_wide or "DISPLAYMATRIX" in frame.side_data or len(container.streams.video) > 1:
+            raise RuntimeError("not for HDR, wide gamut, a display matrix or several tracks")
+
+
+def read_with_decord(path: str) -> Frames:
+    import decord
+
+    check_plain(path)
+    decord.logging.set_level(decord.logging.ERROR)
+    # fault_tol: decord would put a neighbour in the place of a frame that it cannot find, and say nothing
+    reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
+    for _ in range(len(reader)):
+        frame = torch.from_dlpack(reader.next().to_dlpack()).numpy()  # without a copy
+        if frame.shape[-1] != 3:  # dmlc/decord issue 336: some narrow videos, the bytes are not those of the frame
+            raise RuntimeError(f"a frame of shape {list(frame.shape)} instead of [height, width, 3]")
+        yield lambda frame=frame: frame
+
+
+def read_with_opencv(path: str) -> Frames:
+    import cv2
+
+    check_plain(path)
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # not as images whose names are numbered
+    while capture.grab():
+        yield lambda: cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
+
+
+BACKENDS = {"pyav": read_with_pyav, "decord": read_with_decord, "opencv": read_with_opencv}  # tried in this order
+
+
+def decode_clip(
+    path: str, num_frames: int, sizes: Iterable[tuple[int, int]], backend: str
+) -> dict[tuple[int, int], np.ndarray]:
+    """Sample `num_frames` frames of a video and resize them: {size: uint8 RGB [num_frames, height, width, 3]}.
+
+    The video is read from its start to its end; a second time if it shows another number of frames than its packets
+    let expect. Raises `ValueError` if the video is to blame, anything else if the decoder is.
+    """
+    path = os.path.abspath(path)  # the name pipe:0 would be a protocol to FFmpeg if no folder came before it
+    if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
+        raise ValueError("its name is not in UTF-8; rename it")
+    num_available = count_packets(path)
+    while True:
+        indices, position = np.unique(frame_indices(num_available, num_frames), return_inverse=True)
+        clips: dict[tuple[int, int], list[np.ndarray]] = {size: [] for size in sizes}
+        num_shown = 0
+        for num_shown, frame in enumerate(BACKENDS[backend](path), start=1):
+            if num_shown - 1 in indices:
+                rgb = frame()
+                for size, clip in clips.items():
+                    clip.append(resize_frame(rgb, size))
+        if num_shown == num_available:
+            return {size: np.stack(clip)[position] for size, clip in clips.items()}
+        if backend != "pyav":
+            raise RuntimeError(f"{num_shown} frames, where the container has {num_available}")
+        if not num_shown:
+            raise ValueError("no frames: none can be decoded")
+        num_available = num_shown
 
 
 def start_decoder() -> None:
@@ -491,262 +696,33 @@ def start_decoder() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def open_decoders(num_workers: int) -> ProcessPool:
-    """A pool of processes for decoders, which may hang, crash or eat memory: that costs a task, and no more."""
-    from pebble import ProcessPool
-
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
-    return ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context)
-
-
-def frame_indices(num_available: int, num_frames: int) -> np.ndarray:
-    """`num_frames` indices spread evenly over 0 .. num_available - 1; when there are too few frames, some repeat."""
-    return np.linspace(0, num_available - 1, num_frames).round().astype(int)
-
-
-def codec_of(path: str) -> str:
-    """The four letters that name a video's codec, in small: avc1, vp90... Four zeros where OpenCV cannot tell."""
-    os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors
-    import cv2
-
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # not as images whose names are numbered
-    letters = max(0, int(capture.get(cv2.CAP_PROP_FOURCC)))  # -1: not opened
-    return letters.to_bytes(4, "little").decode(errors="replace").lower()
-
-
-# A backend opens a video of a codec: (number of frames, function from increasing indices to their frames, uint8 RGB
-# [H, W, 3]).
-Opened = tuple[int, Callable[[list[int]], Iterator[np.ndarray]]]
-
-
-BOXES = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"sidx", b"mfra", b"free", b"skip", b"wide", b"uuid")  # MP4, MOV
-
-
-def decord_seeks_right(path: str, codec: str) -> bool:
-    """Whether decord finds the frames behind a keyframe: in MP4, MOV, Matroska and WebM, of codecs whose every keyframe
-    can be decoded from. In others (HEVC, MPEG-2, B-frames in AVI...) it takes other frames for them, without a word."""
-    with open(path, "rb") as file:
-        header = file.read(8)
-    has_index = header[4:] in BOXES or header.startswith(b"\x1aE\xdf\xa3")
-    return has_index and codec in ("h264", "avc1", "vp80", "vp90", "vp09", "av01")
-
-
-def open_decord(path: str, codec: str) -> Opened:
-    import decord
-
-    decord.logging.set_level(decord.logging.ERROR)
-    # fault_tol: decord would put a neighbour in the place of a frame that it cannot find, and say nothing
-    reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
-    if len(reader.get_key_indices()) < len(reader) and not decord_seeks_right(path, codec):
-        raise ValueError("seeks to other frames in videos of this kind")
-
-    def frames(indices: list[int]) -> Iterator[np.ndarray]:
-        for index in indices:
-            frame = torch.from_dlpack(reader[index].to_dlpack()).numpy()  # without a copy
-            if frame.shape[-1] != 3:  # dmlc/decord issue 336: some narrow videos, the bytes are not those of the frame
-                raise ValueError(f"a frame of shape {list(frame.shape)} instead of [height, width, 3]")
-            yield frame
-
-    return len(reader), frames
-
-
-# An MPEG-2 video: one frame, 16 x 16, plain green (0, 200, 0), its colours said to be BT.709.
-GREEN_BT709 = bytes.fromhex(
-    "000001b301001013ffffe018000001b5148a00010000000001b52b02020100420080000001b80008004000000100000ffff8000001b5"
-    "8ffff341800000010113d54a52fceefcbe"
-)
-
-
-@functools.cache
-def opencv_obeys_colours() -> bool:
-    """Whether OpenCV converts colours as the video says. 4.9 takes all for BT.601: BT.709 is then 6 levels off."""
-    import cv2
-
-    with tempfile.NamedTemporaryFile(suffix=".m2v") as file:
-        file.write(GREEN_BT709)
-        file.flush()
-        found, frame = cv2.VideoCapture(file.name, cv2.CAP_FFMPEG).read()
-    return found and bool(np.abs(frame.mean(axis=(0, 1)) - [0, 200, 0]).max() < 4)  # else [4, 233, 14]
-
-
-def open_opencv(path: str, codec: str) -> Opened:
-    """OpenCV estimates the number of frames and seeks inexactly, so it reads all frames in order, twice."""
-    import cv2
-
-    if not opencv_obeys_colours():
-        raise ValueError(f"OpenCV {cv2.__version__} mistakes colours; install opencv-python-headless 4.14 or newer")
-    counter = cv2.VideoCapture(path, cv2.CAP_FFMPEG)
-    num_available = 0
-    while counter.grab():
-        num_available += 1
-
-    def frames(indices: list[int]) -> Iterator[np.ndarray]:
-        capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)
-        wanted = set(indices)
-        for index in range(num_available):
-            if not capture.grab():
-                raise ValueError(f"frame {index} cannot be read a second time")
-            if index in wanted:
-                yield cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
-
-    return num_available, frames
-
-
-BACKENDS = {"decord": open_decord, "opencv": open_opencv}  # tried in this order
-
-
-@contextmanager
-def captured_output() -> Iterator[list[str]]:
-    """What native code prints, on standard output or error: a list of lines, complete when the context ends."""
-    lines: list[str] = []
-    with tempfile.TemporaryFile() as file:
-        terminal = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
-        for descriptor in terminal:
-            os.dup2(file.fileno(), descriptor)
-        try:
-            yield lines
-        finally:
-            ctypes.CDLL(None).fflush(None)  # OpenCV prints through C's buffer
-            for descriptor, copy in terminal.items():
-                os.dup2(copy, descriptor)
-                os.close(copy)
-            file.seek(0)
-            lines += file.read().decode(errors="replace").splitlines()
-
-
-LIBVPX = {"vp80": "libvpx", "vp90": "libvpx-vp9", "vp09": "libvpx-vp9"}  # codec -> FFmpeg's name of its decoder
-LIBVPX_FRAMES = 1500  # of a video, at most: libvpx reads all frames, where decord seeks in long videos
-
-
-def read_with_libvpx(path: str, codec: str) -> None:
-    """Have libvpx print what it has against a VP8 or VP9 video. FFmpeg's own decoders of these, which both backends
-    use, make a picture of any data; libvpx looks whether the data of a picture end where they should. It takes about as
-    long as decoding did. Without libvpx in OpenCV's FFmpeg nothing is read."""
-    import cv2
-
-    os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"video_codec;{LIBVPX[codec]}"
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    del os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"]
-    while capture.grab():
-        pass
-
-
-# In FFmpeg's form, or OpenCV's, which takes over decord's messages where both are loaded.
-FFMPEG_MESSAGE = re.compile(r"\[(?:\S+ @ 0x[0-9a-f]+|OPENCV:FFMPEG:\d+)\] (.*)")
-# What FFmpeg calls an error in whole files: references that a seek left out, and tracks beside the video.
-HARMLESS = re.compile(
-    "co located POCs|mmco:|Could not find ref with POC|number of reference frames|Referenced QT chapter track"
-)
-
-
-def find_damage(path: str, printed: list[str]) -> str | None:
-    """What is wrong with a video whose frames could be read, or None.
-
-    Both backends are built on FFmpeg, which paints over damage, and mentions it; a file that ends too early between two
-    frames shows in its headers alone.
-    """
-    for message in filter(None, map(FFMPEG_MESSAGE.match, printed)):
-        if not HARMLESS.match(message[1]):
-            return message[1]
-    return "the file is shorter than its headers say" if is_cut_short(path) else None
-
-
-def is_cut_short(path: str) -> bool:
-    """Whether an AVI, MP4 or MOV is shorter than the sizes of its outermost parts."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        header, end = file.read(16), 0
-        if header[:4] == b"RIFF":
-            return int.from_bytes(header[4:8], "little") + 8 > size
-        while header[4:8] in BOXES and end < size:
-            length = int.from_bytes(header[:4], "big")
-            if length == 1:  # then it is the 64 bits behind the name
-                length = int.from_bytes(header[8:], "big")
-            if length < 8:  # 0: up to the end of the file
-                return False
-            end += length
-            file.seek(end)
-            header = file.read(16)
-    return end > size
-
-
-def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [height, width, 3]: squashed to `size`, bicubic with antialiasing.
-
-    On bytes, because that is exact to a rounding and many times faster than on a float copy.
-    """
-    if frame.shape[:2] == size:
-        return frame
-    image = torch.from_numpy(frame)[None].permute(0, 3, 1, 2)  # [1, 3, H, W], by its strides channels last
-    image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
-    return image[0].permute(1, 2, 0).numpy()
-
-
-def decode_clip(
-    path: str, num_frames: int, sizes: Iterable[tuple[int, int]], backend: str
-) -> dict[tuple[int, int], np.ndarray]:
-    """Sample `num_frames` frames of a video and resize them: {size: uint8 RGB [num_frames, height, width, 3]}.
-
-    The video is decoded once for all sizes, and one full-size frame at a time is held. Raises what the backend raises,
-    and `ValueError` if the video is damaged or cut short.
-    """
-    path = os.path.abspath(path)  # the name pipe:0 would be a protocol to FFmpeg if no folder came before it
-    if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
-        raise ValueError("its name is not in UTF-8; rename it")  # OpenCV would crash
-    clips: dict[tuple[int, int], list[np.ndarray]] = {size: [] for size in sizes}
-    with captured_output() as printed:
-        codec = codec_of(path)
-        num_available, frames = BACKENDS[backend](path, codec)
-        indices, position = np.unique(frame_indices(num_available, num_frames), return_inverse=True)
-        for frame in frames(indices.tolist()) if num_available else ():
-            for size, clip in clips.items():
-                clip.append(resize_frame(frame, size))
-        del frames  # closes the reader, and with it ends what its threads still have to say
-        if codec in LIBVPX and num_available <= LIBVPX_FRAMES:
-            read_with_libvpx(path, codec)
-    damage = find_damage(path, printed)
-    if damage or not num_available:
-        with captured_output():
-            promised = frames_promised(path)
-        count = f"{num_available} of {max(promised, num_available)} frames can be read"
-        raise ValueError(f"damaged or cut short: {count}{f' ({damage})' if damage else ''}")
-    return {size: np.stack(clip)[position] for size, clip in clips.items()}
-
-
-def frames_promised(path: str) -> int:
-    """How many frames the container says it holds, or its duration and rate, 0 if it does not say."""
-    import cv2
-
-    return max(0, round(cv2.VideoCapture(path, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)))
-
-
 def decode_ahead(
     videos: Iterable[Path], num_frames: int, sizes: list[tuple[int, int]], num_workers: int, timeout: float
 ) -> Iterator[tuple[Path, dict[tuple[int, int], np.ndarray] | str]]:
     """Decode videos in processes, a few ahead of the caller. Yields (video, clips by size) or (video, why it failed).
 
-    A backend that fails, dies or takes longer than `timeout` seconds costs this video's process and nothing else; the
-    next backend has its turn then. The reason holds what each of them said.
+    A decoder that dies, takes longer than `timeout` seconds or fails costs its process and nothing else; the next one
+    has its turn then, unless the video is to blame.
     """
-    from pebble import ProcessExpired
+    # A fork of this process would copy its threads' locks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])  # imported once, not by each worker
+    with ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context) as pool:
 
-    with open_decoders(num_workers) as pool:
-
-        def schedule(video: Path, backend: str):
+        def schedule(video: Path, backend: str) -> ProcessFuture:
             return pool.schedule(decode_clip, args=(str(video), num_frames, sizes, backend), timeout=timeout)
 
-        def result(video: Path, future) -> dict[tuple[int, int], np.ndarray] | str:
+        def result(video: Path, future: ProcessFuture) -> dict[tuple[int, int], np.ndarray] | str:
             reasons = []
             for backend in BACKENDS:
                 try:
-                    clips = (future if not reasons else schedule(video, backend)).result()
-                    if any("avcodec_send_packet" in reason for reason in reasons):  # the codec itself refused the data
-                        return f"damaged: {'; '.join(reasons)}; {backend}: read it all the same"
-                    return clips
+                    return (schedule(video, backend) if reasons else future).result()
                 except DecodeTimeoutError:
                     reasons.append(f"{backend}: no end after {timeout:g} s (--decode_timeout)")
                 except ProcessExpired as error:
                     reasons.append(f"{backend}: the process died ({error.exitcode})")
+                except ValueError as error:
+                    return " ".join(str(error).split())
                 except Exception as error:  # decoders raise their own kinds
                     reasons.append(f"{backend}: {' '.join(str(error).split()) or type(error).__name__}"[:300])
             return "; ".join(reasons)
@@ -766,40 +742,16 @@ def decode_ahead(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run
+# Flags
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-@dataclass
-class Run:
-    """One model's part of a run: what it makes features with, and what came of it."""
-
-    name: str
-    vit: nn.Module | None
-    settings: dict[str, int | str]  # a finished feature is kept if it was made with these
-    folder: Path
-    todo: dict[Path, int] = field(default_factory=dict)  # video -> its size in bytes
-    batch: list[tuple[Path, np.ndarray]] = field(default_factory=list)  # clips that wait for a full batch
-    count: Counter = field(default_factory=Counter)
-    failed: dict[str, str] = field(default_factory=dict)  # video -> reason
-    shape: list[int] | None = None
-
-    @property
-    def vfm(self) -> VFM:
-        return VFMS[self.name]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.settings["height"], self.settings["width"]
-
-
-# Relative to the repository, wherever the shell is.
-DEFAULT_VIDEO_DIR = Path("../dataset/motion_top100")
-DEFAULT_CSV = Path("../dataset/motion_top100.csv")
-DEFAULT_OUTPUT = Path("../dataset/vfm_features_motion_top100")
-DEFAULT_WEIGHTS = {  # in the repository or beside it; without them the hub's
-    "VideoMAEv2": Path("VideoREPA/ckpt/VideoMAEv2/vit_b_k710_dl_from_giant.pth"),
-    "VideoMAE": Path(
+# Relative to the repository, wherever the shell is. VideoREPA is in the repository or beside it.
+DEFAULT_PATHS = {
+    "video_dir": Path("../dataset/motion_top100"),
+    "csv_path": Path("../dataset/motion_top100.csv"),
+    "output_root": Path("../dataset/vfm_features_motion_top100"),
+    "videomaev2_ckpt": Path("VideoREPA/ckpt/VideoMAEv2/vit_b_k710_dl_from_giant.pth"),
+    "videomae_ckpt": Path(
         "VideoREPA/ckpt/VideoMAE/k400_videomae_pretrain_base_patch16_224_frame_16x4_tube_mask_ratio_0_9_e1600.pth"
     ),
 }
@@ -812,11 +764,17 @@ def default_num_workers() -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags. Paths that are None stand for no captions and for weights from the hub."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--video_dir", type=Path, default=DEFAULT_VIDEO_DIR, help="folder of videos")
-    add("--csv_path", type=Path, default=DEFAULT_CSV, help="captions: a CSV with a column named caption")
-    add("--output_root", type=Path, default=DEFAULT_OUTPUT, help="features go to <output_root>/<model>/<stem>.pt")
+
+    def add_path(flag: str, text: str) -> None:
+        shown = f" (default: {DEFAULT_PATHS[flag]})" if flag in DEFAULT_PATHS else ""
+        add(f"--{flag}", type=Path, default=argparse.SUPPRESS, help=text + shown)
+
+    add_path("video_dir", "folder of videos")
+    add_path("csv_path", "captions: a CSV with a column named caption")
+    add_path("output_root", "features go to <output_root>/<model>/<stem>.pt")
     add("--models", nargs="+", choices=list(VFMS), default=list(VFMS), metavar="MODEL", help=f"of {', '.join(VFMS)}")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the models run")
     add("--num_frames", type=number(int, 1), default=48, help="frames sampled per video")
@@ -826,7 +784,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dinov2_resize_w", type=number(int, 1), default=630, help="input width of DINOv2")
     add("--dinov2_chunk", type=number(int, 1), default=128, help="frames per DINOv2 forward pass")
     for name in VFMS:
-        add(f"--{name.lower()}_ckpt", type=Path, default=DEFAULT_WEIGHTS.get(name), help=f"published weights of {name}")
+        add_path(f"{name.lower()}_ckpt", f"published weights of {name}; else the hub's")
     add("--allow_skip_missing", action="store_true", help="go on without models whose weights or packages are missing")
     add("--random_weights", action="store_true", help="a dry run without weights: the features mean nothing")
     add("--batch_size", type=number(int, 1), default=1, help="clips per forward pass")
@@ -838,13 +796,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decode_timeout", type=number(int, 1), default=120, help="seconds after which a video counts as undecodable")
     args = parser.parse_args(argv)
     args.models = list(dict.fromkeys(args.models))
+    for name in args.models:
+        input_size(name, args)
+    resolve_paths(args)
     return args
+
+
+def resolve_paths(args: argparse.Namespace) -> None:
+    """Defaults for the paths that were not given. Raises `UserError` where a file that was given is absent."""
+    for flag in ("video_dir", "output_root"):
+        setattr(args, flag, getattr(args, flag, REPOSITORY / DEFAULT_PATHS[flag]))
+    needed = ["csv_path", *([] if args.random_weights else [f"{name.lower()}_ckpt" for name in args.models])]
+    for flag in needed:
+        if hasattr(args, flag):
+            if not getattr(args, flag).is_file():
+                raise UserError(f"--{flag} {getattr(args, flag)}: no such file")
+            continue
+        folders = [REPOSITORY] if flag == "csv_path" else [REPOSITORY, REPOSITORY.parent]
+        places = [folder / DEFAULT_PATHS[flag] for folder in folders if flag in DEFAULT_PATHS]
+        setattr(args, flag, next((place for place in places if place.is_file()), None))
 
 
 def input_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
     """The (height, width) that model `name` takes; raises `UserError` where its patches or tubelets do not fit."""
     vfm = VFMS[name]
-    flags = [f"{vfm.flags}_resize_h", f"{vfm.flags}_resize_w"]
+    flags = [f"{vfm.size_flags}_resize_h", f"{vfm.size_flags}_resize_w"]
     for flag, step in [("num_frames", vfm.tubelet_size), *((flag, vfm.patch_size) for flag in flags)]:
         value = getattr(args, flag)
         if value % step:
@@ -853,46 +829,97 @@ def input_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
     return getattr(args, flags[0]), getattr(args, flags[1])
 
 
-def find_captions(csv_path: Path, videos: list[Path]) -> Callable[[Path], str]:
-    """As `read_captions`; the default CSV may be absent, then no video has a caption."""
-    if csv_path is not DEFAULT_CSV:
-        if not csv_path.is_file():
-            raise UserError(f"--csv_path {csv_path}: no such file")
-        return read_captions(csv_path, videos)
-    if (REPOSITORY / csv_path).is_file():
-        return read_captions(REPOSITORY / csv_path, videos)
-    say(f"warning: no captions: {csv_path} does not exist; --csv_path names another file")
-    return lambda video: ""
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_output(output_root: Path, models: list[str]) -> None:
-    """Raise `UserError` where the models' folders can be neither made nor written, before time is spent on them."""
-    for folder in (output_root / name for name in models):
-        nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        if not nearest.is_dir():
-            raise UserError(f"--output_root {output_root}: {nearest} is no folder; give another place")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"--output_root {output_root}: {nearest} cannot be written into; give another place")
+@dataclass(frozen=True)
+class Clip:
+    """What becomes one feature file of each model."""
+
+    video: Path
+    stem: str  # of the feature files
+    caption: str | None  # None: no CSV was read
+    fingerprint: str | None  # of the video; None: it cannot be read
 
 
-def start_run(name: str, args: argparse.Namespace, output_root: Path) -> Run:
-    """Load model `name` onto the device. Raises `MissingModel` if its weights or packages are not here."""
+@dataclass
+class ModelRun:
+    """One model's part of a run."""
+
+    name: str
+    vit: nn.Module
+    settings: dict[str, int | str]  # what its features depend on, beside the clip
+    folder: Path
+    todo: set[Clip] = field(default_factory=set)
+    count: Counter = field(default_factory=Counter)  # of features written and skipped
+    failed: dict[str, str] = field(default_factory=dict)  # video's name -> reason
+    shape: list[int] | None = None  # of a feature
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.settings["height"], self.settings["width"]
+
+    def path(self, clip: Clip) -> Path:
+        return self.folder / f"{clip.stem}.pt"
+
+    def clip_settings(self, clip: Clip) -> dict[str, int | str | None]:
+        """A finished feature is kept if it was made with these."""
+        return {**self.settings, "video": clip.video.name, "video_fingerprint": clip.fingerprint}
+
+
+def list_clips(args: argparse.Namespace) -> list[Clip]:
+    """This rank's share of the clips, with their captions."""
+    videos = list_videos(args.video_dir)
+    captions: dict[Path, str] = {}
+    if args.csv_path is None:
+        say(f"warning: no captions: {DEFAULT_PATHS['csv_path']} does not exist; --csv_path names another file")
+    else:
+        captions = read_captions(args.csv_path, videos)
+        without = sum(not caption for caption in captions.values())
+        if without:
+            say(f"warning: {without} of {len(videos)} videos have no caption in {args.csv_path}")
+    clips = []
+    for video in tqdm(videos[rank() :: num_ranks()], "looking at videos", leave=False, delay=1, disable=rank() > 0):
+        try:
+            fingerprint = file_fingerprint(video)
+        except OSError:  # why, decoding will say
+            fingerprint = None
+        clips.append(Clip(video, video.stem, captions.get(video), fingerprint))
+    return clips
+
+
+def make_folders(args: argparse.Namespace) -> None:
+    """Make the models' folders. Raises `UserError` where one cannot be made or written into."""
+    for name in args.models:
+        folder = args.output_root / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(
+                f"--output_root {args.output_root}: {folder} is no folder that can be written into "
+                f"({error.strerror}); give another place"
+            ) from error
+        remove_leftovers(folder)
+
+
+def load_model(name: str, args: argparse.Namespace) -> ModelRun:
+    """Load model `name` onto the device. Raises `ImportError` or `FileNotFoundError` if what it needs is not here."""
     size = input_size(name, args)
-    path, weights, made_by = None, None, "random"
-    try:
-        if not args.random_weights:
-            given, default = getattr(args, f"{name.lower()}_ckpt"), DEFAULT_WEIGHTS.get(name)
-            path = find_weights(name, None if given is default else given, default)
-            weights = read_weights(path)
-            made_by = weights_hash(weights)
-        vit = build_vit(VFMS[name], args.num_frames, size, weights).to(args.device)
-    except ImportError as error:
-        raise MissingModel(
-            f"{name}: the package {error.name} is missing; install envs/environment.vfm_feature.yaml"
-        ) from error
-    except WeightsDoNotFit as error:
-        raise UserError(f"{path}: not the weights of {name}: {error}") from error
-    say(f"{name}: weights from {path or 'a random generator'} ({made_by})")
+    if args.random_weights:
+        vit, made_by = build_vit(VFMS[name], args.num_frames, size), "random"
+    else:
+        path = getattr(args, f"{name.lower()}_ckpt") or download_weights(name)
+        weights = read_weights(path)
+        try:
+            vit = build_vit(VFMS[name], args.num_frames, size, weights)
+        except ValueError as error:
+            raise UserError(f"{path}: not the weights of {name}: {error}") from error
+        used = vit.state_dict().keys()
+        made_by = weights_hash({key: value.float() for key, value in weights.items() if key in used})
+        say(f"{name}: weights {made_by} from {path}")
     settings = {
         "num_frames": args.num_frames,
         "height": size[0],
@@ -901,198 +928,130 @@ def start_run(name: str, args: argparse.Namespace, output_root: Path) -> Run:
         "save_dtype": args.save_dtype,
         "weights": made_by,
     }
-    return Run(name, vit, settings, output_root / name)
+    return ModelRun(name, vit.to(args.device), settings, args.output_root / name)
 
 
-def start_runs(names: list[str], args: argparse.Namespace, output_root: Path) -> tuple[list[Run], dict[str, str]]:
-    """The models `names`, and, with `--allow_skip_missing`, the reasons why some are left out."""
-    runs, left_out = [], {}
-    for name in names:
+def load_models(args: argparse.Namespace) -> tuple[list[ModelRun], list[str]]:
+    """The models, and, with `--allow_skip_missing`, why some are left out."""
+    runs, left_out = [], []
+    for name in args.models:
         try:
-            runs.append(start_run(name, args, output_root))
-        except MissingModel as error:
-            if not args.allow_skip_missing:
-                raise UserError(f"{error}, or skip such models with --allow_skip_missing") from error
-            left_out[name] = str(error)
-            say(f"warning: {error}")
+            runs.append(load_model(name, args))
+            continue
+        except ImportError as error:
+            reason = f"{name}: the package {error.name} is missing; install envs/environment.vfm_feature.yaml"
+        except FileNotFoundError as error:
+            reason = f"{name}: {error}"
+        if not args.allow_skip_missing:
+            raise UserError(f"{reason}, or skip such models with --allow_skip_missing")
+        left_out.append(reason)
+        say(f"warning: {reason}")
     return runs, left_out
 
 
-def group_models(args: argparse.Namespace) -> list[list[str]]:
-    """Which models are loaded at the same time: all of them, so that each video is decoded once, or one by one.
-
-    Together where the weights take at most a third of the device's memory, which leaves room for a forward pass.
-    """
-    bytes_needed = sum(4 * 12 * VFMS[name].depth * VFMS[name].embed_dim ** 2 for name in args.models)  # 12 C^2 a block
-    if torch.device(args.device).type == "cuda":
-        memory = torch.cuda.mem_get_info(args.device)[0]
-    else:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_here
-    if len(args.models) == 1 or bytes_needed <= memory / 3:
-        return [args.models]
-    say(
-        f"warning: models run in turn, each decoding every video: together their weights take "
-        f"{bytes_needed / 1e9:.1f} GB, and {args.device} has {memory / 1e9:.1f} GB"
-    )
-    return [[name] for name in args.models]
-
-
-def video_settings(run: Run, video: Path, video_bytes: int) -> dict[str, int | str]:
-    """What a feature is made with. A video that was replaced by another of the same name shows in its bytes."""
-    return {**run.settings, "video": video.name, "video_bytes": video_bytes}
-
-
-def plan(
-    run: Run, videos: list[Path], caption_of: Callable[[Path], str], overwrite: bool, with_preview: bool = False
-) -> None:
-    """Find out which videos `run` has to do. A finished feature whose caption has changed is saved with the new one."""
-    remove_leftovers(run.folder)
-    for video in tqdm(videos, desc=f"{run.name}: looking for finished features", unit="video", leave=False):
-        try:
-            video_bytes = video.stat().st_size
-        except OSError as error:
-            run.failed[video.name] = f"gone since the run began ({error.strerror})"
-            continue
-        path = run.folder / f"{video.stem}.pt"
-        saved = None if overwrite else read_saved(path)
-        if saved is None or saved.get("settings") != video_settings(run, video, video_bytes):
-            run.todo[video] = video_bytes
-            continue
-        if with_preview and not has_preview(path):
-            run.todo[video] = video_bytes
-            continue
-        run.count["skipped"] += 1
-        run.shape = list(saved["feature"].shape)
-        caption = caption_of(video)
-        if caption and caption != saved.get("caption"):
-            save_atomically({**saved, "caption": caption}, path)
-
-
-def read_saved(path: Path) -> dict | None:
-    """What an earlier run wrote, the feature still on disk; None if there is nothing, or nothing that can be read."""
+def read_finished(run: ModelRun, clip: Clip) -> dict | None:
+    """The feature file of an earlier run, its tensors still on disk, if it was made with the same settings."""
     try:
-        saved = torch.load(path, weights_only=True, mmap=True)
-    except Exception:  # a file of somebody else's can be anything; it is made again
+        saved = load_checked(run.path(clip), mmap=True)
+    except UserError:  # absent, or it cannot be read: then it is made again
         return None
-    return saved if isinstance(saved, dict) and isinstance(saved.get("feature"), torch.Tensor) else None
+    same = isinstance(saved, dict) and saved.get("settings") == run.clip_settings(clip)
+    return saved if same and isinstance(saved.get("feature"), torch.Tensor) else None
 
 
-def forward(run: Run, clips: list[np.ndarray], args: argparse.Namespace) -> torch.Tensor:
-    """Clips uint8 [T, H, W, 3] -> float32 [len(clips), T/t, H/p, W/p, C] on the device, which may still be at it."""
+def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
+    """Fill each run's `todo`. Of a finished feature a new caption is written and a missing preview drawn."""
+    for clip in tqdm(clips, "looking for finished features", leave=False, delay=1, disable=rank() > 0):
+        for run in runs:
+            saved = None if args.overwrite else read_finished(run, clip)
+            if saved is None or (args.preview and "thumbnails" not in saved):
+                run.todo.add(clip)
+                continue
+            run.count["skipped"] += 1
+            run.shape = list(saved["feature"].shape)
+            if clip.caption is not None and clip.caption != saved.get("caption"):
+                save_atomically({**saved, "caption": clip.caption}, run.path(clip))
+            if args.preview and not has_preview(run.path(clip)):
+                write_preview(run.path(clip), saved["feature"], frames=saved["thumbnails"])
+
+
+def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) -> torch.Tensor:
+    """Clips uint8 [T, H, W, 3] -> features [len(clips), T/t, H/p, W/p, C], in the dtype to save, on the device."""
     batch = torch.from_numpy(np.stack(clips))
-    if torch.device(args.device).type == "cuda":
+    if args.device.type == "cuda":
         batch = batch.pin_memory()  # else the copy waits for the forward pass before it
-    try:
-        batch = batch.to(args.device, non_blocking=True)
-        return extract_features(run.vit, run.vfm, batch, args.dinov2_chunk, getattr(torch, args.precision))
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{run.name}: the device's memory is full; lower --batch_size, --dinov2_chunk or the input size, run fewer "
-            "--models, or use --device cpu"
-        ) from error
+    batch = batch.to(args.device, non_blocking=True)
+    features = extract_features(run.vit, VFMS[run.name], batch, args.dinov2_chunk, getattr(torch, args.precision))
+    return features.to(getattr(torch, args.save_dtype))
 
 
-def save_feature(run: Run, video: Path, feature: torch.Tensor, caption: str, clip: np.ndarray | None = None) -> None:
-    """Fetch a feature from the device and write its file, and its preview if there is a `clip` for it. What comes of it
-    goes into `run`."""
-    feature = feature.to(getattr(torch, run.settings["save_dtype"])).cpu()
+def save_feature(run: ModelRun, clip: Clip, feature: torch.Tensor, frames: np.ndarray, preview: bool) -> None:
+    """Write the feature file of a clip, and its preview; note in `run` that it did, or why it failed."""
+    feature = feature.cpu()
     if not torch.isfinite(feature).all():
-        run.failed[video.name] = f"{run.name} gave NaN or infinity in {run.settings['save_dtype']}"
+        run.failed[clip.video.name] = f"{run.name} gave NaN or infinity in {run.settings['save_dtype']}"
         return
-    settings = video_settings(run, video, run.todo[video])
     data = {
         "feature": feature,
-        "caption": caption,
-        "video": settings["video"],
+        "caption": clip.caption or "",
+        "video": clip.video.name,
         "model": run.name,
-        "weights": settings["weights"],
-        "settings": settings,
+        "weights": run.settings["weights"],
+        "settings": run.clip_settings(clip),
     }
-    save_atomically(data, run.folder / f"{video.stem}.pt")
-    if clip is not None:
-        write_preview(run.folder / f"{video.stem}.pt", feature, frames=thumbnails(clip))
+    if preview:
+        data["thumbnails"] = thumbnails(frames)
+    save_atomically(data, run.path(clip))
+    if preview:
+        write_preview(run.path(clip), feature, frames=data["thumbnails"])
     run.shape = list(feature.shape)
     run.count["written"] += 1
 
 
-def extract(runs: list[Run], videos: list[Path], caption_of: Callable[[Path], str], args: argparse.Namespace) -> None:
-    """Decode each of `videos` once and give it to every model that has to do it. A video that fails is recorded.
+def extract(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
+    """Decode each video once and give it to every model that has it to do. A video that fails is recorded.
 
-    Decoding runs ahead in its processes, and writing behind in a thread of its own, both by a bounded number of clips.
+    Decoding runs ahead in its processes. Writing runs behind in a thread, by one batch, so that a GPU need not wait.
     """
-    bars = {
-        run.name: tqdm(total=len(run.todo), desc=run.name, unit="video", position=i, disable=rank() > 0)
-        for i, run in enumerate(runs)
-    }
-    saving: deque[tuple[Run, Future]] = deque()
-
-    def finish_saving(at_most: int) -> None:
-        while len(saving) > at_most:
-            run, future = saving.popleft()
-            future.result()
-            bars[run.name].update()
-
-    def flush(run: Run) -> None:
-        if not run.batch:
-            return
-        features = forward(run, [clip for _, clip in run.batch], args)
-        for (video, clip), feature in zip(run.batch, features, strict=True):
-            shown = clip if args.preview else None
-            saving.append((run, writer.submit(save_feature, run, video, feature, caption_of(video), shown)))
-        run.batch.clear()
-        finish_saving(at_most=2 * args.batch_size)
-
-    sizes = sorted({run.size for run in runs})
-    with ThreadPoolExecutor(max_workers=1) as writer:
-        try:
-            for video, clips in decode_ahead(videos, args.num_frames, sizes, args.num_workers, args.decode_timeout):
-                for run in (run for run in runs if video in run.todo):
-                    if isinstance(clips, str):
-                        run.failed[video.name] = clips
-                        bars[run.name].update()
-                        continue
-                    run.batch.append((video, clips[run.size]))
-                    if len(run.batch) == args.batch_size:
-                        flush(run)
-            for run in runs:
-                flush(run)
-            finish_saving(at_most=0)
-        finally:
-            for bar in bars.values():
-                bar.close()
-
-
-# Several processes, started by torchrun, share the videos. They speak to each other twice: rank 0 says what is to be
-# done, and at the end collects what was. Nobody waits in between; the first waits for the last however long it takes.
-
-
-def share_out(runs: list[Run], videos: list[Path]) -> list[Path]:
-    """This rank's part of the videos that any model has to do; all take rank 0's word for which these are."""
-    todo = from_first_rank([run.todo for run in runs])
-    mine = [video for video in videos if any(video in todo_of_run for todo_of_run in todo)]
-    if dist.is_initialized():
-        mine = mine[rank() :: dist.get_world_size()]
-    for run, todo_of_run in zip(runs, todo, strict=True):
-        run.todo = {video: todo_of_run[video] for video in mine if video in todo_of_run}
-    return mine
-
-
-def collect(runs: list[Run]) -> None:
-    """Rank 0's `runs` know what came of all ranks' videos afterwards."""
-    if not dist.is_initialized():
+    todo = [clip for clip in clips if any(clip in run.todo for run in runs)]
+    if not todo:
         return
-    mine = [(run.count["written"], run.failed, run.shape) for run in runs]
-    everyone = [None] * dist.get_world_size() if rank() == 0 else None
-    dist.gather_object(mine, everyone)
-    for others in everyone[1:] if everyone else ():
-        for run, (written, failed, shape) in zip(runs, others, strict=True):
-            run.count["written"] += written
+    videos, sizes = [clip.video for clip in todo], sorted({run.size for run in runs})
+    with (
+        tqdm(total=len(todo), unit="video", disable=rank() > 0) as bar,
+        ThreadPoolExecutor(max_workers=1) as writer,
+        closing(decode_ahead(videos, args.num_frames, sizes, args.num_workers, args.decode_timeout)) as decoded,
+    ):
+        decoded_clips = zip(todo, decoded, strict=True)
+        being_written: list[Future] = []
+        while batch := [(clip, frames) for clip, (_, frames) in islice(decoded_clips, args.batch_size)]:
+            before, being_written = being_written, []
+            for run in runs:
+                of_run = [(clip, frames) for clip, frames in batch if clip in run.todo]
+                run.failed |= {clip.video.name: reason for clip, reason in of_run if isinstance(reason, str)}
+                good = [(clip, frames[run.size]) for clip, frames in of_run if not isinstance(frames, str)]
+                if good:
+                    features = forward(run, [frames for _, frames in good], args)
+                    for (clip, frames), feature in zip(good, features, strict=True):
+                        being_written.append(writer.submit(save_feature, run, clip, feature, frames, args.preview))
+            for future in before:
+                future.result()
+            bar.update(len(batch))
+        for future in being_written:
+            future.result()
+
+
+def collect(runs: list[ModelRun]) -> None:
+    """Add the results of the other ranks to those of rank 0."""
+    for results in gather({run.name: (run.count, run.failed, run.shape) for run in runs})[1:]:
+        for run in runs:
+            count, failed, shape = results.get(run.name, (Counter(), {}, None))
+            run.count += count
             run.failed |= failed
             run.shape = run.shape or shape
 
 
-def report(runs: list[Run], left_out: dict[str, str], output_root: Path) -> None:
+def report(runs: list[ModelRun], left_out: list[str], output_root: Path) -> None:
     """Print the summary, and write `failed_videos.txt` of each model and `vfm_dimensions.txt`."""
     print(f"\n{'model':<11}{'written':>8}{'skipped':>8}{'failed':>8}  {'feature':<20}{'dtype':<9}{'size':>10}  folder")
     for run in runs:
@@ -1102,10 +1061,10 @@ def report(runs: list[Run], left_out: dict[str, str], output_root: Path) -> None
         print(f"{run.name:<11}{counts}  {shape:<20}{run.settings['save_dtype']:<9}{size:>7.1f} MB  {run.folder}")
         if run.failed:
             print(f"{'':<11}why: {run.folder / 'failed_videos.txt'}")
-    for reason in left_out.values():
+    for reason in left_out:
         print(f"not run: {reason}")
     if any(run.settings["weights"] == "random" for run in runs):
-        print(RANDOM_WARNING)
+        print("--random_weights: a dry run; these features mean NOTHING")
 
     for run in runs:
         failures = run.folder / "failed_videos.txt"
@@ -1116,59 +1075,40 @@ def report(runs: list[Run], left_out: dict[str, str], output_root: Path) -> None
         else:
             failures.unlink(missing_ok=True)
     known = [run for run in runs if run.shape]
-    dimensions = "".join(f"{run.name}: feature shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
     if known:
+        dimensions = "".join(f"{run.name}: feature shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
         with whole_file(output_root / "vfm_dimensions.txt") as file:
             file.write(dimensions.encode())
 
 
-RANDOM_WARNING = """
-    *************************************************************************
-    *  --random_weights: these features mean NOTHING. This was a dry run.   *
-    *************************************************************************
-"""
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    for name in args.models:
-        input_size(name, args)
-    args.device = str(open_device(args.device))
+def main() -> int:
+    args = parse_args()
+    join_ranks()
+    args.device = open_device(args.device)
     if args.preview:
         check_preview_packages()
-    video_dir = REPOSITORY / args.video_dir if args.video_dir is DEFAULT_VIDEO_DIR else args.video_dir
-    output_root = REPOSITORY / args.output_root if args.output_root is DEFAULT_OUTPUT else args.output_root
-    videos = list_videos(video_dir)
-    check_output(output_root, args.models)
-    caption_of = find_captions(args.csv_path, videos)
-    without = sum(not caption_of(video) for video in videos)
-    if without and args.csv_path is not DEFAULT_CSV:
-        say(f"warning: {without} of {len(videos)} videos have no caption in {args.csv_path}")
+    clips = list_clips(args)
+    make_folders(args)
     if args.random_weights:
         say("warning: --random_weights: a dry run; the features will mean NOTHING")
-
-    join_ranks()
-    all_runs, left_out = [], {}
+    runs: list[ModelRun] = []
+    left_out: list[str] = []
     try:
-        for names in group_models(args):
-            runs, missing = start_runs(names, args, output_root)
-            left_out |= missing
-            all_runs += runs
-            if len(runs) > 1:
-                say(f"together, each video decoded once: {', '.join(run.name for run in runs)}")
-            if rank() == 0:
-                for run in runs:
-                    plan(run, videos, caption_of, args.overwrite, args.preview)
-            extract(runs, share_out(runs, videos), caption_of, args)
-            collect(runs)
-            for run in runs:
-                run.vit = None  # its memory is the next group's
+        runs, left_out = load_models(args)
+        plan(runs, clips, args)
+        extract(runs, clips, args)
+        collect(runs)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the memory of {args.device} is full; lower --batch_size, --dinov2_chunk or the input size, run fewer "
+            "--models at a time, or use --device cpu"
+        ) from error
     finally:
-        if rank() == 0 and (all_runs or left_out):
-            report(all_runs, left_out, output_root)
+        if rank() == 0 and (runs or left_out):
+            report(runs, left_out, args.output_root)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if any(run.count["written"] or run.count["skipped"] for run in all_runs) or rank() > 0 else 1
+    return 0 if any(run.count["written"] or run.count["skipped"] for run in runs) or rank() > 0 else 1
 
 
 if __name__ == "__main__":

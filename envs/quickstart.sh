@@ -18,16 +18,21 @@ else
     [ ! -f "$videos/captions.csv" ] || captions=(--csv_path "$videos/captions.csv")
 fi
 
-weights=()
-if ! "$PYTHON" -c 'import vfm_feature as v; v.find_weights("VideoMAE", None, v.DEFAULT_WEIGHTS["VideoMAE"])' 2>/dev/null; then
-    weights=(--random_weights)
-fi
-
 step() { echo; echo "== $*"; "$PYTHON" "$@"; }
-step vfm_feature.py --video_dir "$videos" "${captions[@]}" --output_root "$out/features" --models VideoMAE "${weights[@]}"
+extract() { # further flags
+    step vfm_feature.py --video_dir "$videos" "${captions[@]}" --output_root "$out/features" --models VideoMAE "$@" |
+        tee "$out/vfm_feature.log"
+}
+mkdir -p "$out"
+random=""
+if ! extract --allow_skip_missing; then
+    grep -q "cannot be downloaded from the hub" "$out/vfm_feature.log" || exit 1 # it has said what is wrong
+    random=yes
+    extract --random_weights
+fi
 step train.py --feature_dir "$out/features/VideoMAE" --save_dir "$out/checkpoints" --batch_size 1 --epochs 3 \
     --num_workers 0 --use_token --overwrite
-step encode.py --checkpoint "$out/checkpoints/motion_ae_epoch3.pt" --input "$out/features/VideoMAE" \
+step encode.py --checkpoint "$out/checkpoints/motion_ae_best.pt" --input "$out/features/VideoMAE" \
     --output "$out/latents/VideoMAE"
 
 echo
@@ -45,7 +50,7 @@ describe 'checkpoints/metrics.csv' "the errors, a row an epoch"
 describe 'checkpoints/loss_curves.png' "the errors, drawn"
 describe 'latents/*.pt' "latent [T, H, W, 192], motion_embedding [T, 192], compression_ratio"
 describe 'latents/*.csv' "how well each latent decodes"
-if [ ${#weights[@]} -gt 0 ]; then
+if [ -n "$random" ]; then
     echo
     echo "*******************************************************************************"
     echo "*  The pretrained weights could not be downloaded, so the model was RANDOM.   *"

@@ -1,8 +1,7 @@
 """How fast vfm_feature.py is, as ratios to the plain way and to the machine's limit: python tests/bench_extraction.py
 
 Draws its own 1080p clips (H.264, 150 frames) and uses random weights, neither of which changes the time. Run it on an
-idle machine; on 2 cores it takes about 25 minutes. `--only ROW...` prints some of the rows. Rows whose package or
-device is not here are left out: transformers for V-JEPA 2, a GPU for the last one.
+idle machine; on 2 cores it takes about 25 minutes. `--only ROW...` prints some of the rows. The last one needs a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import vfm_feature as vfm  # noqa: E402
-from model import reuse_memory  # noqa: E402
+from model import open_device, reuse_memory  # noqa: E402
 
 HEIGHT, WIDTH, NUM_AVAILABLE = 1080, 1920, 150
 
@@ -92,17 +91,18 @@ def flops(name: str, frames: int = 48) -> float:
     return passes * spec.depth * (24 * tokens * spec.embed_dim**2 + 4 * tokens**2 * spec.embed_dim)
 
 
-def extraction_seconds(clips: Path, models: list[str], num_frames: int, *flags: str) -> float:
+def extraction_seconds(folder: Path, models: list[str], num_frames: int, *flags: str) -> float:
     """Seconds of the run over a folder, loading of the models left out."""
     with tempfile.TemporaryDirectory() as out:
-        command = ["--video_dir", str(clips), "--models", *models, "--num_frames", str(num_frames), *flags]
+        command = ["--video_dir", str(folder), "--models", *models, "--num_frames", str(num_frames), *flags]
         args = vfm.parse_args([*command, "--random_weights", "--output_root", out])
-        runs, _ = vfm.start_runs(models, args, Path(out))
-        videos = vfm.list_videos(clips)
-        for run in runs:
-            vfm.plan(run, videos, lambda video: "", overwrite=False)
+        args.device = open_device(args.device)
+        clips = vfm.list_clips(args)
+        vfm.make_folders(args)
+        runs, _ = vfm.load_models(args)
+        vfm.plan(runs, clips, args)
         start = time.perf_counter()
-        vfm.extract(runs, videos, lambda video: "", args)
+        vfm.extract(runs, clips, args)
         return time.perf_counter() - start
 
 
@@ -135,7 +135,7 @@ def read_plainly(clip: str) -> float:
 
 def decoding_seconds(clip: str, sizes: list[tuple[int, int]]) -> float:
     """Processor seconds of decoding and resizing 48 frames, as a decoding process does it."""
-    return seconds(lambda: vfm.decode_clip(clip, 48, sizes, "decord"), time.process_time)
+    return seconds(lambda: vfm.decode_clip(clip, 48, sizes, "pyav"), time.process_time)
 
 
 def in_process(start: Callable[[], None] | None = None) -> multiprocessing.pool.Pool:
@@ -151,20 +151,6 @@ def row_decode(clip: Path) -> None:
     show("decode and resize, 48 frames: plain way / ours, one thread", value, ">= 5")
 
 
-def row_attention(clip: Path) -> None:
-    """VideoREPA's own module cannot be part of this project; what makes it slow is attention written out."""
-    spec = vfm.VFMS["VideoMAEv2"]
-    (vit, pixels), (written_out, _) = model_and_clip("VideoMAEv2"), model_and_clip("VideoMAEv2")
-    for block in written_out.blocks:
-        block.attn.fused_attn = False
-    value = ratio(
-        lambda: seconds(lambda: vfm.extract_features(written_out, spec, pixels)),
-        lambda: seconds(lambda: vfm.extract_features(vit, spec, pixels)),
-        1,
-    )
-    show("VideoMAEv2: attention written out / ours", value, "")
-
-
 def row_flops(clip: Path) -> None:
     for name, spec in vfm.VFMS.items():
         frames = 8 if name == "DINOv2" else 48
@@ -175,33 +161,6 @@ def row_flops(clip: Path) -> None:
             3,
         )
         show(f"{name}: FLOP/s / those of a large matrix product ({gemm_peak() / 1e9:.0f} GFLOP/s)", value, ">= 0.85")
-
-
-def row_vjepa2(clip: Path) -> None:
-    from transformers import VJEPA2Config, VJEPA2Model
-
-    config = VJEPA2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, crop_size=256)
-    theirs = VJEPA2Model(config).eval()
-    vit, pixels = model_and_clip("VJEPA2", 16)
-    video = (pixels / 255).permute(0, 1, 4, 2, 3)  # [1, T, 3, H, W]; their grid is wrong here, their time is not
-    with torch.inference_mode():
-        value = ratio(
-            lambda: seconds(lambda: theirs(video, skip_predictor=True)),
-            lambda: seconds(lambda: vfm.extract_features(vit, vfm.VFMS["VJEPA2"], pixels)),
-            3,
-        )
-    show("V-JEPA 2, 16 frames: transformers / ours", value, ">= 1.1")
-
-
-def row_one_decode(clip: Path) -> None:
-    """The four models take two sizes: one run decodes once and resizes to both, four runs decode and resize each."""
-    small, large = (160, 240), (420, 630)
-    with in_process(vfm.start_decoder) as ours:
-        value = ratio(
-            lambda: ours.apply(decoding_seconds, (str(clip), [small, large])),
-            lambda: sum(ours.apply(decoding_seconds, (str(clip), [size])) for size in (small, small, small, large)),
-        )
-    show("decoding for 4 models in one run / in 4 runs", value, "<= 0.3")
 
 
 def row_ranks(clip: Path) -> None:
@@ -286,10 +245,7 @@ def main() -> None:
         for name in wanted:
             if name == "gpu" and not torch.cuda.is_available():
                 continue
-            try:
-                ROWS[name](folder / "hd.mp4")
-            except ImportError as error:
-                print(f"{name}: left out, {error.name} is not installed")
+            ROWS[name](folder / "hd.mp4")
     finally:
         shutil.rmtree(folder)
 

@@ -8,16 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from bench_faults import VP9, decode_corpus, draw, encode, kill_scripts, load_mutants, make_corpus
+from bench_faults import decode_corpus, draw, encode, judge, load_mutants, make_corpus
 from made_up import ROOT, SIZES, make_features
 
 import vfm_feature as vfm
-from model import UserError
 
 # A ViT is quick on a clip of two tubelets and six patches.
 SMALL = ["--random_weights", "--num_frames", "4", "--videomae_resize_h", "32", "--videomae_resize_w", "48"]
@@ -32,7 +29,6 @@ def small_clip(path):
 
 HOSTILE = ["two..dots", "a ", "貓 跑", "😀" * 50, "line\nbreak\ttab", "x" * 250, "-v", "%04d", "concat:a", "pipe:0"]
 HOSTILE += ["*", "[a]", "'; exit;", "$HOME", "\\"]
-CHANGED = ("cut_", "rot_", "empty", "text", "page", "noise", "header", "zeros")
 NOT_UTF8 = os.fsdecode(b"\xff\xfe broken.mp4")
 
 
@@ -104,61 +100,50 @@ def test_links_pipes_and_devices_are_passed_over(tmp_path, run_here, trained):
             assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
 
 
-def test_whichever_backend_reads_a_video_the_frames_are_the_same(tmp_path):
-    """8 and 10 bit, HDR, full range, BT.601, BT.709, 4:4:4, rotated, variable frame rate, several keyframes..."""
-    shows = {name: frames for name, frames in make_corpus(tmp_path, seed=1).items() if not name.startswith(CHANGED)}
-    refused = set()
-    for name, frames in shows.items():
-        size, expected = frames.shape[1:3], frames[vfm.frame_indices(len(frames), 8)]
-        clips = [expected.astype(int)]
-        for backend in vfm.BACKENDS:
-            try:
-                clips.append(vfm.decode_clip(str(tmp_path / name), 8, [size], backend)[size].astype(int))
-            except Exception:  # decord has its own kind
-                refused.add((backend, name))
-        for clip in clips[1:]:
-            assert np.abs(clip - clips[0]).mean(axis=(1, 2, 3)).max() <= 5, name
-            assert np.abs(clip - clips[1]).mean(axis=(1, 2, 3)).max() <= 3, name
-    assert all(
-        "av1" in name for backend, name in refused if backend == "opencv"
-    )  # which it has with decord's help alone
-    assert len(refused) < len(shows) / 2, refused
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    return folder, make_corpus(folder, seed=1, cuts=2, rotten=16)
 
 
-def test_every_video_is_right_or_recorded():
-    verdicts = decode_corpus(seed=1)
-    assert verdicts["whole"] == {"right": 55}
+def test_every_video_is_right_or_recorded(corpus):
+    verdicts = decode_corpus(*corpus)
+    assert set(verdicts["whole"]) == {"right"} and verdicts["whole"]["right"] > 80
     assert verdicts["not a video"] == {"recorded": 6}
-    assert verdicts["cut"]["WRONG"] == 0 and verdicts["cut"]["recorded"] > 60
-    # VP8, HEVC and MJPEG have no checks of their own: a flipped bit can look like another picture
-    assert verdicts["bit rot"]["WRONG"] <= 20
+    assert verdicts["cut"]["WRONG"] == 0 and verdicts["cut"]["recorded"] >= 12
+    # VP8, VP9 and HEVC have no checks of their own: a flipped bit can look like another picture
+    assert verdicts["bit rot"]["WRONG"] <= 6
 
 
-def test_damage_in_vp9_is_found(tmp_path):
-    """FFmpeg's own decoder would make another picture of some of these without a word."""
-    frames = draw()
-    encode(frames, tmp_path / "whole.webm", VP9)
-    data = (tmp_path / "whole.webm").read_bytes()
-    for place in np.linspace(0.2, 0.9, 12) * len(data):
-        rotten = bytearray(data)
-        rotten[int(place)] ^= 16
-        (tmp_path / "rotten.webm").write_bytes(rotten)
+@pytest.mark.parametrize("backend", ["decord", "opencv"])
+def test_the_other_decoders_give_right_frames_or_none(corpus, backend):
+    """In the kinds of video of which they take the wrong track, count hidden frames, turn, mirror or map colours."""
+    folder, shows = corpus
+    plain = {"h264_b_frames.mkv", "h264_bt709.mp4", "mpeg4.avi", "vp9.webm"}
+    lying = {"two_tracks.mp4", "upside_down.mp4", "rotated_90.mp4", "copied.mp4", "keyless.mkv", "hidden_packets.webm"}
+    lying |= {
+        "hevc_pq.mp4",
+        "hevc_hlg.mov",
+        "hevc_p3.mp4",
+        "mpeg2_interlaced.mpg",
+        "copied_open.mkv",
+        "cut_0_mpeg4.avi",
+    }
+    read = set()
+    for name in plain | lying:
         try:
-            clip = vfm.decode_clip(str(tmp_path / "rotten.webm"), 8, [(120, 160)], "decord")[120, 160]
+            clips = vfm.decode_clip(str(folder / name), 8, [(96, 128)], backend)
         except Exception:  # decord has its own kind
             continue
-        assert np.abs(clip.astype(int) - frames[vfm.frame_indices(40, 8)]).mean(axis=(1, 2, 3)).max() <= 5, place
+        assert judge(shows[name], clips) == "right", name
+        read.add(name)
+    assert plain <= read
 
 
 def test_mutated_files_load_or_are_refused():
     for file, counts in load_mutants(seed=1, count=400).items():
         assert counts["WRONG"] == 0, file
         assert counts["loads"] > 0 and counts["refused"] > 0, file
-
-
-def test_killed_scripts_finish_on_the_second_run():
-    for script, counts in kill_scripts(seed=1, count=1).items():
-        assert counts["WRONG"] == 0, script
 
 
 def disk_of(size):
@@ -233,29 +218,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, r
     (tmp_path / "out" / "VideoMAE").touch()
     for out in ("file", "file/below", "out"):
         result = run_here("vfm_feature.py", "--video_dir", tmp_path / "clips", "--output_root", tmp_path / out, *SMALL)
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-        assert f"--output_root {tmp_path / out}" in result.stderr and "no folder" in result.stderr
-
-
-BROKEN_TABLES = {
-    "empty": (b"", "no column named caption; it has nothing"),
-    "header alone": (b"video,caption\n", ""),
-    "unclosed quote": (b'video,caption\na.mp4,"a dog\nb.mp4,a cat\n', "unexpected end of data"),
-    "quote within": (b'video,caption\na.mp4,"a" dog\n', "',' expected after"),
-    "binary": (bytes(range(256)), "cannot be read as a CSV in UTF-8"),
-    "commas": (b"," * 2**21, "a line is longer than"),
-    "field": (b"video,caption\na.mp4," + b"x" * 2**18, "field larger than field limit"),
-    "long row": (b"video,caption\n" + b"x.mp4,word\n" * 10000 + b"a.mp4,a dog, running\n", "row 10001 is longer"),
-    "same columns": (b"caption,video,caption\na dog,a.mp4,two\n", "a dog"),
-    "short row": (b"video,caption\na.mp4\n", ""),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_TABLES)
-def test_a_broken_table_gives_captions_or_an_error(name, tmp_path):
-    table, outcome = BROKEN_TABLES[name]
-    (tmp_path / "captions.csv").write_bytes(table)
-    try:
-        assert vfm.read_captions(tmp_path / "captions.csv", [Path("a.mp4")])(Path("a.mp4")) == outcome
-    except UserError as error:
-        assert outcome and outcome in str(error)
+        *warnings, error = result.stderr.splitlines()
+        assert result.returncode == 2 and all(": warning: " in line for line in warnings), result.stderr
+        assert f"--output_root {tmp_path / out}" in error and "no folder" in error
