@@ -601,13 +601,14 @@ def read_with_pyav(path: str) -> Frames:
 
 
 def check_plain(path: str) -> None:
-    """Raise where decord or OpenCV may take another track, leave out a turn or mirror, or map colours."""
+    """Raise where decord or OpenCV may take another track, leave out a turn or mirror, map colours, or show black."""
     with open_track(path) as (container, stream, _):
         frame = next(container.decode(stream))
         is_hdr = frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
         is_wide = frame.color_primaries in (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
-        if is_hdr or is_wide or "DISPLAYMATRIX" in frame.side_data or len(container.streams.video) > 1:
-            raise RuntimeError("not for HDR, wide gamut, a display matrix or several tracks")
+        is_turned = "DISPLAYMATRIX" in frame.side_data
+        if is_hdr or is_wide or is_turned or frame.interlaced_frame or len(container.streams.video) > 1:
+            raise RuntimeError("not for HDR, wide gamut, display matrices, interlaced video or several tracks")
 
 
 def read_with_decord(path: str) -> Frames:
