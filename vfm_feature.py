@@ -531,7 +531,8 @@ def count_packets(path: str) -> int:
         missing = promised - len(times)
         if stream.frames:  # AVI counts dropped frames, an edit list can leave out the last ones: time tells
             spacing = (max(times) - min(times)) / max(1, len(times) - 1) if times else 0
-            missing = min(missing, (stream.duration or 0) / (spacing or 1) - len(times))
+            duration = max(stream.duration or 0, stream.frames)  # in AVI, which may have lost its index, the same
+            missing = min(missing, duration / (spacing or 1) - len(times))
         elif not any(source == container.format.name for _, source, _ in messages):
             missing = 0  # a sound track may be longer
         if missing > 0.5:
