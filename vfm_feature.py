@@ -545,7 +545,8 @@ def count_packets(path: str) -> int:
         missing = promised - len(times)
         if stream.frames:  # AVI counts dropped frames, an edit list can leave out the last ones: time tells
             spacing = (max(times) - min(times)) / max(1, len(times) - 1) if times else 0
-            missing = min(missing, (stream.duration or 0) / (spacing or 1) - len(times))
+            duration = max(stream.duration or 0, stream.frames)  # in AVI, which may have lost its index, the same
+            missing = min(missing, duration / (spacing or 1) - len(times))
         elif not any(source == container.format.name for _, source, _ in messages):
             missing = 0  # a sound track may be longer
         if missing > 0.5:
@@ -615,13 +616,14 @@ def read_with_pyav(path: str) -> Frames:
 
 
 def check_plain(path: str) -> None:
-    """Raise where decord or OpenCV may take another track, leave out a turn or mirror, or map colours."""
+    """Raise where decord or OpenCV may take another track, leave out a turn or mirror, map colours, or show black."""
     with open_track(path) as (container, stream, _):
         frame = next(container.decode(stream))
         is_hdr = frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
         is_wide = frame.color_primaries in (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
-        if is_hdr or is_wide or "DISPLAYMATRIX" in frame.side_data or len(container.streams.video) > 1:
-            raise RuntimeError("not for HDR, wide gamut, a display matrix or several tracks")
+        is_turned = "DISPLAYMATRIX" in frame.side_data
+        if is_hdr or is_wide or is_turned or frame.interlaced_frame or len(container.streams.video) > 1:
+            raise RuntimeError("not for HDR, wide gamut, display matrices, interlaced video or several tracks")
 
 
 def read_with_decord(path: str) -> Frames:
@@ -793,7 +795,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="make features again that are finished")
     add("--preview", action="store_true", help="draw each clip and its features: <stem>.mp4 and .png beside the .pt")
     add("--num_workers", type=number(int, 1), default=default_num_workers(), help="processes that decode")
-    add("--decode_timeout", type=number(int, 1), default=120, help="seconds after which a video counts as undecodable")
+    add("--decode_timeout", type=number(int, 1), default=300, help="seconds after which a video counts as undecodable")
     args = parser.parse_args(argv)
     args.models = list(dict.fromkeys(args.models))
     for name in args.models:

@@ -24,7 +24,7 @@ make_environment() { # the folder to make it in
 
 environment="$PWD/.envs/vfm"
 PYTHON="$environment/bin/python"
-packages=("pytest>=8" "ruff==0.17.6" "av>=14" "imageio-ffmpeg>=0.6")
+packages=("pytest>=8" "ruff==0.17.6" "imageio-ffmpeg>=0.6")
 while read -r package; do packages+=("$package"); done < <(sed -n 's/^      - \([^ ]*\).*/\1/p' envs/environment.*.yaml)
 if [ "$(cat "$environment/packages" 2>/dev/null)" != "${packages[*]}" ]; then
     [ -x "$PYTHON" ] || make_environment "$environment"
