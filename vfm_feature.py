@@ -21,6 +21,7 @@ import argparse
 import csv
 import ctypes
 import functools
+import io
 import multiprocessing
 import os
 import re
@@ -32,7 +33,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
@@ -411,46 +412,35 @@ def list_videos(folder: Path) -> list[Path]:
 
 
 def read_table(csv_path: Path) -> pd.DataFrame:
-    """A CSV file: every field a string as it stands, the header in row 0, the columns numbered.
+    """A CSV file with a header; every field is a string. The names of the columns are in lower case.
 
-    Raises `UserError` where a row has more fields than the header, quotes are astray, or the text is not UTF-8.
+    Raises `UserError` where the text is not UTF-8, quotes are not closed, or a row has more fields than the header.
     """
-    csv.field_size_limit(2**31 - 1)  # of one caption; 128 KiB by default
     try:
-        table = pd.read_csv(
-            csv_path,
-            header=None,  # else the first column would be an index where every row has one field too many
-            dtype=str,
-            keep_default_na=False,
-            skip_blank_lines=False,
-            encoding="utf-8-sig",
-            engine="python",  # refuses stray quotes, which swallow rows, and reads no chunks, where row ends got lost
-        )
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-    except (OSError, ValueError) as error:  # a wrong encoding is a ValueError too
-        reason = str(error).replace("in line", "in row")
-        if isinstance(error, pd.errors.ParserError) and "in row" not in reason:
-            reason = f"row {first_bad_row(csv_path)}: {reason}"
+        text = csv_path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--csv_path {csv_path}: cannot be read as text in UTF-8 ({error})") from error
+    csv.field_size_limit(2**31 - 1)  # characters in one caption; 2**17 by default
+    rows: list[list[str]] = []
+    try:
+        for fields in csv.reader(io.StringIO(text, newline=""), strict=True):
+            if rows and len(fields) > len(rows[0]):
+                raise csv.Error(f"{len(fields)} fields where the header has {len(rows[0])}")
+            rows.append(fields)
+    except csv.Error as error:
         raise UserError(
-            f"--csv_path {csv_path}: cannot be read as a CSV in UTF-8 ({reason}); quote captions that hold commas"
-        ) from error
-    if table.shape[1] > 1:
-        table = table.dropna(how="all")  # blank lines; in a file of one column they are empty captions
-    return table.fillna("")
-
-
-def first_bad_row(csv_path: Path) -> int:
-    """The row, counted from the header as 1, whose quotes are astray, which pandas does not say."""
-    count = 0
-    with open(csv_path, encoding="utf-8-sig", newline="") as file, suppress(csv.Error):
-        for _ in csv.reader(file, strict=True):
-            count += 1
-    return count + 1
+            f"--csv_path {csv_path}: row {len(rows) + 1}: {error}; quote captions that hold commas"
+        ) from None
+    if not rows:
+        return pd.DataFrame()
+    header = [name.strip().lower() for name in rows[0]]
+    rows = [fields for fields in rows[1:] if fields or len(header) == 1]  # in one column a blank line is a caption
+    table = pd.DataFrame([fields + [""] * (len(header) - len(fields)) for fields in rows], columns=header, dtype=str)
+    return table.loc[:, ~table.columns.duplicated()]
 
 
 def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, int]:
-    """Which row names which video, by its file name, path or stem; the first of several counts."""
+    """Which row names which video, by its file name, path or stem. If several do, the first."""
     by_name: dict[str, int] = {}
     by_stem: dict[str, int] = {}
     for row, text in enumerate(names):
@@ -462,26 +452,25 @@ def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, int]:
 
 
 def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, str]:
-    """The captions of `videos` in the column `caption` of a CSV file; empty for those that it does not name.
+    """The captions of `videos` in the column `caption` of a CSV file; empty for videos that it does not name.
 
-    Whichever column names most of the videos tells whose a caption is, whatever it is called; where none does, row i
-    belongs to the stem `%04d` of i. Raises `UserError` where the file cannot be read or has no column `caption`.
+    The column that names most of the videos, whatever its title, says whose caption a row is. If no column names any,
+    row i belongs to the video whose stem is i in four digits. Raises `UserError` where the file cannot be read or has
+    no column `caption`.
     """
     table = read_table(csv_path)
-    header = [name.strip().lower() for name in table.iloc[0]] if len(table) else []
-    if "caption" not in header:
-        found = ", ".join(map(repr, table.iloc[0] if header else []))[:300] or "nothing"
+    if "caption" not in table:
+        found = ", ".join(map(repr, table.columns))[:300] or "nothing"
         raise UserError(f"--csv_path {csv_path}: no column named caption; it has {found}")
-    rows = table.iloc[1:]
-    captions = rows[header.index("caption")].tolist()
-    matches = {place: match_rows(rows[place], videos) for place, name in enumerate(header) if name != "caption"}
-    best = max(matches, key=lambda place: len(matches[place]), default=None)
+    matches = {column: match_rows(table[column], videos) for column in table.columns.drop("caption")}
+    best = max(matches, key=lambda column: len(matches[column]), default=None)
     if best is not None and matches[best]:
         row_of = matches[best]
-        say(f"captions: column {header[best]!r} of {csv_path} names {len(row_of)} of {len(videos)} videos")
+        say(f"captions: column {best!r} of {csv_path} names {len(row_of)} of {len(videos)} videos")
     else:
-        row_of = match_rows((f"{row:04d}" for row in range(len(captions))), videos)
-        say(f"captions: no column of {csv_path} names the videos; row i belongs to the video named %04d of i")
+        row_of = match_rows((f"{row:04d}" for row in range(len(table))), videos)
+        say(f"captions: no column of {csv_path} names the videos; row 0 belongs to 0000, row 1 to 0001, and so on")
+    captions = table["caption"].tolist()
     return {video: captions[row_of[video]] if video in row_of else "" for video in videos}
 
 
