@@ -952,6 +952,8 @@ def file_fingerprint(path: Path) -> str:
     Unlike its time, it survives copying. Videos keep an index of their frames at one end and .pt files the checksums of
     all tensors at theirs, so another video or feature of the same size shows there. Raises `OSError`.
     """
+    if not path.is_file():
+        raise OSError(f"{path} is no file")  # a pipe would be waited for
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())
