@@ -505,17 +505,7 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path} is no file" if path.exists() else f"{path} does not exist")
     with open(path, "rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
-
-
-def explain_bad_file(path: Path, error: Exception) -> str:
-    """Why `path` could not be loaded, and what to do about it: the end of a sentence that begins with its name."""
-    with open(path, "rb") as file:
-        if file.read(64).startswith(b"version https://git-lfs"):
-            return "is a Git LFS pointer instead of the file; run `git lfs pull` in the repository that it came with"
-    if "weights_only" in str(error):
-        return "holds objects that only unsafe loading could read; save plain tensors"
-    return f"is damaged or of another format ({type(error).__name__}); make or download it again"
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
 def load_checked(path: Path, mmap: bool = False) -> Any:
@@ -529,7 +519,11 @@ def load_checked(path: Path, mmap: bool = False) -> Any:
     except Exception as error:  # damaged files raise almost anything
         if mmap:  # files of torch < 1.6 cannot be mapped
             return load_checked(path)
-        raise UserError(f"{path} {explain_bad_file(path, error)}") from None
+        if "weights_only" in str(error):
+            reason = "holds objects that only unsafe loading could read; save plain tensors"
+        else:
+            reason = f"is damaged or of another format ({type(error).__name__}); make or download it again"
+        raise UserError(f"{path} {reason}") from None
 
 
 def load_array(path: Path, mmap: bool = False) -> Tensor:

@@ -29,8 +29,8 @@ BAD_FEATURES = {
     "huge.npy": (np.full((2, 3, 12), 1e300), "squares overflow float32"),
     "batch.pt": (torch.zeros(1, 2, 3, 12), "shape [1, 2, 3, 12] looks like a batch of one clip; save its [0]"),
     "batch_grid.npy": (np.zeros((1, 2, 3, 4, 12), dtype=np.float32), "looks like a batch of one clip"),
-    "pointer.pt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "run git lfs pull"),
-    "pointer.npy": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "run git lfs pull"),
+    "pointer.pt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "run `git lfs pull`"),
+    "pointer.npy": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "run `git lfs pull`"),
 }
 
 
