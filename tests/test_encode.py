@@ -1,7 +1,6 @@
 """encode.py from the command line, on made-up features and a checkpoint that train.py made of them."""
 
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from made_up import ROOT, SIZES, hear_ctrl_c, make_features
+from made_up import ROOT, SIZES, full_disk, hear_ctrl_c, make_features
 
 from model import MotionFeatureAutoencoder
 
@@ -246,14 +245,8 @@ def test_two_runs_into_one_folder_swap_nothing(trained, tmp_path, run_here):
 
 def test_a_full_disk_ends_the_run_with_status_1(trained, tmp_path, run_here):
     source = make_features(tmp_path / "f", count=3)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # no file can grow beyond it, as on a full disk
-    try:
+    with full_disk(3000):
         counts, result = encode_folder(run_here, trained, source, tmp_path / "z")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
     assert (counts, result.returncode) == ([0, 0, 0], 1)
     assert "File too large; finished files are whole" in result.stderr.splitlines()[-1]
     assert [path.name for path in (tmp_path / "z").iterdir()] == ["encode_report.csv"]
