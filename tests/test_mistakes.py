@@ -12,7 +12,7 @@ class Unsafe:
 
 
 BAD_FEATURES = {
-    "nan.pt": (torch.full((2, 3, 12), float("nan")), "NaN or infinity"),
+    "nan.pt": (torch.zeros(20, 3, 12).index_fill(0, torch.tensor([19]), float("nan")), "NaN or infinity"),
     "infinity.npy": (np.full((2, 3, 12), np.inf, dtype=np.float32), "NaN or infinity"),
     "channels.pt": (torch.zeros(2, 3, 11), "C is 11, but --input_dim is 12"),
     "rank.pt": (torch.zeros(3, 12), r"shape [3, 12]"),
