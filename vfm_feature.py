@@ -1018,29 +1018,29 @@ def extract(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -
         closing(decode_ahead(videos, args.num_frames, sizes, args.num_workers, args.decode_timeout)) as decoded,
     ):
         decoded_clips = zip(todo, decoded, strict=True)
-        being_written: list[Future] = []
+        writes: list[Future] = []
         while batch := [(clip, frames) for clip, (_, frames) in islice(decoded_clips, args.batch_size)]:
-            before, being_written = being_written, []
+            earlier_writes, writes = writes, []
             for run in runs:
-                of_run = [(clip, frames) for clip, frames in batch if clip in run.todo]
-                run.failed |= {clip.video.name: reason for clip, reason in of_run if isinstance(reason, str)}
-                good = [(clip, frames[run.size]) for clip, frames in of_run if not isinstance(frames, str)]
+                needed = [(clip, frames) for clip, frames in batch if clip in run.todo]
+                run.failed |= {clip.video.name: reason for clip, reason in needed if isinstance(reason, str)}
+                good = [(clip, frames[run.size]) for clip, frames in needed if not isinstance(frames, str)]
                 if good:
                     features = forward(run, [frames for _, frames in good], args)
                     for (clip, frames), feature in zip(good, features, strict=True):
-                        being_written.append(writer.submit(save_feature, run, clip, feature, frames, args.preview))
-            for future in before:
-                future.result()
+                        writes.append(writer.submit(save_feature, run, clip, feature, frames, args.preview))
+            for write in earlier_writes:
+                write.result()
             bar.update(len(batch))
-        for future in being_written:
-            future.result()
+        for write in writes:
+            write.result()
 
 
 def collect(runs: list[ModelRun]) -> None:
     """Add the other ranks' results to rank 0's."""
     for results in gather({run.name: (run.count, run.failed, run.shape) for run in runs})[1:]:
         for run in runs:
-            count, failed, shape = results.get(run.name, (Counter(), {}, None))
+            count, failed, shape = results.get(run.name, (Counter(), {}, None))  # that rank can have left the model out
             run.count += count
             run.failed |= failed
             run.shape = run.shape or shape
