@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from draw_clips import write_video
-from made_up import make_features
+from made_up import SMALL, make_features
 from PIL import Image
 
 from model import UserError, has_preview, thumbnails, write_preview
@@ -172,8 +172,8 @@ def test_vfm_feature_draws_what_the_model_saw(tmp_path, run_here):
     for frame in frames:
         frame[:, 48:] = GREEN[::-1]  # OpenCV's order
     write_video(tmp_path / "clips" / "0.avi", frames, "MJPG")
-    arguments = ["vfm_feature.py", "--video_dir", tmp_path / "clips", "--output_root", tmp_path, "--num_frames", 4]
-    arguments += ["--models", "VideoMAE", "--random_weights", "--videomae_resize_h", 32, "--videomae_resize_w", 48]
+    arguments = ["vfm_feature.py", "--video_dir", tmp_path / "clips", "--output_root", tmp_path, *SMALL]
+    arguments += ["--models", "VideoMAE"]
     for skipped in (0, 1):
         result = run_here(*arguments, "--preview")
         assert re.search(rf"^VideoMAE +{1 - skipped} +{skipped} +0 ", result.stdout, re.MULTILINE)
