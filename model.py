@@ -859,13 +859,23 @@ def relative_motion(x: Tensor) -> np.ndarray:
     return np.array([((b.float() - a.float()).square().mean().sqrt() / scale).item() for a, b in itertools.pairwise(x)])
 
 
+def movement(x: Tensor) -> dict[str, np.ndarray]:
+    """How far the picture of features [T, H, W, C] moves to the right and down at each step but the first [T - 1], in
+    cells: by `motion_channels` of at most 64 channels, which suffice."""
+    x = x[..., :: math.ceil(x.shape[-1] / 64)]
+    some = x[preview_steps(len(x))].float()
+    scale = (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(noise_floor(some))
+    moves = in_parts(lambda part: motion_channels(part / scale), x)[1:]
+    return {name: moves[:, FRAME_MOTION.index(name)].numpy() for name in ("right", "down")}
+
+
 def draw_clip(
-    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], steps: list[int], area: int
+    pictures: dict[str, np.ndarray], motions: list[dict[str, np.ndarray]], steps: list[int], area: int
 ) -> tuple[Figure, list[AxesImage], list[Line2D]]:
     """A figure of some time steps of a clip, the images in it, and the cursors on its curves.
 
     pictures: uint8 [F, h, w, 3] by title, a row for each; of a single step they are side by side. All are drawn `area`
-    pixels large, in the first one's aspect ratio. motion: curves [T - 1] by name, drawn below.
+    pixels large, in the first one's aspect ratio. motions: curves [T - 1] by name, drawn below, a plot for each dict.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -875,14 +885,14 @@ def draw_clip(
     width, height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
     rows, columns = (len(pictures), len(steps)) if len(steps) > 1 else (1, len(pictures))
     page_width = max(480, MARGIN + columns * (width + GAP))
-    page_height = rows * (TITLE + height) + CURVES
+    page_height = rows * (TITLE + height) + len(motions) * CURVES
     page_width, page_height = page_width + page_width % 2, page_height + page_height % 2  # H.264 wants even numbers
     figure = Figure(figsize=(page_width / 100, page_height / 100), dpi=100)
     FigureCanvasAgg(figure)
 
     page = figure.add_axes((0, 0, 1, 1), xlim=(0, page_width), ylim=(page_height, 0), autoscale_on=False)  # in pixels
     page.set_axis_off()
-    images, length = [], len(next(iter(motion.values()))) + 1
+    images, length = [], len(next(iter(motions[0].values()))) + 1
     for index, (title, shown) in enumerate(pictures.items()):
         smoothing = "bilinear" if title == "frames" else "nearest"  # a token stays a block
         for step_index, step in enumerate(steps):
@@ -892,27 +902,38 @@ def draw_clip(
             images.append(page.imshow(shown[step * len(shown) // length], interpolation=smoothing, **place))
         page.text(MARGIN if len(steps) > 1 else x, y - 5, title, fontsize=8)
 
-    box = MARGIN, TITLE, page_width - MARGIN - GAP, CURVES - 2 * TITLE
-    curves = figure.add_axes((box[0] / page_width, box[1] / page_height, box[2] / page_width, box[3] / page_height))
-    for name, curve in motion.items():
-        curves.plot(range(1, length), curve, linewidth=1.2, label=name)
-    curves.set(xlim=(0, max(1, length - 1)), ylim=(0, 1.4 * max(0.1, *(max(y, default=0) for y in motion.values()))))
-    curves.tick_params(labelsize=7)
-    curves.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
-    return figure, images, [curves.axvline(step, color="tab:red") for step in steps]
+    cursors = []
+    for index, motion in enumerate(reversed(motions)):
+        box = MARGIN, TITLE + index * CURVES, page_width - MARGIN - GAP, CURVES - 2 * TITLE
+        curves = figure.add_axes((box[0] / page_width, box[1] / page_height, box[2] / page_width, box[3] / page_height))
+        curves.set_prop_cycle(
+            color=["tab:green", "tab:purple"] if index < len(motions) - 1 else ["tab:blue", "tab:orange"]
+        )
+        for name, curve in motion.items():
+            curves.plot(range(1, length), curve, linewidth=1.2, label=name)
+        values = np.concatenate(list(motion.values()))
+        low, high = values.min(initial=0.0), values.max(initial=0.1)
+        curves.set(xlim=(0, max(1, length - 1)), ylim=(1.1 * low, high + 0.4 * (high - low)))
+        curves.axhline(0, color="lightgrey", linewidth=0.8)
+        curves.tick_params(labelsize=7)
+        curves.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
+        cursors += [curves.axvline(step, color="tab:red") for step in steps]
+    return figure, images, cursors
 
 
-def write_video(file: BinaryIO, pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], comment: str) -> None:
+def write_video(
+    file: BinaryIO, pictures: dict[str, np.ndarray], motions: list[dict[str, np.ndarray]], comment: str
+) -> None:
     """The clip as H.264 in MP4, in the form that browsers play: its pictures side by side, over the motion."""
     import av
 
-    figure, images, cursors = draw_clip(pictures, motion, [0], PANEL_PIXELS)
+    figure, images, cursors = draw_clip(pictures, motions, [0], PANEL_PIXELS)
     canvas = figure.canvas
     for artist in (*images, *cursors):
         artist.set_animated(True)  # left out of the rest, which is drawn once
     canvas.draw()
     still = canvas.copy_from_bbox(figure.bbox)
-    count, length = max(map(len, pictures.values())), len(next(iter(motion.values()))) + 1
+    count, length = max(map(len, pictures.values())), len(next(iter(motions[0].values()))) + 1
     with av.open(file, mode="w", format="mp4") as container:
         container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=PREVIEW_FPS, options={"crf": "20", "preset": "veryfast"})
@@ -922,7 +943,8 @@ def write_video(file: BinaryIO, pictures: dict[str, np.ndarray], motion: dict[st
             canvas.restore_region(still)
             for image, shown in zip(images, pictures.values(), strict=True):
                 image.set_data(shown[index * len(shown) // count])
-            cursors[0].set_xdata([index * length / count] * 2)
+            for cursor in cursors:
+                cursor.set_xdata([index * length / count] * 2)
             for artist in (*images, *cursors):
                 artist.axes.draw_artist(artist)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(canvas.buffer_rgba()), format="rgba")))
@@ -940,13 +962,15 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
     video, sheet = path.with_suffix(".mp4"), path.with_suffix(".png")
     if (video.exists() or sheet.exists()) and not preview_comment(video).startswith(PREVIEW_MARK):
         raise UserError(f"--preview would write over {video} or {sheet.name}; give another output folder")
-    pictures, motion = {}, {}
+    pictures, energy, moves = {}, {}, {}
     if frames is not None:
         pictures["frames"] = frames.numpy()
     for name, x in {"features": feature, "latent": latent}.items():
         if x is None:
             continue
-        if x.ndim == 3:
+        if x.ndim == 4:
+            moves = {f"{way} (cells a step)": curve for way, curve in movement(x).items()}
+        else:
             rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
             x = x.unflatten(1, (rows, -1))
         components, share = leading_components(x)
@@ -957,14 +981,15 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
             u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
             components = components @ (u @ v)
         pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
-        motion[f"motion of the {name}"] = relative_motion(x)
+        energy[f"motion of the {name}"] = relative_motion(x)
 
     sheet.unlink(missing_ok=True)  # the video is first: where it is there alone, the preview is not finished
+    motions = [energy, moves] if moves else [energy]
     with whole_file(video) as file:
-        write_video(file, pictures, motion, f"{PREVIEW_MARK} of {file_fingerprint(path)}")
+        write_video(file, pictures, motions, f"{PREVIEW_MARK} of {file_fingerprint(path)}")
     moments = np.linspace(0, len(feature) - 1, 6).round().astype(int).tolist()
     with whole_file(sheet) as file:
-        draw_clip(pictures, motion, moments, SHEET_PIXELS)[0].savefig(file, format="png")
+        draw_clip(pictures, motions, moments, SHEET_PIXELS)[0].savefig(file, format="png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

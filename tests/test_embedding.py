@@ -2,10 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from model import FRAME_MOTION, REGION_MOTION, MotionFeatureAutoencoder, describe_motion_embedding, motion_channels
+from model import (
+    FRAME_MOTION,
+    REGION_MOTION,
+    MotionFeatureAutoencoder,
+    describe_motion_embedding,
+    motion_channels,
+    movement,
+)
 
 NAMES = [*FRAME_MOTION, *REGION_MOTION]
 CAMERA = ["right", "down", "turn", "zoom"]
@@ -55,6 +63,13 @@ def test_the_channels_say_which_way_and_how_far(moved, size):
         assert columns(motion, "log speed").item() == pytest.approx(math.log(1 + (speed / 0.01) ** 2) / 2, abs=0.15)
         regions = motion[len(FRAME_MOTION) :].view(2, 3, 2)
         torch.testing.assert_close(regions, wanted[:2].expand(2, 3, 2), atol=0.1, rtol=0.15)
+
+
+def test_a_preview_sees_the_movement_in_features_of_any_scale():
+    x = 7 + 40 * drawn(right=0.3, down=-0.2, steps=5, channels=150)[0].half()
+    curves = movement(x)
+    np.testing.assert_allclose(curves["right"], [0.3] * 4, atol=0.04)
+    np.testing.assert_allclose(curves["down"], [-0.2] * 4, atol=0.04)
 
 
 def test_a_region_says_what_moves_in_it():
