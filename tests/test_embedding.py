@@ -94,6 +94,13 @@ def test_they_are_zero_at_rest_at_the_first_step_and_almost_without_texture():
     assert columns(motion_channels(flat), *CAMERA).abs().max() < 0.02
 
 
+def test_shaking_from_step_to_step_is_smoothed():
+    places = torch.tensor([0.0, 0.3, 0.2, 0.5, 0.4, 0.7, 0.6, 0.9])  # cells: on average 0.1 a step and more
+    shaking = torch.cat([drawn(right=place.item(), steps=2)[:, 1:] for place in places], dim=1)
+    right = columns(motion_channels(shaking), "right")[0, 3:-2]
+    assert right.min() > 0.05 and right.max() < 0.2
+
+
 def test_a_border_that_never_moves_does_not_matter():
     moving = drawn(right=0.3, down=-0.2)
     framed = moving.clone()
