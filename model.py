@@ -759,7 +759,8 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
     if isinstance(data, dict) and len(shape) == 3:
         grid = data.get("grid")
         grid = grid.tolist() if isinstance(grid, Tensor) else grid
-        if isinstance(grid, list | tuple) and len(grid) == 2 and grid[0] * grid[1] == shape[1]:
+        is_size = isinstance(grid, list | tuple) and all(isinstance(size, int) and size > 0 for size in grid)
+        if is_size and len(grid) == 2 and grid[0] * grid[1] == shape[1]:
             metadata["grid"] = list(grid)
     return feature.detach(), metadata
 

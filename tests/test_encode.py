@@ -138,7 +138,7 @@ def test_the_report_says_how_the_pictures_move(trained, tmp_path, run_here):
     flat = feature.flatten(1, 2)
     torch.save({"feature": feature}, source / "whole.pt")
     torch.save({"feature": flat, "grid": torch.tensor([10, 15])}, source / "says.pt")
-    torch.save({"feature": flat, "grid": "10 x 15"}, source / "unknown.pt")
+    torch.save({"feature": flat, "grid": [[-10, -15], "10 x 15"]}, source / "unknown.pt")
     counts, result = encode_folder(run_here, trained, source, target)
     assert counts == [3, 0, 0] and result.stdout.count("grid unknown in 1 files") == 1
     right = {name: row["right"] for name, row in rows(target).items()}
