@@ -1,7 +1,14 @@
 """Video foundation model features, compressed with an eye for motion. The scripts beside this file use it."""
 
 from .losses import FeatureErrors, motion_autoencoder_loss, token_relation_distillation, token_relations
-from .model import MotionFeatureAutoencoder, MotionFeatureDecoder, MotionFeatureEncoder, UserError, load_feature
+from .model import (
+    MotionFeatureAutoencoder,
+    MotionFeatureDecoder,
+    MotionFeatureEncoder,
+    UserError,
+    describe_motion_embedding,
+    load_feature,
+)
 
 __all__ = [
     "FeatureErrors",
@@ -9,6 +16,7 @@ __all__ = [
     "MotionFeatureDecoder",
     "MotionFeatureEncoder",
     "UserError",
+    "describe_motion_embedding",
     "load_feature",
     "motion_autoencoder_loss",
     "token_relation_distillation",

@@ -2,9 +2,10 @@
 
 In: a checkpoint of train.py, and one feature file (.pt, .pth, .npy) or a folder of them.
 Out: a dict that `torch.load` reads (or a .npz for numpy) of `latent` [T, N, D] or [T, H, W, D], `motion_embedding`
-     [T, D], `compression_ratio` (D / C), `pca_dim` (the latent's first channels, which are PCA's), how well the latent
-     decodes, and the input's `caption`, `video` and `model` where it had them. A folder's files are mirrored, and
-     `encode_report.csv` has a row for each.
+     [T, D], `embedding_channels` (its channels' names), `compression_ratio` (D / C), `pca_dim` (the latent's first
+     channels, which are PCA's), how well the latent decodes, how the picture moves on average (`right`, `down`,
+     `log speed`), and the input's `caption`, `video`, `model` and `grid` where it had them. A folder's files are
+     mirrored, and `encode_report.csv` has a row for each.
 
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features/0000.pt --output latents/0000.pt
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features --output latents
@@ -40,6 +41,7 @@ from model import (
     add_model_flags,
     check_numbers,
     check_preview_packages,
+    describe_motion_embedding,
     file_fingerprint,
     find_features,
     gather,
@@ -47,6 +49,7 @@ from model import (
     join_ranks,
     load_feature,
     num_ranks,
+    number,
     open_device,
     rank,
     remove_leftovers,
@@ -58,6 +61,7 @@ from model import (
 )
 
 METRICS = ["reconstruction_error", "motion_error", "cosine"]  # of `FeatureErrors`
+MOVEMENT = ["right", "down", "log speed"]  # channels of the motion embedding, of which the report shows a clip's means
 LEGEND = """What decoding the latents loses. reconstruction: squared error over the clip's variance (0: nothing is lost,
 1: all but the clip's mean is); motion: the same of the changes from step to step (1: as a still
 picture would); cosine: between a token and its reconstruction (1: the same direction)."""
@@ -70,6 +74,13 @@ def parse_args() -> argparse.Namespace:
     add("--input", type=Path, required=True, help="a feature file, or a folder, searched recursively")
     add("--output", type=Path, required=True, help="the file to write (.npz: for numpy); a folder, if --input is one")
     add("--output_format", choices=["pt", "npz"], default="pt", help="of the files of a folder")
+    add(
+        "--grid",
+        type=number(int, 1),
+        nargs=2,
+        metavar=("H", "W"),
+        help="of features [T, H * W, C] that do not say theirs",
+    )
     add("--save_reconstruction", action="store_true", help="keep the reconstructed feature too")
     add("--overwrite", action="store_true", help="make outputs of a folder again that are finished")
     add("--preview", action="store_true", help="draw each clip: <stem>.mp4 and .png beside the output")
@@ -121,8 +132,15 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
     return [(path, output) for output, path in features.items()]
 
 
-def encode(model: MotionFeatureAutoencoder, path: Path, feature: Tensor, save_reconstruction: bool) -> dict[str, Any]:
-    """Latent, motion embedding and `METRICS` of a feature [T, ..., C], which was read from `path`; tensors on the CPU.
+def on_grid(x: Tensor, grid: list[int] | None) -> Tensor:
+    """x [T, N, C] -> [T, H, W, C], where the grid is known; else as it is."""
+    return x.unflatten(1, grid) if grid and x.ndim == 3 else x
+
+
+def encode(
+    model: MotionFeatureAutoencoder, path: Path, feature: Tensor, grid: list[int] | None, save_reconstruction: bool
+) -> dict[str, Any]:
+    """Latent, motion embedding, `METRICS` and `MOVEMENT` of a feature [T, ..., C] read from `path`; tensors on the CPU.
 
     Raises `UserError` where they are not finite.
     """
@@ -137,12 +155,20 @@ def encode(model: MotionFeatureAutoencoder, path: Path, feature: Tensor, save_re
     metrics = errors.figures()
     if not (latent.isfinite().all() and math.isfinite(metrics["cosine"])):
         raise UserError(f"{path}: its latent, or what that decodes to, is not finite; the features are too large")
+    names = describe_motion_embedding(model.config)
+    embedding = model.embed_long(on_grid(latent, grid))  # [T, D]
+    movement = dict.fromkeys(MOVEMENT, math.nan)
+    if grid or feature.ndim == 4:
+        means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over the steps, of which t = 0 is none
+        movement |= {name: mean for name, mean in zip(names, means, strict=True) if name in MOVEMENT}
     result = {
         "latent": latent,
-        "motion_embedding": model.embed(latent[None])[0],
+        "motion_embedding": embedding,
+        "embedding_channels": names,
         "compression_ratio": model.compression_ratio,
         "pca_dim": model.code.pca_dim,
         **metrics,
+        **movement,
     }
     return result | ({"reconstruction": reconstruction.view(feature.shape)} if save_reconstruction else {})
 
@@ -156,15 +182,15 @@ def save(result: dict[str, Any], output: Path) -> None:
         save_atomically(result, output)
 
 
-def finished_metrics(output: Path, settings: str) -> dict[str, float] | None:
-    """The `METRICS` of an output that an earlier run made of the same feature with the same settings, or None."""
+def finished_figures(output: Path, settings: str) -> dict[str, float] | None:
+    """The `METRICS` and `MOVEMENT` of an output that an earlier run made with the same settings, or None."""
     try:
         if output.suffix == ".npz":
             with np.load(output, allow_pickle=False) as archive:
-                saved = {name: archive[name].item() for name in (*METRICS, "settings")}
+                saved = {name: archive[name].item() for name in (*METRICS, *MOVEMENT, "settings")}
         else:
             saved = torch.load(output, weights_only=True, mmap=True)
-        return {name: float(saved[name]) for name in METRICS} if saved["settings"] == settings else None
+        return {name: float(saved[name]) for name in METRICS + MOVEMENT} if saved["settings"] == settings else None
     except Exception:  # a file of somebody else's can be anything; it is made again
         return None
 
@@ -181,36 +207,55 @@ def encode_file(
     try:
         settings = json.dumps({**made_with, "feature": file_fingerprint(path)})
         may_skip = in_folder and not args.overwrite and (has_preview(output) or not args.preview)
-        if may_skip and (metrics := finished_metrics(output, settings)):
-            return row | metrics | {"outcome": "skipped"}
+        if may_skip and (figures := finished_figures(output, settings)):
+            return row | figures | {"outcome": "skipped"}
         feature, metadata = load_feature(path, model.config["input_dim"], mmap=True)
         check_numbers(feature, path)
         frames = metadata.pop("thumbnails", None)
-        result = encode(model, path, feature, args.save_reconstruction)
+        if args.grid and feature.ndim == 3:
+            if math.prod(args.grid) != feature.shape[1]:
+                raise UserError(f"{path}: N is {feature.shape[1]}, but --grid is {args.grid[0]} x {args.grid[1]}")
+            metadata["grid"] = args.grid
+        grid = metadata.get("grid")
+        result = encode(model, path, feature, grid, args.save_reconstruction)
     except (UserError, OSError) as error:
         return row | {"failure": str(error), "outcome": "failed"}
     save(result | metadata | {"settings": settings}, output)
     if args.preview:
-        write_preview(output, feature, result["latent"][..., : result["pca_dim"]], frames)
-    return row | {name: result[name] for name in METRICS} | {"outcome": "written"}
+        leading = result["latent"][..., : result["pca_dim"]]
+        write_preview(output, on_grid(feature, grid), on_grid(leading, grid), frames)
+    return row | {name: result[name] for name in METRICS + MOVEMENT} | {"outcome": "written"}
 
 
 def print_summary(table: pd.DataFrame) -> None:
-    """Each metric's mean over the files that were encoded, and its worst file."""
+    """Each metric's mean over the files that were encoded and its worst file, and how their pictures move."""
+    table = table[table["outcome"] != "failed"].set_index("file")
     summary = {}
     for name in METRICS:
-        values = table.set_index("file")[name].dropna()
+        values = table[name].dropna()
         if len(values):
             worst = values.idxmin() if name == "cosine" else values.idxmax()
             summary[name.removesuffix("_error")] = {"mean": values.mean(), "worst": values[worst], "": worst}
     if summary:
         print(pd.DataFrame.from_dict(summary, orient="index").to_string(float_format="%.3f"))
         print(LEGEND)
+    movement = {}
+    for name in MOVEMENT:
+        values = table[name].dropna()
+        if len(values):
+            least, most = values.idxmin(), values.idxmax()
+            extremes = {"least": values[least], "in": least, "most": values[most], " in": most}
+            movement[name] = {"mean": values.mean(), **extremes}
+    if movement:
+        print("How the pictures move, in grid cells a step; log speed: log(1 + (cells / 0.01)^2) / 2.")
+        print(pd.DataFrame.from_dict(movement, orient="index").to_string(float_format="%.3f"))
+    if unknown := int(table["right"].isna().sum()):
+        print(f"grid unknown in {unknown} files [T, N, C]: the embedding's motion channels are 0; give --grid H W")
 
 
 def report(rows: list[dict[str, Any]], folder: Path) -> None:
     """Print what came of the files, and write `encode_report.csv`: their metrics, or why they failed."""
-    table = pd.DataFrame(rows, columns=["file", *METRICS, "failure", "outcome"]).sort_values("file")
+    table = pd.DataFrame(rows, columns=["file", *METRICS, *MOVEMENT, "failure", "outcome"]).sort_values("file")
     for failure in table["failure"][table["outcome"] == "failed"]:
         print(f"failed: {failure}", file=sys.stderr)
     text = table.drop(columns="outcome").to_csv(index=False, float_format="%.6g", na_rep="nan")
@@ -235,6 +280,7 @@ def main() -> int:
         "weights": weights_hash(model.state_dict()),
         **model.config,
         "save_reconstruction": args.save_reconstruction,
+        "grid": args.grid,
     }
     model.to(device)
 

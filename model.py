@@ -36,7 +36,9 @@ DETAIL_RMS = 0.15  # of a detail channel, a PCA channel having 1: leaves cosines
 RELATION_TOKENS = 256  # of a clip, whose cosines decide on the PCA channels' gains
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-STILL = 1e-3  # of the PCA channels' scale: movement below it counts as none
+STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
+REST = 0.01  # cells a step: movement below it counts as rest
+OVER_TIME = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)  # weights of five steps: aliasing alternates, motion does not
 TOKENS = 2**14  # tokens that `encode_long` takes at once
 TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
 LEFTOVER_SECONDS = 24 * 3600  # after which a half-written file is nobody's
@@ -66,7 +68,7 @@ FINGERPRINT_BYTES = 2**16
 #    |       +--> convolution, 2 transformer layers over T --> refinement [S, T, 768]
 #    |    reconstruction = (linear + trust * refinement) * scale + mean, trust in [0, 1] measured on held-out clips
 #    |
-#    +--> PCA channels: their mean over H, W [B, T, 168], and the log of how far each of 24 groups of them moved
+#    +--> PCA channels: their mean over H, W [B, T, 168], and how the picture moves [B, T, 24]: right, down, turn, ...
 #         --> motion_embedding [B, T, 192]
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -372,6 +374,160 @@ class MotionFeatureDecoder(nn.Module):
         return code.restore(linear + (1.0 if self.training else self.trust) * refinement)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The motion embedding: what is there, and how it moves
+# ---------------------------------------------------------------------------------------------------------------------
+
+REGIONS = (2, 3)  # rows and columns of the regions that have a motion of their own
+FRAME_MOTION = (
+    *("right", "down", "turn", "zoom", "log speed", "log change", "fit"),
+    *("camera right", "camera down", "log object speed"),
+)
+REGION_MOTION = tuple(
+    f"{name} in row {row} column {column}"
+    for row in range(1, REGIONS[0] + 1)
+    for column in range(1, REGIONS[1] + 1)
+    for name in ("right", "down")
+)
+
+
+def describe_motion_embedding(config: dict[str, Any]) -> list[str]:
+    """The name of each channel of the motion embedding of a model with this `config`, in order.
+
+    The first 7/8 are the means over space of the leading latent channels. The last 1/8 is how the picture moves since
+    the time step before, 0 at t = 0 and at rest; the most important come first, as many as there is room for:
+    - right, down: the mean movement of the frame, or of one of 2 x 3 regions, in grid cells a step
+    - turn: clockwise, in radians a step; zoom: the log of the factor a step, positive where things become larger
+    - camera right, camera down: the movement at the frame's centre, apart from turn, zoom and objects on their own way
+    - log speed: log(1 + (v / 0.01)^2) / 2 of the length v of camera right and down; log object speed: of the movement
+      beside the camera's; log change: of the movement there would be if all change were due to it
+    - fit: the share of the change that the motion explains, 0 to 1
+    """
+    motion_dim = max(1, config["latent_dim"] // 8)
+    content = [f"mean of latent channel {index + 1}" for index in range(config["latent_dim"] - motion_dim)]
+    motion = (FRAME_MOTION + REGION_MOTION)[:motion_dim]
+    return [*content, *motion, *["unused"] * (motion_dim - len(motion))]
+
+
+def inner(x: Tensor) -> Tensor:
+    """x [..., H, W] without the cells at the border, where slopes are one-sided and features hold the padding of their
+    backbone, which never moves. One or two rows or columns stay."""
+    rows, columns = (slice(1, -1) if size > 2 else slice(None) for size in x.shape[-2:])
+    return x[..., rows, columns]
+
+
+def slope(x: Tensor, dim: int) -> Tensor:
+    """Central differences along `dim`; 0 where it has one cell."""
+    return torch.gradient(x, dim=dim)[0] if x.shape[dim] > 1 else torch.zeros_like(x)
+
+
+def camera_flows(height: int, width: int, like: Tensor) -> Tensor:
+    """The flow (right, down) of each cell [4, 2, H, W] that a camera motion of 1 causes: right, down, turn, zoom."""
+    sizes = height, width
+    y, x = (torch.arange(size, device=like.device, dtype=like.dtype) - (size - 1) / 2 for size in sizes)
+    y, x = y[:, None].expand(sizes), x.expand(sizes)
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    return torch.stack([one, zero, zero, one, -y, x, x, y]).unflatten(0, (4, 2))
+
+
+def warp(maps: Tensor, flow: Tensor) -> Tensor:
+    """maps [N, P, H, W], read bilinearly where the flow [N, 2, H, W] from each cell leads."""
+    height, width = maps.shape[-2:]
+    origin = camera_flows(height, width, flow)[3]  # a zoom by 1 is each cell's place
+    scale = 2 / torch.tensor([width, height], device=flow.device)
+    return nn.functional.grid_sample(
+        maps, (origin + flow).permute(0, 2, 3, 1) * scale, padding_mode="border", align_corners=False
+    )
+
+
+def motion_between(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The motion from feature maps a to b [N, P, H, W]: least squares on the slopes of their channels (Lucas and Kanade
+    1981), of the whole frame first, then of each cell. Both are drawn towards no further motion where texture is low.
+
+    The camera's four numbers come in two passes: the second sees the maps warped by the first's result (large motion),
+    and both trust a cell less the more it changes beside the others (objects). A cell's flow is that of its 3 x 3
+    neighbours. Returns the camera's motion [N, 4], and of the `inner` cells the flow [N, 2, h, w], the squared change
+    that it leaves [N, h, w], and the squared slopes [N, h, w].
+    """
+    flows = camera_flows(*a.shape[-2:], a)
+    inner_flows = inner(flows)
+    floor = STILL**2 * a.shape[1]
+    camera = a.new_zeros(len(a), 4)
+    for _ in range(2):
+        known = torch.einsum("nk,kihw->nihw", camera, flows)
+        before, after = warp(a, -known / 2), warp(b, known / 2)
+        change = inner(after - before)  # [N, P, h, w]
+        middle = (before + after) / 2
+        slopes = inner(torch.stack([slope(middle, 3), slope(middle, 2)], dim=1))  # [N, 2, P, h, w]
+        # at each cell, matrix [N, 2, 2, h, w] @ further flow = vector [N, 2, h, w]
+        matrix = torch.einsum("niphw,njphw->nijhw", slopes, slopes)
+        vector = -torch.einsum("niphw,nphw->nihw", slopes, change)
+        left = change.square().sum(dim=1)  # [N, h, w]
+        median = left.flatten(1).median(dim=1).values[:, None, None]
+        trust = (1 / (1 + left / (median + floor))).detach()
+        normal = torch.einsum("nhw,kihw,nijhw,ljhw->nkl", trust, inner_flows, matrix, inner_flows)
+        damping = 1e-3 * normal.diagonal(dim1=1, dim2=2) + floor * left[0].numel()
+        right_side = torch.einsum("nhw,kihw,nihw->nk", trust, inner_flows, vector)
+        step = torch.linalg.solve(normal + damping.diag_embed(), right_side)
+        camera = camera + step
+
+    further = torch.einsum("nk,kihw->nihw", step, inner_flows)  # since the last warp
+    missed = vector - torch.einsum("nijhw,njhw->nihw", matrix, further)
+    near = nn.functional.avg_pool2d(
+        torch.cat([matrix.flatten(1, 2), missed], dim=1), 3, stride=1, padding=1, count_include_pad=False
+    ).permute(0, 2, 3, 1)  # [N, h, w, 6]
+    texture = matrix.diagonal(dim1=1, dim2=2).sum(dim=-1)  # [N, h, w]
+    damping = (0.015 * texture.mean(dim=(1, 2)) + floor)[:, None, None, None].expand(-1, 1, 1, 2).diag_embed()
+    own = torch.linalg.solve(near[..., :4].unflatten(-1, (2, 2)) + damping, near[..., 4:])  # [N, h, w, 2]
+    further = further + own.permute(0, 3, 1, 2)
+    saved = further * (2 * vector - torch.einsum("nijhw,njhw->nihw", matrix, further))
+    return camera, inner(known) + further, (left - saved.sum(dim=1)).clamp_min(0), texture
+
+
+def motion_channels(maps: Tensor) -> Tensor:
+    """How the picture moves, from feature maps [B, T, H, W, P] whose channels have a root mean square near 1:
+    [B, T, M], the channels of `FRAME_MOTION`, then of `REGION_MOTION`, in float32. Differentiable; 0 at t = 0."""
+    with torch.autocast(maps.device.type, enabled=False):
+        batch, length, height, width, channels = maps.shape
+        if length == 1:
+            return maps.new_zeros(batch, 1, len(FRAME_MOTION + REGION_MOTION), dtype=torch.float32)
+        maps = maps.float().permute(0, 1, 4, 2, 3)
+        a, b = maps[:, :-1].flatten(0, 1), maps[:, 1:].flatten(0, 1)  # [N, P, H, W], N = B * (T - 1)
+        camera, flow, left, texture = motion_between(a, b)
+        regions = nn.functional.adaptive_avg_pool2d(flow, REGIONS).permute(0, 2, 3, 1).flatten(1)  # [N, 12]
+
+        signed = torch.cat([flow.mean(dim=(2, 3)), camera, regions], dim=1).unflatten(0, (batch, -1))
+        padded = nn.functional.pad(signed.mT, (2, 2), mode="replicate")  # [B, channels, T + 3]
+        signed = sum(weight * padded[..., k : k + length - 1] for k, weight in enumerate(OVER_TIME)).mT
+        mean, shift, turn_zoom, regions = signed.split([2, 2, 2, regions.shape[1]], dim=2)  # [B, T - 1, channels]
+
+        floor = STILL**2 * channels
+        change = inner((b - a).square().sum(dim=1)).mean(dim=(1, 2))  # [N]
+        fit = (change - left.mean(dim=(1, 2))).clamp_min(0) / (change + floor)
+        apparent = 2 * change / (texture.mean(dim=(1, 2)) + floor)  # squared cells
+        camera_flow = torch.einsum("nk,kihw->nihw", camera, inner(camera_flows(height, width, a)))
+        objects = (flow - camera_flow).square().sum(dim=1).mean(dim=(1, 2))
+        per_step = torch.stack([apparent, fit, objects], dim=1).unflatten(0, (batch, -1))  # [B, T - 1, 3]
+        apparent, fit, objects = per_step.split(1, dim=2)
+        speed, apparent, objects = (
+            (1 + square / REST**2).log() / 2 for square in (shift.square().sum(dim=2, keepdim=True), apparent, objects)
+        )
+        moving = torch.cat([mean, turn_zoom, speed, apparent, fit, shift, objects, regions], dim=2)
+        return nn.functional.pad(moving, (0, 0, 1, 0))
+
+
+def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What `function`, which ends in `motion_channels`, gives for one clip x [T, ..., C], on the CPU: in parts of time
+    of `TOKENS` tokens or little more, each with the steps around it that smoothing over time needs."""
+    length, steps = len(x), max(16, TOKENS // x[0, ..., 0].numel())
+    parts = []
+    for start in range(0, length, steps):
+        first, stop = max(0, start - 3), min(length, start + steps)
+        part = function(x[None, first : stop + 2])[0]
+        parts.append(part[start - first : stop - first].cpu())
+    return torch.cat(parts)
+
+
 def position_slices(length: int, positions: int) -> list[slice]:
     """Cut the positions of a clip [T, N, ...] into slices of `TOKENS` tokens or little more; time stays whole."""
     width = max(1, TOKENS // length)
@@ -456,19 +612,24 @@ class MotionFeatureAutoencoder(nn.Module):
             yield positions, self.decode(clip[None, :, positions].to(self.code.mean))[0]
 
     def embed(self, latent: Tensor) -> Tensor:
-        """latent [B, T, ..., D] -> motion embedding [B, T, D]: what is there, and how much of it moves.
+        """latent [B, T, N, D] or [B, T, H, W, D] -> motion embedding [B, T, D] in float32: what is there, how it moves.
 
-        The first `pca_dim` channels are the mean over space of the latent's PCA channels. The other `detail_dim` split
-        the PCA channels into that many groups, leading components first: the log of the mean over space of how far each
-        group moved since the time step before (the first step repeats the second).
+        `describe_motion_embedding` names the channels: the mean over space of the leading latent channels, then motion
+        since the time step before, which is 0 for [B, T, N, D], where it is not known which cells are neighbours.
         """
-        leading = latent.flatten(2, -2)[..., : self.code.pca_dim]  # [B, T, N, pca_dim]
-        delta = leading.diff(dim=1) if latent.shape[1] > 1 else torch.zeros_like(leading)
-        groups = delta.tensor_split(self.code.detail_dim, dim=-1)
-        motion = torch.stack([group.norm(dim=-1).mean(dim=2) for group in groups], dim=-1)  # [B, T - 1 or 1, groups]
-        motion = motion.clamp_min(STILL).log()
-        motion = torch.cat([motion[:, :1], motion], dim=1)[:, -latent.shape[1] :]
-        return torch.cat([leading.mean(dim=2), motion], dim=-1)
+        latent_dim = self.config["latent_dim"]
+        motion_dim = max(1, latent_dim // 8)
+        embedding = latent[..., : latent_dim - motion_dim].float().flatten(2, -2).mean(dim=2)
+        if latent.ndim == 5:
+            motion = motion_channels(latent[..., : self.code.pca_dim])[..., :motion_dim]
+            embedding = torch.cat([embedding, motion], dim=2)
+        return nn.functional.pad(embedding, (0, latent_dim - embedding.shape[2]))
+
+    @torch.no_grad()
+    def embed_long(self, latent: Tensor) -> Tensor:
+        """The latent of one clip [T, N, D] or [T, H, W, D], any T -> its motion embedding [T, D], on the CPU: what
+        `embed` gives, in bounded memory."""
+        return in_parts(lambda part: self.embed(part.to(self.code.mean)), latent)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         latent = self.encode(x)
@@ -551,7 +712,8 @@ def check_numbers(feature: Tensor, path: Path) -> None:
 
 
 def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -> tuple[Tensor, dict[str, Any]]:
-    """One feature file and its `caption`, `video`, `model` and `thumbnails` (uint8 [F, h, w, 3]), where it has them.
+    """One feature file and its `caption`, `video`, `model`, `thumbnails` (uint8 [F, h, w, 3]) and, of a feature
+    [T, N, C], `grid` ([H, W], H * W = N), where it has them.
 
     The file holds a tensor, an array (.npy), or a dict, read by `feature`, else `features`, else its first key.
 
@@ -588,6 +750,12 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
         feature = feature.float()
     if not mmap:
         check_numbers(feature, path)
+    if isinstance(data, dict) and len(shape) == 3:
+        grid = data.get("grid")
+        grid = grid.tolist() if isinstance(grid, Tensor) else grid
+        is_size = isinstance(grid, list | tuple) and all(isinstance(size, int) and size > 0 for size in grid)
+        if is_size and len(grid) == 2 and grid[0] * grid[1] == shape[1]:
+            metadata["grid"] = list(grid)
     return feature.detach(), metadata
 
 
@@ -686,13 +854,23 @@ def relative_motion(x: Tensor) -> np.ndarray:
     return np.array([((b.float() - a.float()).square().mean().sqrt() / scale).item() for a, b in itertools.pairwise(x)])
 
 
+def movement(x: Tensor) -> dict[str, np.ndarray]:
+    """How far the picture of features [T, H, W, C] moves to the right and down at each step but the first [T - 1], in
+    cells: by `motion_channels` of at most 64 channels, which suffice."""
+    x = x[..., :: math.ceil(x.shape[-1] / 64)]
+    some = x[preview_steps(len(x))].float()
+    scale = (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(noise_floor(some))
+    moves = in_parts(lambda part: motion_channels(part / scale), x)[1:]
+    return {name: moves[:, FRAME_MOTION.index(name)].numpy() for name in ("right", "down")}
+
+
 def draw_clip(
-    pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], steps: list[int], area: int
+    pictures: dict[str, np.ndarray], motions: list[dict[str, np.ndarray]], steps: list[int], area: int
 ) -> tuple[Figure, list[AxesImage], list[Line2D]]:
     """A figure of some time steps of a clip, the images in it, and the cursors on its curves.
 
     pictures: uint8 [F, h, w, 3] by title. Each has a row; of a single step they are side by side. All are drawn with
-    `area` pixels and the first one's aspect ratio. motion: curves [T - 1] by name, drawn below.
+    `area` pixels and the first one's aspect ratio. motions: curves [T - 1] by name, drawn below, a plot for each dict.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -702,14 +880,14 @@ def draw_clip(
     width, height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
     rows, columns = (len(pictures), len(steps)) if len(steps) > 1 else (1, len(pictures))
     page_width = max(480, MARGIN + columns * (width + GAP))
-    page_height = rows * (TITLE + height) + CURVES
+    page_height = rows * (TITLE + height) + len(motions) * CURVES
     page_width, page_height = page_width + page_width % 2, page_height + page_height % 2  # H.264 wants even numbers
     figure = Figure(figsize=(page_width / 100, page_height / 100), dpi=100)
     FigureCanvasAgg(figure)
 
     page = figure.add_axes((0, 0, 1, 1), xlim=(0, page_width), ylim=(page_height, 0), autoscale_on=False)  # in pixels
     page.set_axis_off()
-    images, length = [], len(next(iter(motion.values()))) + 1
+    images, length = [], len(next(iter(motions[0].values()))) + 1
     for index, (title, shown) in enumerate(pictures.items()):
         smoothing = "bilinear" if title == "frames" else "nearest"  # a token stays a block
         for step_index, step in enumerate(steps):
@@ -719,27 +897,38 @@ def draw_clip(
             images.append(page.imshow(shown[step * len(shown) // length], interpolation=smoothing, **place))
         page.text(MARGIN if len(steps) > 1 else x, y - 5, title, fontsize=8)
 
-    box = MARGIN, TITLE, page_width - MARGIN - GAP, CURVES - 2 * TITLE
-    curves = figure.add_axes((box[0] / page_width, box[1] / page_height, box[2] / page_width, box[3] / page_height))
-    for name, curve in motion.items():
-        curves.plot(range(1, length), curve, linewidth=1.2, label=name)
-    curves.set(xlim=(0, max(1, length - 1)), ylim=(0, 1.4 * max(0.1, *(max(y, default=0) for y in motion.values()))))
-    curves.tick_params(labelsize=7)
-    curves.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
-    return figure, images, [curves.axvline(step, color="tab:red") for step in steps]
+    cursors = []
+    for index, motion in enumerate(reversed(motions)):
+        box = MARGIN, TITLE + index * CURVES, page_width - MARGIN - GAP, CURVES - 2 * TITLE
+        curves = figure.add_axes((box[0] / page_width, box[1] / page_height, box[2] / page_width, box[3] / page_height))
+        curves.set_prop_cycle(
+            color=["tab:green", "tab:purple"] if index < len(motions) - 1 else ["tab:blue", "tab:orange"]
+        )
+        for name, curve in motion.items():
+            curves.plot(range(1, length), curve, linewidth=1.2, label=name)
+        values = np.concatenate(list(motion.values()))
+        low, high = values.min(initial=0.0), values.max(initial=0.1)
+        curves.set(xlim=(0, max(1, length - 1)), ylim=(1.1 * low, high + 0.4 * (high - low)))
+        curves.axhline(0, color="lightgrey", linewidth=0.8)
+        curves.tick_params(labelsize=7)
+        curves.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
+        cursors += [curves.axvline(step, color="tab:red") for step in steps]
+    return figure, images, cursors
 
 
-def write_video(file: BinaryIO, pictures: dict[str, np.ndarray], motion: dict[str, np.ndarray], comment: str) -> None:
+def write_video(
+    file: BinaryIO, pictures: dict[str, np.ndarray], motions: list[dict[str, np.ndarray]], comment: str
+) -> None:
     """The clip as H.264 in MP4, in the form that browsers play: its pictures side by side, over the motion."""
     import av
 
-    figure, images, cursors = draw_clip(pictures, motion, [0], PANEL_PIXELS)
+    figure, images, cursors = draw_clip(pictures, motions, [0], PANEL_PIXELS)
     canvas = figure.canvas
     for artist in (*images, *cursors):
         artist.set_animated(True)  # drawn for each frame; all else is drawn once
     canvas.draw()
     still = canvas.copy_from_bbox(figure.bbox)
-    count, length = max(map(len, pictures.values())), len(next(iter(motion.values()))) + 1
+    count, length = max(map(len, pictures.values())), len(next(iter(motions[0].values()))) + 1
     with av.open(file, mode="w", format="mp4") as container:
         container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=PREVIEW_FPS, options={"crf": "20", "preset": "veryfast"})
@@ -749,7 +938,8 @@ def write_video(file: BinaryIO, pictures: dict[str, np.ndarray], motion: dict[st
             canvas.restore_region(still)
             for image, shown in zip(images, pictures.values(), strict=True):
                 image.set_data(shown[index * len(shown) // count])
-            cursors[0].set_xdata([index * length / count] * 2)
+            for cursor in cursors:
+                cursor.set_xdata([index * length / count] * 2)
             for artist in (*images, *cursors):
                 artist.axes.draw_artist(artist)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(canvas.buffer_rgba()), format="rgba")))
@@ -767,13 +957,15 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
     video, sheet = path.with_suffix(".mp4"), path.with_suffix(".png")
     if (video.exists() or sheet.exists()) and not preview_comment(video).startswith(PREVIEW_MARK):
         raise UserError(f"--preview would write over {video} or {sheet.name}; give another output folder")
-    pictures, motion = {}, {}
+    pictures, energy, moves = {}, {}, {}
     if frames is not None:
         pictures["frames"] = frames.numpy()
     for name, x in {"features": feature, "latent": latent}.items():
         if x is None:
             continue
-        if x.ndim == 3:
+        if x.ndim == 4:
+            moves = {f"{way} (cells a step)": curve for way, curve in movement(x).items()}
+        else:
             rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
             x = x.unflatten(1, (rows, -1))
         components, share = leading_components(x)
@@ -784,14 +976,15 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
             u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
             components = components @ (u @ v)
         pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
-        motion[f"motion of the {name}"] = relative_motion(x)
+        energy[f"motion of the {name}"] = relative_motion(x)
 
     sheet.unlink(missing_ok=True)  # written last: a video alone is an unfinished preview
+    motions = [energy, moves] if moves else [energy]
     with whole_file(video) as file:
-        write_video(file, pictures, motion, f"{PREVIEW_MARK} of {file_fingerprint(path)}")
+        write_video(file, pictures, motions, f"{PREVIEW_MARK} of {file_fingerprint(path)}")
     moments = np.linspace(0, len(feature) - 1, 6).round().astype(int).tolist()
     with whole_file(sheet) as file:
-        draw_clip(pictures, motion, moments, SHEET_PIXELS)[0].savefig(file, format="png")
+        draw_clip(pictures, motions, moments, SHEET_PIXELS)[0].savefig(file, format="png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,18 @@ weighted sum relative to motion-weighted PCA's, and
 - motion R2, content R2: how well a ridge regression, leaving one clip out, reads from the motion embedding at t and its
   change since t - 1 the log of the mean length of delta_x, and the mean of x over space (for PCA: of the mean latent).
 
+With --camera FOLDER, of features [T, H, W, C] of stills under a camera of known motion, a second table. `camera`
+[T, 4] in these files is what the camera did since the step before: right, down (cells), turn (radians), zoom (log). A
+ridge regression from the embedding at t and its change, fitted on the stills that --held_out does not match, reads from
+the embeddings of the others
+- right, down, turn, zoom, and the log of the speed in cells: R2
+- the sign of each, at steps that move by more than half the root mean square: the share that is right.
+Flow: the cosine between the embedding's own channels right and down and the mean over the frame of `flow`
+[T, H, W, 2] (right and down in cells), where the features that are held out have it. Rows beside ours: the mean over
+space of features, of PCA, of differences, and three moments over five steps of the first (as in SemanticMoments).
+
     python tests/bench_autoencoder.py ../dataset/vfm_features_motion_top100/VideoMAEv2
-    python tests/bench_autoencoder.py features --held_out "^ts_" --latent_dim 88 --epochs 100
+    python tests/bench_autoencoder.py features --held_out "^ts_" --latent_dim 88 --epochs 100 --camera stills
 """
 
 from __future__ import annotations
@@ -36,7 +46,9 @@ from model import (  # noqa: E402  (the scripts are no installed package)
     MotionFeatureAutoencoder,
     UserError,
     cosine_transform,
+    describe_motion_embedding,
     find_features,
+    load_checked,
     load_feature,
     principal_components,
     run_script,
@@ -122,20 +134,101 @@ def space_time_code(paths: list[Path], mean: Tensor, length: int, latent_dim: in
     return code
 
 
+def with_change(embedding: Tensor) -> Tensor:
+    """[T, D] -> what the probes read, [T - 1, 2 D]: the embedding and its change since the step before."""
+    return torch.cat([embedding[1:], embedding.diff(dim=0)], dim=1).double()
+
+
+def ridge(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """Ridge regression from x [K, P] to y [K, Q], fitted."""
+    mean, spread = x.mean(dim=0), x.std(dim=0).clamp_min(1e-9)
+    x, penalty = (x - mean) / spread, 0.03 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    weights = torch.linalg.solve(x.mT @ x + penalty, x.mT @ (y - y.mean(dim=0)))
+    return lambda new: (new - mean) / spread @ weights + y.mean(dim=0)
+
+
 def probe(embeddings: list[Tensor], targets: list[Tensor]) -> float:
     """R2 of ridge regression from [e[t], e[t] - e[t - 1]] to [T - 1, Q], fitted without the clip that it reads."""
-    inputs = [torch.cat([e[1:], e.diff(dim=0)], dim=1).double() for e in embeddings]
+    inputs = [with_change(e) for e in embeddings]
     residual = total = 0.0
     for index, (x_out, y_out) in enumerate(zip(inputs, targets, strict=True)):
         x = torch.cat([x for i, x in enumerate(inputs) if i != index])
         y = torch.cat([y for i, y in enumerate(targets) if i != index]).double()
-        mean, spread = x.mean(dim=0), x.std(dim=0).clamp_min(1e-9)
-        x = (x - mean) / spread
-        ridge = 0.03 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-        weights = torch.linalg.solve(x.mT @ x + ridge, x.mT @ (y - y.mean(dim=0)))
-        residual += (y_out - (x_out - mean) / spread @ weights - y.mean(dim=0)).square().sum().item()
+        residual += (y_out - ridge(x, y)(x_out)).square().sum().item()
         total += (y_out - y.mean(dim=0)).square().sum().item()
     return 1 - residual / total
+
+
+def moments_over_time(x: Tensor) -> Tensor:
+    """x [T, C] -> [T, 3 C]: mean, standard deviation and cube root of the third moment over five steps around each."""
+    windows = torch.cat([x[:1]] * 2 + [x] + [x[-1:]] * 2).unfold(0, 5, 1)  # [T, C, 5]
+    mean = windows.mean(dim=2)
+    deviation = windows - mean[..., None]
+    third = deviation.pow(3).mean(dim=2)
+    return torch.cat([mean, deviation.square().mean(dim=2).sqrt(), third.sign() * third.abs().pow(1 / 3)], dim=1)
+
+
+def camera_probe(embeddings: list[Tensor], cameras: list[Tensor], held_out: list[bool]) -> dict[str, float]:
+    """How well a regression, fitted on the other stills, reads the `cameras` [T, 4] of held-out ones."""
+    names = ("right", "down", "turn", "zoom")
+    x = [with_change(embedding) for embedding in embeddings]
+    moves = [camera[1:].double() for camera in cameras]  # [T - 1, 4]
+    y = [torch.cat([move, move[:, :2].norm(dim=1, keepdim=True).clamp_min(0.01).log()], dim=1) for move in moves]
+
+    def choose(parts: list[Tensor], out: bool) -> Tensor:
+        return torch.cat([part for part, is_out in zip(parts, held_out, strict=True) if is_out == out])
+
+    read, true = ridge(choose(x, False), choose(y, False))(choose(x, True)), choose(y, True)
+    unread = (read - true).square().sum(dim=0) / (true - true.mean(dim=0)).square().sum(dim=0)
+    row = dict(zip((*names, "log speed"), (1 - unread).tolist(), strict=True))
+    enough = torch.cat(moves).square().mean(dim=0).sqrt() / 2
+    for index, name in enumerate(names):
+        moving = [move[:, index].abs() > enough[index] for move in moves]
+        x_moving = [part[rows] for part, rows in zip(x, moving, strict=True)]
+        signs = [move[rows, index : index + 1].sign() for move, rows in zip(moves, moving, strict=True)]
+        read = ridge(choose(x_moving, False), choose(signs, False))(choose(x_moving, True))
+        row[f"sign of {name}"] = (read.sign() == choose(signs, True)).double().mean().item()
+    return row
+
+
+@torch.inference_mode()
+def camera_table(
+    model: MotionFeatureAutoencoder, pca: Code, stills: list[Path], clips: list[Path], pattern: str | None
+) -> dict[str, dict[str, float]]:
+    """The rows of the second table: `stills` have a `camera`; held-out `clips` may have a `flow`."""
+    names = describe_motion_embedding(model.config)
+    motion = [index for index, name in enumerate(names) if not name.startswith("mean of") and name != "unused"]
+
+    def ours(x: Tensor) -> Tensor:  # [T, H, W, C] -> [T, D]
+        return model.embed(model.encode(x[None]))[0]
+
+    def differences(x: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(x[:1]), x.diff(dim=0)]).mean(dim=(1, 2))
+
+    embeddings = {
+        "motion_embedding": ours,
+        "its motion channels": lambda x: ours(x)[:, motion],
+        "mean of features": lambda x: x.mean(dim=(1, 2)),
+        "mean of PCA": lambda x: pca(x.flatten(1, 2)[None])[2][0],
+        "moments over time": lambda x: moments_over_time(x.mean(dim=(1, 2))),
+        "mean of differences": differences,
+    }
+    test = split(stills, pattern, 0)[1]
+    still_features = [load_feature(path)[0].float() for path in stills]
+    cameras = [load_checked(path)["camera"] for path in stills]
+    features = [load_feature(path)[0].float() for path in clips]
+    contents = [x[1:].mean(dim=(1, 2)) for x in features]
+    rows = {}
+    for name, embed in embeddings.items():
+        rows[name] = camera_probe([embed(x) for x in still_features], cameras, [path in test for path in stills])
+        rows[name]["content R2"] = probe([embed(x) for x in features], contents)
+
+    flows = [load_checked(path).get("flow") if path.suffix != ".npy" else None for path in clips]
+    if all(flow is not None for flow in flows):
+        flow = torch.cat([flow[1:].float().mean(dim=(1, 2)) for flow in flows]).flatten()
+        seen = torch.cat([ours(x)[1:, motion[:2]] for x in features]).flatten()
+        rows["motion_embedding"]["flow"] = torch.nn.functional.cosine_similarity(seen, flow, dim=0).item()
+    return rows
 
 
 @torch.inference_mode()
@@ -168,12 +261,21 @@ def evaluate(code: Code, paths: list[Path], motion_weight: float) -> dict[str, f
     }
 
 
+def print_camera_table(rows: dict[str, dict[str, float]]) -> None:
+    columns = list(rows["motion_embedding"])
+    print("\n| embedding | " + " | ".join(columns) + " |\n|" + " --- |" * (len(columns) + 1))
+    for name, row in rows.items():
+        cells = (f"{row[column]:.2f}" if column in row else "" for column in columns)
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("feature_dir", type=Path)
     parser.add_argument("--held_out", help="regular expression of the `video` (or file name) of the files to hold out")
     parser.add_argument("--latent_dim", type=int, help="default: a quarter of the features' channels")
     parser.add_argument("--motion_weight", type=float, default=1.0)
+    parser.add_argument("--camera", type=Path, help="folder of features of stills under a camera of known motion")
     parser.add_argument("--seed", type=int, default=0)
     args, flags = parser.parse_known_args()  # the others are train.py's
 
@@ -207,6 +309,8 @@ def main() -> int:
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
     print(f"training time: {seconds:.0f} s")
+    if args.camera:
+        print_camera_table(camera_table(model, codes["PCA"], find_features(args.camera), held_out, args.held_out))
     return 0
 
 

@@ -28,7 +28,8 @@ def test_encode_needs_no_model_flag(trained, tmp_path, run_here):
     )
     assert result.returncode == 0, result.stderr
     output = torch.load(tmp_path / "deep" / "z.pt", weights_only=True)
-    documented = {"latent", "motion_embedding", "compression_ratio", "pca_dim", "caption", "video", "model"}
+    documented = {"latent", "motion_embedding", "embedding_channels", "compression_ratio", "pca_dim"}
+    documented |= {"caption", "video", "model", "right", "down", "log speed"}
     assert set(output) == documented | {*METRICS, "settings"}
     assert output["caption"] == "clip 1"
     assert output["compression_ratio"] == 0.5
@@ -116,12 +117,44 @@ def test_npz_holds_the_same(trained, tmp_path, run_here):
         for name, value in expected.items():
             if isinstance(value, torch.Tensor):
                 np.testing.assert_array_equal(saved[name], value.numpy())
+            elif name == "embedding_channels":
+                assert saved[name].tolist() == value
             else:
-                assert saved[name].item() == value
+                np.testing.assert_equal(saved[name].item(), value)
         assert str(saved["caption"]) == "clip 1"
     single = ["--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--input", source / "0001.pt"]
     assert run_here("encode.py", *single, "--output", tmp_path / "one.npz").returncode == 0
     assert (tmp_path / "one.npz").read_bytes() == (target / "0001.npz").read_bytes()
+
+
+def test_the_report_says_how_the_pictures_move(trained, tmp_path, run_here):
+    """Waves that move to the right, on a grid that the feature has, its file says, the flag says, or nobody knows."""
+    x = torch.arange(15.0) - 0.3 * torch.arange(6.0)[:, None]
+    waves = torch.stack([(x * k / 9 + phase).sin() for k in (4, 6) for phase in range(6)], dim=-1)  # [T, W, 12]
+    feature = waves[:, None].expand(-1, 10, -1, -1).contiguous()
+    source, target = tmp_path / "f", tmp_path / "z"
+    source.mkdir()
+    flat = feature.flatten(1, 2)
+    torch.save({"feature": feature}, source / "whole.pt")
+    torch.save({"feature": flat, "grid": torch.tensor([10, 15])}, source / "says.pt")
+    torch.save({"feature": flat, "grid": [[-10, -15], "10 x 15"]}, source / "unknown.pt")
+    counts, result = encode_folder(run_here, trained, source, target)
+    assert counts == [3, 0, 0] and result.stdout.count("grid unknown in 1 files") == 1
+    right = {name: row["right"] for name, row in rows(target).items()}
+    assert float(right["whole.pt"]) == pytest.approx(0.3, abs=0.1)
+    assert right["says.pt"] == right["whole.pt"] and right["unknown.pt"] == "nan"
+    unknown = torch.load(target / "unknown.pt", weights_only=True)
+    assert not unknown["motion_embedding"][:, unknown["embedding_channels"].index("right")].any()
+    assert encode_folder(run_here, trained, source, target)[0] == [0, 3, 0]
+    assert rows(target)["whole.pt"]["right"] == right["whole.pt"]
+
+    counts, result = encode_folder(run_here, trained, source, target, "--grid", 10, 15)
+    assert counts == [3, 0, 0] and "grid unknown" not in result.stdout
+    assert {row["right"] for row in rows(target).values()} == {right["whole.pt"]}
+    told = torch.load(target / "unknown.pt", weights_only=True)
+    assert told["grid"] == [10, 15] and told["latent"].shape == (6, 150, 6)
+    counts, result = encode_folder(run_here, trained, source, target, "--grid", 9, 15)
+    assert counts == [1, 0, 2] and "unknown.pt: N is 150, but --grid is 9 x 15" in result.stderr
 
 
 @pytest.mark.parametrize("length", [6, 300])
