@@ -2,9 +2,9 @@
 
 In: a checkpoint of train.py, and one feature file (.pt, .pth, .npy) or a folder of them.
 Out: a dict that `torch.load` reads (or a .npz for numpy) of `latent` [T, N, D] or [T, H, W, D], `motion_embedding`
-     [T, D], `compression_ratio` (D / C), `pca_dim` (the latent's first channels, which are PCA's), how well the latent
-     decodes, and the input's `caption`, `video` and `model` where it had them. A folder's files are mirrored, and
-     `encode_report.csv` has a row for each.
+     [T, D], `compression_ratio` (D / C), `pca_dim` (how many channels lead with a principal component: all), how
+     well the latent decodes, and the input's `caption`, `video` and `model` where it had them. A folder's files are
+     mirrored, and `encode_report.csv` has a row for each.
 
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features/0000.pt --output latents/0000.pt
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features --output latents
@@ -128,12 +128,11 @@ def encode(model: MotionFeatureAutoencoder, path: Path, feature: Tensor, save_re
     """
     latent = model.encode_long(feature)
     errors = FeatureErrors()
-    flat = feature.flatten(1, -2)  # [T, N, C]
-    reconstruction = torch.empty(flat.shape) if save_reconstruction else None
-    for positions, part in model.decode_long(latent):
-        errors.add(flat[None, :, positions].to(part), part[None])  # [1, T, n, C]
+    reconstruction = torch.empty(feature.shape) if save_reconstruction else None
+    for tile, part in model.decode_long(latent):
+        errors.add(feature[tile][None].to(part), part[None])  # [1, T, ..., C]
         if save_reconstruction:
-            reconstruction[:, positions] = part.cpu()
+            reconstruction[tile] = part.cpu()
     metrics = errors.figures()
     if not (latent.isfinite().all() and math.isfinite(metrics["cosine"])):
         raise UserError(f"{path}: its latent, or what that decodes to, is not finite; the features are too large")
@@ -144,7 +143,7 @@ def encode(model: MotionFeatureAutoencoder, path: Path, feature: Tensor, save_re
         "pca_dim": model.code.pca_dim,
         **metrics,
     }
-    return result | ({"reconstruction": reconstruction.view(feature.shape)} if save_reconstruction else {})
+    return result | ({"reconstruction": reconstruction} if save_reconstruction else {})
 
 
 def save(result: dict[str, Any], output: Path) -> None:
