@@ -228,9 +228,9 @@ def test_smooth_weight_smooths_and_loses_nothing():
 def test_a_block_starts_where_the_last_one_ended(use_token):
     """What a block as a whole is, compared with the others of its clip, is motion too: it is not lost."""
     train = torch.randn(8, 1, 6, 48).expand(-1, 96, -1, -1) + torch.randn(8, 4, 6, 48).repeat_interleave(24, dim=1)
-    model = fitted(train + 0.1 * torch.randn(train.shape), latent_dim=40, use_token=use_token)
+    model = fitted(train + 0.1 * torch.randn(train.shape), use_token=use_token)
     output = model(train)["reconstruction"]
-    assert errors(train, output)[1] < 0.5 * train.diff(dim=1).square().mean()
+    assert errors(train, output)[1] < 0.3 * train.diff(dim=1).square().mean()
 
 
 @pytest.mark.parametrize("length", [1, 7, 30])
