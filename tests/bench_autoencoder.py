@@ -2,21 +2,28 @@
 
 In: a folder of features, as train.py takes it. The files whose name or `video` matches --held_out (else a seeded fifth)
 are kept out of training; hold out whole sources where files come from several, or all codes look better than they are.
-Out: a table of this autoencoder, PCA, motion-weighted PCA and a linear space-time code of the same size, on what was
-held out: mean squared errors of the features and of their temporal differences relative to their variance, their
-weighted sum relative to motion-weighted PCA's, and
+Out: a table of this autoencoder, its linear code without the networks, PCA, motion-weighted PCA and a linear space-time
+code of the same size, on what was held out:
+- reconstruction, motion: `FeatureErrors` over all held-out clips; total: the weighted sum of the mean squared errors
+  relative to motion-weighted PCA's
 - relations: the mean absolute change of the cosine between two tokens of a clip, from features to latent (of PCA with
-  and without the features' mean, the better)
+  and without the features' mean, the better): all pairs, those within a time step, between steps, and pairs of the
+  tenth of the tokens that moves most
 - motion R2, content R2: how well a ridge regression, leaving one clip out, reads from the motion embedding at t and its
   change since t - 1 the log of the mean length of delta_x, and the mean of x over space (for PCA: of the mean latent).
 
+--ablation adds what the trained autoencoder is worth without each of its parts; --front PICTURE draws the errors of the
+linear code at several motion weights.
+
     python tests/bench_autoencoder.py ../dataset/vfm_features_motion_top100/VideoMAEv2
     python tests/bench_autoencoder.py features --held_out "^ts_" --latent_dim 88 --epochs 100
+    python tests/bench_autoencoder.py features --held_out "^main" --latent_dim 88 --ablation --front front.png
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import subprocess
 import sys
@@ -26,17 +33,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from losses import token_relations  # noqa: E402
+from losses import FeatureErrors, token_relations  # noqa: E402
 from model import (  # noqa: E402  (the scripts are no installed package)
     MotionFeatureAutoencoder,
     UserError,
     cosine_transform,
     find_features,
+    from_sequences,
     load_feature,
     principal_components,
     run_script,
@@ -45,13 +54,15 @@ from model import (  # noqa: E402  (the scripts are no installed package)
 )
 from train import split_files  # noqa: E402
 
-Code = Callable[
-    [Tensor], tuple[Tensor, Tensor, Tensor]
-]  # x [1, T, N, C] -> latent, reconstruction, embedding [1, T, D]
+FRONT = (1.0, 3.0, 10.0, 30.0)  # motion weights
+RELATIONS = ("relations", "in a step", "between steps", "of moving")
+TOKENS = 1000  # of a clip, whose relations are compared
+# x [1, T, ..., C] -> latent [1, T, ..., D], reconstruction, embedding [1, T, D]
+Code = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def load(path: Path) -> Tensor:
-    return load_feature(path)[0].float().flatten(1, -2)[None]  # [1, T, N, C]
+    return load_feature(path)[0].float()[None]  # [1, T, N, C] or [1, T, H, W, C]
 
 
 def split(paths: list[Path], pattern: str | None, seed: int) -> tuple[list[Path], list[Path]]:
@@ -92,7 +103,7 @@ def pca_code(paths: list[Path], mean: Tensor, latent_dim: int, motion_weight: fl
 
     def code(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         latent = (x - mean) @ basis
-        return latent + keep_mean * (mean @ basis), latent @ basis.mT + mean, latent.mean(dim=2)
+        return latent + keep_mean * (mean @ basis), latent @ basis.mT + mean, latent.flatten(2, -2).mean(dim=2)
 
     return code
 
@@ -113,13 +124,65 @@ def space_time_code(paths: list[Path], mean: Tensor, length: int, latent_dim: in
     def code(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         coefficients = (transform @ to_sequences(x - mean)).transpose(0, 1) @ basis  # [T, N, C]
         numbers = coefficients.transpose(0, 1).flatten(1)[:, kept]  # [N, T * D]
-        latent = numbers.unflatten(1, (length, latent_dim)).transpose(0, 1)[None]
+        latent = from_sequences(numbers.unflatten(1, (length, latent_dim)), like=x)
         flat = torch.zeros(len(numbers), weighted.numel()).index_copy(1, kept, numbers)
         coefficients = flat.unflatten(1, weighted.shape).transpose(0, 1) @ basis.mT  # [T, N, C]
-        reconstruction = (transform.mT @ coefficients.transpose(0, 1)).transpose(0, 1)[None] + mean
-        return latent, reconstruction, latent.mean(dim=2)
+        reconstruction = from_sequences(transform.mT @ coefficients.transpose(0, 1), like=x) + mean
+        return latent, reconstruction, latent.flatten(2, -2).mean(dim=2)
 
     return code
+
+
+def linear_code(
+    paths: list[Path], latent_dim: int, weight: float, smooth: float, side: int
+) -> MotionFeatureAutoencoder:
+    """The autoencoder as it is before its networks are trained."""
+    clips = [load(path)[0] for path in paths]
+    sizes = {"input_dim": clips[0].shape[-1], "latent_dim": latent_dim, "block": min(24, len(clips[0])), "side": side}
+    model = MotionFeatureAutoencoder(**sizes, model_dim=8, num_layers=1, use_token=True).eval()
+    model.code.fit(clips, 1.0, weight, smooth)
+    return model
+
+
+def without(model: MotionFeatureAutoencoder, *parts: str) -> MotionFeatureAutoencoder:
+    """A copy of the model without these parts."""
+    model = copy.deepcopy(model)
+    if "encoder network" in parts:
+        nn.init.zeros_(model.encoder.network.head.weight), nn.init.zeros_(model.encoder.network.head.bias)
+    if "decoder network" in parts:
+        model.decoder.trust.zero_()
+    if "trust" in parts:
+        model.decoder.trust.fill_(1.0)
+    if "gain and centre" in parts:
+        model.code.gain.fill_(1.0), model.code.centre.zero_()
+    if "guests" in parts:
+        model.code.importance[..., : model.code.pca_dim] += 2**40
+    return model
+
+
+def ablation(model: MotionFeatureAutoencoder, paths: list[Path], weight: float) -> dict[str, Code]:
+    """The model without each of its parts. Blocks of one cell are measured anew, without networks."""
+    parts = ("encoder network", "decoder network", "trust", "gain and centre", "guests")
+    codes = {f"without {part}": our_code(without(model, part)) for part in parts}
+    cells = linear_code(paths, model.config["latent_dim"], weight, 5 * model.code.smoothing.item(), side=1)
+    return codes | {"without networks, blocks of one cell": our_code(cells)}
+
+
+def draw_front(rows: dict[str, dict[str, float]], path: Path) -> None:
+    """Motion error over reconstruction error, a curve through the linear code's motion weights."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    front = {name: row for name, row in rows.items() if name.startswith("weight ")}
+    axes.plot([r["reconstruction"] for r in front.values()], [r["motion"] for r in front.values()], "o-", label="ours")
+    for name, row in front.items():
+        axes.annotate(name, (row["reconstruction"], row["motion"]), (6, 4), textcoords="offset points", fontsize=8)
+    for name in ("PCA", "motion-weighted PCA", "linear space-time code"):
+        if name in rows:
+            axes.plot(rows[name]["reconstruction"], rows[name]["motion"], "s", label=name)
+    axes.set(xlabel="reconstruction error", ylabel="motion error", xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=100)
 
 
 def probe(embeddings: list[Tensor], targets: list[Tensor]) -> float:
@@ -138,31 +201,52 @@ def probe(embeddings: list[Tensor], targets: list[Tensor]) -> float:
     return 1 - residual / total
 
 
+def relation_errors(x: Tensor, latent: Tensor) -> dict[str, float]:
+    """The mean absolute change of the cosines between tokens of a clip [1, T, ..., C], by kind of pair."""
+    length, count = x.shape[1], x[0, ..., 0].numel()
+    tokens = [part.flatten(0, -2) for part in (x, latent)]
+    moves = torch.cat([torch.zeros_like(x[0, :1]), x[0].diff(dim=0)]).norm(dim=-1).flatten()
+    fastest = moves.argsort(descending=True)[: max(2, count // 10)]
+    some = torch.linspace(0, count - 1, min(TOKENS, count)).long()
+    moving = fastest[torch.linspace(0, len(fastest) - 1, min(TOKENS // 2, len(fastest))).long()]
+    step = some // (count // length)
+    same = step[:, None] == step
+
+    def change(chosen: Tensor) -> Tensor:  # [K, K]
+        return (token_relations(tokens[0][chosen]) - token_relations(tokens[1][chosen])).abs()
+
+    changes = change(some)
+    others = same & ~torch.eye(len(some), dtype=torch.bool)
+    return {
+        "relations": changes.mean().item(),
+        "in a step": changes[others].mean().item(),
+        "between steps": changes[~same].mean().item(),
+        "of moving": change(moving).mean().item(),
+    }
+
+
 @torch.inference_mode()
 def evaluate(code: Code, paths: list[Path], motion_weight: float) -> dict[str, float]:
     """One row of the table."""
-    sums = dict.fromkeys(("reconstruction", "motion", "variance", "motion variance", "relations"), 0.0)
+    errors, relations, totals = FeatureErrors(), [], []
     embeddings, lengths, contents = [], [], []
-    grand_mean = sum(load(path).mean(dim=(0, 1, 2)) for path in paths) / len(paths)
     for path in paths:
         x = load(path)
         latent, reconstruction, embedding = code(x)
         delta = x.diff(dim=1)
-        sums["reconstruction"] += (reconstruction - x).square().mean().item()
-        sums["motion"] += (reconstruction.diff(dim=1) - delta).square().mean().item()
-        sums["variance"] += (x - grand_mean).square().mean().item()
-        sums["motion variance"] += delta.square().mean().item()
-        chosen = torch.linspace(0, x[0, ..., 0].numel() - 1, min(1000, x[0, ..., 0].numel())).long()
-        before, after = (token_relations(tokens.flatten(0, 2)[chosen]) for tokens in (x, latent))
-        sums["relations"] += (before - after).abs().mean().item()
+        errors.add(x, reconstruction)
+        error = reconstruction - x
+        totals.append((error.square().mean() + motion_weight * error.diff(dim=1).square().mean()).item())
+        relations.append(relation_errors(x, latent))
         embeddings.append(embedding[0])
-        lengths.append(delta.norm(dim=-1).mean(dim=2)[0, :, None].clamp_min(1e-9).log())  # [T - 1, 1]
-        contents.append(x[0, 1:].mean(dim=1))  # [T - 1, C]
+        lengths.append(delta.norm(dim=-1).flatten(2).mean(dim=2)[0, :, None].clamp_min(1e-9).log())  # [T - 1, 1]
+        contents.append(x[0, 1:].flatten(1, -2).mean(dim=1))  # [T - 1, C]
+    figures = errors.figures()
     return {
-        "reconstruction": sums["reconstruction"] / sums["variance"],
-        "motion": sums["motion"] / sums["motion variance"],
-        "total": (sums["reconstruction"] + motion_weight * sums["motion"]) / len(paths),
-        "relations": sums["relations"] / len(paths),
+        "reconstruction": figures["reconstruction_error"],
+        "motion": figures["motion_error"],
+        "total": sum(totals) / len(totals),
+        **{name: sum(row[name] for row in relations) / len(relations) for name in relations[0]},
         "motion R2": probe(embeddings, lengths),
         "content R2": probe(embeddings, contents),
     }
@@ -174,6 +258,9 @@ def main() -> int:
     parser.add_argument("--held_out", help="regular expression of the `video` (or file name) of the files to hold out")
     parser.add_argument("--latent_dim", type=int, help="default: a quarter of the features' channels")
     parser.add_argument("--motion_weight", type=float, default=1.0)
+    parser.add_argument("--smooth_weight", type=float, default=0.05)
+    parser.add_argument("--ablation", action="store_true", help="what each part is worth")
+    parser.add_argument("--front", type=Path, metavar="PICTURE", help="the linear code at several motion weights")
     parser.add_argument("--seed", type=int, default=0)
     args, flags = parser.parse_known_args()  # the others are train.py's
 
@@ -184,20 +271,30 @@ def main() -> int:
     length, input_dim = x.shape[1], x.shape[-1]
     latent_dim = args.latent_dim or input_dim // 4
     sizes = ["--input_dim", str(input_dim), "--latent_dim", str(latent_dim), "--motion_weight", str(args.motion_weight)]
+    sizes += ["--smooth_weight", str(args.smooth_weight)]
     model, seconds = train(train_paths, [*sizes, "--use_token", "--seed", str(args.seed), *flags])
 
     mean = sum(load(path).double().mean(dim=(0, 1, 2)) for path in train_paths).float() / len(train_paths)
     codes = {
         "this autoencoder": our_code(model),
+        "without its networks": our_code(without(model, "encoder network", "decoder network")),
     }
     for name, weight in {"PCA": 0.0, "motion-weighted PCA": args.motion_weight}.items():
         codes[name] = pca_code(train_paths, mean, latent_dim, weight, False)
         codes[f"{name}, mean kept"] = pca_code(train_paths, mean, latent_dim, weight, True)
     if all(load_feature(path, mmap=True)[0].shape[0] == length for path in train_paths + held_out):
         codes["linear space-time code"] = space_time_code(train_paths, mean, length, latent_dim, args.motion_weight)
+    if args.ablation:
+        codes |= ablation(model, train_paths, args.motion_weight)
+    if args.front:
+        side = model.config["side"]
+        for weight in FRONT:
+            code = linear_code(train_paths, latent_dim, weight, args.smooth_weight, side)
+            codes[f"weight {weight:g}"] = our_code(code)
     rows = {name: evaluate(code, held_out, args.motion_weight) for name, code in codes.items()}
     for name in ("PCA", "motion-weighted PCA"):
-        rows[name]["relations"] = min(rows[name]["relations"], rows.pop(f"{name}, mean kept")["relations"])
+        kept = rows.pop(f"{name}, mean kept")
+        rows[name] |= {column: min(rows[name][column], kept[column]) for column in RELATIONS}
     reference = rows["motion-weighted PCA"]["total"]
     for row in rows.values():
         row["total"] /= reference
@@ -207,6 +304,8 @@ def main() -> int:
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
     print(f"training time: {seconds:.0f} s")
+    if args.front:
+        draw_front(rows, args.front)
     return 0
 
 
