@@ -236,10 +236,8 @@ class SpaceTimeCode(nn.Module):
         vacant = ~kept[own]
         source = torch.where(vacant, guests[vacant.cumsum(0) - 1], own)  # the first guest to the first vacant place
 
-        guest_gain = GUEST_RMS / resize_table(self.spread.double().square(), size).flatten()[source].sqrt().clamp_min(
-            1e-3
-        )
-        gain = torch.where(vacant, guest_gain.to(self.gain), self.gain.repeat(count // self.pca_dim))
+        spread = resize_table(self.spread.double().square(), size).flatten()[source].sqrt().clamp_min(1e-3)
+        gain = torch.where(vacant, (GUEST_RMS / spread).to(self.gain), self.gain.repeat(count // self.pca_dim))
         frequency = torch.arange(size[0], device=gain.device) * torch.pi / size[0]
         damping = 1 / (1 + self.smoothing * (2 - 2 * frequency.cos()))
         return source, gain * damping.to(gain).repeat_interleave(count // size[0]), vacant
@@ -292,7 +290,7 @@ class SpaceTimeCode(nn.Module):
             raise UserError("the features' squares overflow float32; divide the features by a constant first")
         self.scale.fill_(variance**0.5 or 1.0)
         # Whittaker's smoother, argmin_y |z - y|^2 + smoothing * |delta y|^2, divides each frequency by a number, which
-        # decoding undoes; smoothness is relative to the latent's variance, hence the constant.
+        # decoding undoes. A fifth of the weight: the default then changes the error of the cosines by 1 %.
         self.smoothing.fill_(smooth_weight / 5)
 
         normalised = [self.normalise(x[None]) for x in clips]  # [1, T, ..., C] each
@@ -314,9 +312,8 @@ class SpaceTimeCode(nn.Module):
         weight = recon_weight + motion_weight * (2 - 2 * frequency.cos())  # |delta|^2 of a cosine of unit energy
         weight[0] = weight[:2].amax()
         some = slice(None, None, -(-len(clips) // RELATION_CLIPS))
-        self.choose_coefficients(
-            energy, weight[:, None, None, None], TokenRelations(self, clips[some], normalised[some])
-        )
+        relations = TokenRelations(self, clips[some], normalised[some])
+        self.choose_coefficients(energy, weight[:, None, None, None], relations)
 
     def measure_energy(self, components: Tensor) -> Tensor:
         """The mean energy of the coefficients of a clip's components [1, T, ..., C], [block, side, side, C]."""
@@ -348,10 +345,8 @@ class TokenRelations:
         self.mean = (code.mean / code.scale) @ code.basis[:, : code.pca_dim]
         self.chosen = [self.choose_tokens(x) for x in clips]  # [2, K] each
         self.wanted = [self.cosines(x.flatten(0, -2)[some]) for x, some in zip(clips, self.chosen, strict=True)]
-        pca = [
-            z.flatten(0, -2)[some] @ code.basis[:, : code.pca_dim]
-            for z, some in zip(normalised, self.chosen, strict=True)
-        ]
+        pairs = zip(normalised, self.chosen, strict=True)
+        pca = [z.flatten(0, -2)[some] @ code.basis[:, : code.pca_dim] for z, some in pairs]
         self.reference = torch.minimum(self.error(pca), self.error([z + self.mean for z in pca]))  # of PCA
 
     @staticmethod
