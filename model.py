@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
-GUEST_RMS = 0.2  # of a guest coefficient, the channels having 1: hardly changes cosines, and survives float16
-RELATION_CLIPS, RELATION_TOKENS = 16, 256  # whose cosines decide what the channels keep, and on their gains
+RELATION_CLIPS, RELATION_TOKENS = 16, 128  # whose cosines decide what the channels keep, and on their gains
 RELATION_TARGET = 0.83  # of PCA's error of these cosines, on training clips; on others it is up to a fifth more
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -208,6 +207,7 @@ class SpaceTimeCode(nn.Module):
         self.register_buffer("basis", torch.eye(config.input_dim))  # columns: principal components
         self.register_buffer("centre", torch.zeros(self.pca_dim))
         self.register_buffer("gain", torch.ones(self.pca_dim))
+        self.register_buffer("guest_rms", torch.ones(()))  # of a guest, the channels having 1
         self.register_buffer("spread", torch.ones(*self.size, config.input_dim))  # of each coefficient
         # Integers, so that every machine sorts them alike.
         self.register_buffer("importance", torch.ones(self.spread.shape, dtype=torch.int64))
@@ -237,7 +237,7 @@ class SpaceTimeCode(nn.Module):
         source = torch.where(vacant, guests[vacant.cumsum(0) - 1], own)  # the first guest to the first vacant place
 
         spread = resize_table(self.spread.double().square(), size).flatten()[source].sqrt().clamp_min(1e-3)
-        gain = torch.where(vacant, (GUEST_RMS / spread).to(self.gain), self.gain.repeat(count // self.pca_dim))
+        gain = torch.where(vacant, (self.guest_rms / spread).to(self.gain), self.gain.repeat(count // self.pca_dim))
         frequency = torch.arange(size[0], device=gain.device) * torch.pi / size[0]
         damping = 1 / (1 + self.smoothing * (2 - 2 * frequency.cos()))
         return source, gain * damping.to(gain).repeat_interleave(count // size[0]), vacant
@@ -324,17 +324,22 @@ class SpaceTimeCode(nn.Module):
 
     def choose_coefficients(self, energy: Tensor, weight: Tensor, relations: TokenRelations) -> None:
         """Set `importance` from the coefficients' energy [block, side, side, C] and their frequency's weight, with the
-        least extra for components < pca_dim with which the latent's `relations` are good enough.
+        least extra for components < pca_dim with which the latent's `relations` are good enough, or nearly as good as
+        they get.
 
         Relations feel what is lost of a token's own channels at any frequency alike, so the extra is.
         """
-        for extra in (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0):
+
+        def relation_error(extra: float) -> float:
             importance = energy * weight
             importance[..., : self.pca_dim] += extra * weight.mean() * energy[..., : self.pca_dim]
             self.importance.copy_((importance / importance.amax().clamp_min(1e-30) * 2**30).round())
             self.importance[..., : self.pca_dim] += 1  # where nothing is, own coefficients stay
-            if relations.fit_gain() <= RELATION_TARGET:
-                break
+            return relations.fit_gain()
+
+        errors = {extra: relation_error(extra) for extra in (0.0, 0.5, 1.0, 2.0, 4.0)}
+        wanted = max(RELATION_TARGET, 1.03 * min(errors.values()))
+        relation_error(next(extra for extra, error in errors.items() if error <= wanted))
 
 
 class TokenRelations:
@@ -344,10 +349,9 @@ class TokenRelations:
         self.code, self.normalised = code, normalised  # [1, T, ..., C] each
         self.mean = (code.mean / code.scale) @ code.basis[:, : code.pca_dim]
         self.chosen = [self.choose_tokens(x) for x in clips]  # [2, K] each
-        self.wanted = [self.cosines(x.flatten(0, -2)[some]) for x, some in zip(clips, self.chosen, strict=True)]
-        pairs = zip(normalised, self.chosen, strict=True)
-        pca = [z.flatten(0, -2)[some] @ code.basis[:, : code.pca_dim] for z, some in pairs]
-        self.reference = torch.minimum(self.error(pca), self.error([z + self.mean for z in pca]))  # of PCA
+        self.wanted = self.cosines(self.tokens(clips))  # [clips, 2, K, K]
+        pca = self.tokens(normalised) @ code.basis[:, : code.pca_dim]
+        self.reference = torch.minimum(self.error(pca), self.error(pca + self.mean)).clamp_min(1e-6)
 
     @staticmethod
     def choose_tokens(x: Tensor) -> Tensor:
@@ -360,43 +364,46 @@ class TokenRelations:
         moving = moves.argsort(descending=True)[spread(-(-len(moves) // 10))]
         return torch.stack([spread(len(moves)), moving])
 
+    def tokens(self, clips: list[Tensor]) -> Tensor:
+        """The chosen tokens of clips [..., C], [clips, 2, K, C]."""
+        return torch.stack([x.flatten(0, -2)[some] for x, some in zip(clips, self.chosen, strict=True)])
+
     @staticmethod
-    def cosines(tokens: Tensor) -> Tensor:  # [2, K, D] -> [2, K, K]
+    def cosines(tokens: Tensor) -> Tensor:  # [..., K, D] -> [..., K, K]
         tokens = nn.functional.normalize(tokens, dim=-1)
         return tokens @ tokens.mT
 
-    def error(self, latents: list[Tensor]) -> Tensor:
+    def error(self, latents: Tensor) -> Tensor:
         """The mean absolute change of the cosines: [all tokens, moving ones]."""
-        changes = [(a - self.cosines(z)).abs().mean(dim=(1, 2)) for a, z in zip(self.wanted, latents, strict=True)]
-        return torch.stack(changes).mean(dim=0)
-
-    def latents(self, gain: float) -> list[Tensor]:
-        """[2, K, D] of each clip, all own coefficients times `gain`."""
-        self.code.gain.fill_(gain)
-        self.code.centre.zero_()
-        pairs = zip(self.normalised, self.chosen, strict=True)
-        return [self.code.encode(z).flatten(0, -2)[some] for z, some in pairs]
+        return (self.wanted - self.cosines(latents)).abs().mean(dim=(0, 2, 3))
 
     def fit_gain(self) -> float:
-        """Set the code's `gain` (each channel's spread to the power of -`power`) and `centre` (a share of the mean's
-        coefficients), which decoding undoes: those that keep the cosines best. Returns their error over PCA's.
+        """Set the code's `gain` (each channel's spread to the power of -`power`), `guest_rms` and `centre` (a share of
+        the mean's coefficients), which decoding undoes: those that keep the cosines best. Returns their error over
+        PCA's.
 
         A truncated code makes tokens too much alike; smaller leading channels and a smaller mean make up for that.
         """
-        guests = self.latents(0.0)
-        own = [z - guest for z, guest in zip(self.latents(1.0), guests, strict=True)]
-        spread = torch.cat([z[0] for z in own]).std(dim=0).clamp_min(1e-3)
+        code = self.code
+        code.centre.zero_()
+        code.guest_rms.fill_(1.0)
+        code.gain.zero_()
+        guests = self.tokens([code.encode(z) for z in self.normalised])  # [clips, 2, K, D]
+        code.gain.fill_(1.0)
+        own = self.tokens([code.encode(z) for z in self.normalised]) - guests
+        spread = own[:, 0].flatten(0, 1).std(dim=0).clamp_min(1e-3)
         best = math.inf
-        for power in (0.0, 0.2, 0.4, 0.6):
+        for power, rms in itertools.product((0.0, 0.2, 0.4, 0.6), (0.2, 0.1, 0.05)):
             gain = spread**-power
             gain = gain / (spread * gain).square().mean().sqrt()
-            for share in (0.0, 0.5, 1.0) if self.code.codes_still_part else (0.0,):
-                latents = [(z + share * self.mean) * gain + guest for z, guest in zip(own, guests, strict=True)]
-                error = (self.error(latents) / self.reference.clamp_min(1e-6)).amax().item()
+            for share in (0.0, 0.5, 1.0) if code.codes_still_part else (0.0,):
+                latents = (own + share * self.mean) * gain + rms * guests
+                error = (self.error(latents) / self.reference).amax().item()
                 if error < best:
                     best = error
-                    self.code.gain.copy_(gain)
-                    self.code.centre.copy_(share * self.mean)
+                    code.gain.copy_(gain)
+                    code.centre.copy_(share * self.mean)
+                    code.guest_rms.fill_(rms)
         return best
 
 

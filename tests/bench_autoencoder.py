@@ -73,18 +73,16 @@ def split(paths: list[Path], pattern: str | None, seed: int) -> tuple[list[Path]
     return [path for path in paths if path not in held_out], held_out
 
 
-def train(paths: list[Path], flags: list[str]) -> tuple[MotionFeatureAutoencoder, float]:
-    """The last epoch's model of train.py on `paths`, and the seconds it took."""
+def train(paths: list[Path], flags: list[str]) -> MotionFeatureAutoencoder:
+    """The last epoch's model of train.py on `paths`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "features").mkdir()
         for index, path in enumerate(paths):
             (Path(folder) / "features" / f"{index:06d}{path.suffix}").symlink_to(path.resolve())
-        start = time.perf_counter()
         command = [sys.executable, str(ROOT / "train.py"), "--feature_dir", f"{folder}/features", "--save_dir", folder]
         subprocess.run([*command, *flags], check=True)
-        seconds = time.perf_counter() - start
         last = max(Path(folder).glob("motion_ae_epoch*.pt"), key=lambda path: int(re.findall(r"\d+", path.name)[-1]))
-        return MotionFeatureAutoencoder.from_checkpoint(last), seconds
+        return MotionFeatureAutoencoder.from_checkpoint(last)
 
 
 def our_code(model: MotionFeatureAutoencoder) -> Code:
@@ -252,10 +250,35 @@ def evaluate(code: Code, paths: list[Path], motion_weight: float) -> dict[str, f
     }
 
 
+def codes_to_compare(
+    model: MotionFeatureAutoencoder, paths: list[Path], args: argparse.Namespace, equally_long: bool
+) -> dict[str, Code]:
+    """The rows of the table, by name; `paths`: what to measure them on."""
+    latent_dim, weight = model.config["latent_dim"], args.motion_weight
+    mean = sum(load(path).double().flatten(0, -2).mean(dim=0) for path in paths).float() / len(paths)
+    codes = {
+        "this autoencoder": our_code(model),
+        "without its networks": our_code(without(model, "encoder network", "decoder network")),
+    }
+    for name, pca_weight in {"PCA": 0.0, "motion-weighted PCA": weight}.items():
+        codes[name] = pca_code(paths, mean, latent_dim, pca_weight, False)
+        codes[f"{name}, mean kept"] = pca_code(paths, mean, latent_dim, pca_weight, True)
+    if equally_long:
+        length = load(paths[0]).shape[1]
+        codes["linear space-time code"] = space_time_code(paths, mean, length, latent_dim, weight)
+    if args.ablation:
+        codes |= ablation(model, paths, weight)
+    for front_weight in FRONT if args.front else ():
+        code = linear_code(paths, latent_dim, front_weight, args.smooth_weight, model.config["side"])
+        codes[f"weight {front_weight:g}"] = our_code(code)
+    return codes
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("feature_dir", type=Path)
     parser.add_argument("--held_out", help="regular expression of the `video` (or file name) of the files to hold out")
+    parser.add_argument("--checkpoint", type=Path, help="a model trained on the other files, in place of training one")
     parser.add_argument("--latent_dim", type=int, help="default: a quarter of the features' channels")
     parser.add_argument("--motion_weight", type=float, default=1.0)
     parser.add_argument("--smooth_weight", type=float, default=0.05)
@@ -267,30 +290,19 @@ def main() -> int:
     train_paths, held_out = split(find_features(args.feature_dir), args.held_out, args.seed)
     if not train_paths or len(held_out) < 2:
         raise UserError(f"{len(train_paths)} files to train on, {len(held_out)} held out; change --held_out")
-    x = load(train_paths[0])
-    length, input_dim = x.shape[1], x.shape[-1]
-    latent_dim = args.latent_dim or input_dim // 4
-    sizes = ["--input_dim", str(input_dim), "--latent_dim", str(latent_dim), "--motion_weight", str(args.motion_weight)]
-    sizes += ["--smooth_weight", str(args.smooth_weight)]
-    model, seconds = train(train_paths, [*sizes, "--use_token", "--seed", str(args.seed), *flags])
+    lengths = {load_feature(path, mmap=True)[0].shape[0] for path in train_paths + held_out}
+    input_dim = load(train_paths[0]).shape[-1]
+    start = time.perf_counter()
+    if args.checkpoint:
+        model = MotionFeatureAutoencoder.from_checkpoint(args.checkpoint)
+    else:
+        sizes = {"input_dim": input_dim, "latent_dim": args.latent_dim or input_dim // 4, "seed": args.seed}
+        sizes |= {"motion_weight": args.motion_weight, "smooth_weight": args.smooth_weight}
+        flags += [f"--{name}={value}" for name, value in sizes.items()]
+        model = train(train_paths, ["--use_token", *flags])
+    seconds = time.perf_counter() - start
 
-    mean = sum(load(path).double().mean(dim=(0, 1, 2)) for path in train_paths).float() / len(train_paths)
-    codes = {
-        "this autoencoder": our_code(model),
-        "without its networks": our_code(without(model, "encoder network", "decoder network")),
-    }
-    for name, weight in {"PCA": 0.0, "motion-weighted PCA": args.motion_weight}.items():
-        codes[name] = pca_code(train_paths, mean, latent_dim, weight, False)
-        codes[f"{name}, mean kept"] = pca_code(train_paths, mean, latent_dim, weight, True)
-    if all(load_feature(path, mmap=True)[0].shape[0] == length for path in train_paths + held_out):
-        codes["linear space-time code"] = space_time_code(train_paths, mean, length, latent_dim, args.motion_weight)
-    if args.ablation:
-        codes |= ablation(model, train_paths, args.motion_weight)
-    if args.front:
-        side = model.config["side"]
-        for weight in FRONT:
-            code = linear_code(train_paths, latent_dim, weight, args.smooth_weight, side)
-            codes[f"weight {weight:g}"] = our_code(code)
+    codes = codes_to_compare(model, train_paths, args, len(lengths) == 1)
     rows = {name: evaluate(code, held_out, args.motion_weight) for name, code in codes.items()}
     for name in ("PCA", "motion-weighted PCA"):
         kept = rows.pop(f"{name}, mean kept")
@@ -299,11 +311,11 @@ def main() -> int:
     for row in rows.values():
         row["total"] /= reference
 
-    print(f"\n{len(train_paths)} files trained on, {len(held_out)} held out; {input_dim} -> {latent_dim} channels")
+    sizes = f"{input_dim} -> {model.config['latent_dim']} channels"
+    print(f"\n{len(train_paths)} files trained on, {len(held_out)} held out; {sizes}; training: {seconds:.0f} s")
     print("| code | " + " | ".join(rows["PCA"]) + " |\n|" + " --- |" * (len(rows["PCA"]) + 1))
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
-    print(f"training time: {seconds:.0f} s")
     if args.front:
         draw_front(rows, args.front)
     return 0
