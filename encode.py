@@ -2,8 +2,8 @@
 
 In: a checkpoint of train.py, and one feature file (.pt, .pth, .npy) or a folder of them.
 Out: a dict that `torch.load` reads (or a .npz for numpy) of `latent` [T, N, D] or [T, H, W, D], `motion_embedding`
-     [T, D], `embedding_channels` (its channels' names), `compression_ratio` (D / C), `pca_dim` (the latent's first
-     channels, which are PCA's), how well the latent decodes, how the picture moves on average (`right`, `down`,
+     [T, D], `embedding_channels` (its channels' names), `compression_ratio` (D / C), `pca_dim` (how many channels lead
+     with a principal component: all), how well the latent decodes, how the picture moves on average (`right`, `down`,
      `log speed`), and the input's `caption`, `video`, `model` and `grid` where it had them. A folder's files are
      mirrored, and `encode_report.csv` has a row for each.
 
@@ -146,12 +146,11 @@ def encode(
     """
     latent = model.encode_long(feature)
     errors = FeatureErrors()
-    flat = feature.flatten(1, -2)  # [T, N, C]
-    reconstruction = torch.empty(flat.shape) if save_reconstruction else None
-    for positions, part in model.decode_long(latent):
-        errors.add(flat[None, :, positions].to(part), part[None])  # [1, T, n, C]
+    reconstruction = torch.empty(feature.shape) if save_reconstruction else None
+    for tile, part in model.decode_long(latent):
+        errors.add(feature[tile][None].to(part), part[None])  # [1, T, ..., C]
         if save_reconstruction:
-            reconstruction[:, positions] = part.cpu()
+            reconstruction[tile] = part.cpu()
     metrics = errors.figures()
     if not (latent.isfinite().all() and math.isfinite(metrics["cosine"])):
         raise UserError(f"{path}: its latent, or what that decodes to, is not finite; the features are too large")
@@ -170,7 +169,7 @@ def encode(
         **metrics,
         **movement,
     }
-    return result | ({"reconstruction": reconstruction.view(feature.shape)} if save_reconstruction else {})
+    return result | ({"reconstruction": reconstruction} if save_reconstruction else {})
 
 
 def save(result: dict[str, Any], output: Path) -> None:

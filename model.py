@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
-DETAIL_RMS = 0.15  # of a detail channel, a PCA channel having 1: leaves cosines alone and is large enough for float16
-RELATION_TOKENS = 256  # of a clip, whose cosines decide on the PCA channels' gains
+RELATION_CLIPS, RELATION_TOKENS = 16, 128  # whose cosines decide what the channels keep, and on their gains
+RELATION_TARGET = 0.83  # of PCA's error of these cosines, on training clips; on others it is up to a fifth more
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
@@ -48,27 +48,27 @@ FINGERPRINT_BYTES = 2**16
 # ---------------------------------------------------------------------------------------------------------------------
 # The motion autoencoder
 #
-# C = 768 channels become D = 192. 168 are PCA channels, which say what is in their own time step. In the 24 detail
-# channels a block of L = 24 steps shares the coefficients over time of what PCA leaves out: mostly what stands still.
-# This code is linear and measured in closed form (`SpaceTimeCode.fit`). Two networks over time are trained on top; both
-# end in a layer that starts at zero, so that training starts from the code. Every place is a sequence of its own.
+# C = 768 channels become D = 192. The linear code (`SpaceTimeCode`) is measured in closed form; two networks over time
+# are trained on top, for each position by itself. They end in a layer that starts at zero, so training starts from the
+# code. The code takes blocks of 24 time steps x 2 x 2 cells (features [B, T, N, C] have no grid: blocks of one cell).
 #
-#   x [B, T, H, W, 768] --> sequences [S, T, 768], S = B * H * W --> z = (x - mean) / scale
+#   x [B, T, H, W, 768] --> z = (x - mean) / scale
 #    |  measured: SpaceTimeCode.encode
-#    +--> z @ basis --> first 168: (+ centre) * gain ----------------------------> PCA channels [S, T, 168] ----+
-#    |        +-------> other 600: cosine transform over each block of L steps                                  |
-#    |                  --> the L * 24 most important of L * 600 coefficients ---> detail channels [S, T, 24]   |
-#    |  trained: encoder's network                                                          + ------------------+
-#    +--> [z, delta z] [S, T, 1536] --> convolution, 2 transformer layers over T --> [S, T, 24]                 |
+#    +--> z @ basis --> cosine transform of each block: L = 24 * 2 * 2 frequencies x 768 components
+#    |        +--> of these L * 768 coefficients the L * 192 most important are kept, each times its gain:
+#    |             of components < 192: at their own frequency and channel -----------+--> inverse transform ---+
+#    |             of the others, the guests: small, at the places left empty -----------+                      |
+#    |  trained: encoder's network                                                    |                      |
+#    +--> [z, delta z] [S, T, 1536] --> convolution, 2 transformer layers over T --> to the guests' places      |
 #                                                                                                               v
 #   latent [B, T, H, W, 192] <----------------------------------------------------------------------------------+
 #    |  measured: SpaceTimeCode.decode, the steps above undone
-#    +--> linear [S, T, 768]
+#    +--> linear [B, T, H, W, 768]
 #    |       |  trained: decoder's network
-#    |       +--> convolution, 2 transformer layers over T --> refinement [S, T, 768]
+#    |       +--> [S, T, 768] --> convolution, 2 transformer layers over T --> refinement [S, T, 768], S = B * H * W
 #    |    reconstruction = (linear + trust * refinement) * scale + mean, trust in [0, 1] measured on held-out clips
 #    |
-#    +--> PCA channels: their mean over H, W [B, T, 168], and how the picture moves [B, T, 24]: right, down, turn, ...
+#    +--> leading channels: their mean over H, W [B, T, 168], and how the picture moves [B, T, 24]: right, down, turn...
 #         --> motion_embedding [B, T, 192]
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -85,6 +85,7 @@ class Config:
     dropout: float = 0.1
     use_token: bool = False  # the encoder sees [x, delta_x], not delta_x alone: what stands still is coded too
     block: int = 24  # time steps that are coded together
+    side: int = 2  # rows, and columns, of the grid that are coded together
 
     def __post_init__(self) -> None:
         if self.model_dim % self.num_heads:
@@ -108,6 +109,16 @@ def from_sequences(sequences: Tensor, like: Tensor) -> Tensor:
     """[B * N, T, D] -> the layout of `like` ([B, T, N, ...] or [B, T, H, W, ...]) with D channels."""
     batch, length = like.shape[:2]
     return sequences.unflatten(0, (batch, -1)).transpose(1, 2).reshape(batch, length, *like.shape[2:-1], -1)
+
+
+def to_grid(x: Tensor) -> Tensor:
+    """[B, T, H, W, C] as it is; [B, T, N, C], whose grid is unknown -> N clips of one cell, [B * N, T, 1, 1, C]."""
+    return x if x.ndim == 5 else to_sequences(x)[:, :, None, None]
+
+
+def from_grid(grid: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `to_grid` for features in the layout of `like`, with any channels."""
+    return grid if like.ndim == 5 else from_sequences(grid[:, :, 0, 0], like)
 
 
 def cosine_transform(length: int, like: Tensor) -> Tensor:
@@ -134,34 +145,77 @@ def weighted_moment(sequences: list[Tensor], recon_weight: float, motion_weight:
     return recon_weight * total[0] / counts[0] + motion_weight * total[1] / max(counts[1], 1)
 
 
+Size = tuple[int, int, int]  # of a block: time steps, rows, columns
+
+
+def blocks_of(shape: tuple[int, ...], size: Size) -> list[tuple[tuple[slice, ...], Size]]:
+    """Where in clips [B, T, H, W, ...] the full blocks are, and the shorter ones behind them: (index, size) of each
+    kind. `shape`: T, H, W."""
+    axes = []
+    for length, block in zip(shape, size, strict=True):
+        full = length - length % block
+        parts = [(slice(0, full), block), (slice(full, length), length - full)]
+        axes.append([(part, size) for part, size in parts if part.stop > part.start])
+    return [
+        ((slice(None), *(where for where, _ in parts)), tuple(length for _, length in parts))
+        for parts in itertools.product(*axes)
+    ]
+
+
+def to_coefficients(x: Tensor, size: Size) -> Tensor:
+    """[B, T, H, W, C] of whole blocks -> their cosine transform over all three axes, [B, blocks, l * h * w, C]."""
+    steps, rows, columns = size
+    blocks = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).unflatten(1, (-1, steps))
+    return block_transform(size, x) @ blocks.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(1, 3).flatten(2, 4)
+
+
+def from_coefficients(coefficients: Tensor, shape: Size, size: Size) -> Tensor:
+    """The inverse of `to_coefficients`, for clips of `shape` T, H, W."""
+    blocks = (block_transform(size, coefficients).mT @ coefficients).unflatten(2, size)
+    counts = [axis // block for axis, block in zip(shape, size, strict=True)]
+    return blocks.unflatten(1, counts).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(len(blocks), *shape, -1)
+
+
+def block_transform(size: Size, like: Tensor) -> Tensor:
+    """The cosine transform over time, rows and columns of a block as one matrix [l * h * w, l * h * w]."""
+    time, rows, columns = (cosine_transform(length, like) for length in size)
+    return torch.kron(torch.kron(time, rows), columns)
+
+
+def resize_table(table: Tensor, size: Size) -> Tensor:
+    """A table of mean energies [l, h, w, C] of a block's coefficients -> that of blocks of another size, in float64."""
+    return nn.functional.adaptive_avg_pool3d(table.double().movedim(-1, 0), size).movedim(0, -1)
+
+
 class SpaceTimeCode(nn.Module):
-    """The linear path of the autoencoder: PCA of each time step, and in a few channels beside it what PCA leaves out.
+    """The linear path of the autoencoder: a transform code whose latent keeps the layout of the features.
 
-    What a truncated PCA drops is mostly detail that stands still, and to repeat that at every time step is waste. So
-    the first 7/8 of the latent's channels, the PCA channels, hold the leading principal components of their own time
-    step. The last 1/8, the detail channels, hold for each block of `block` time steps the block * detail_dim most
-    important coefficients of the other components' cosine transform over time. PCA channels keep the cosines between
-    tokens (VideoREPA's token relations); detail channels are made small, so that they change these little.
+    Features are turned into principal components, and blocks of `block` steps x `side` x `side` cells of these into
+    cosine coefficients. Of a block's L * C coefficients the L * D most important are kept (reverse water-filling). Of a
+    component j < D they stay at their frequency in channel j: transformed back, that channel of the latent is component
+    j of its own token, as far as it was kept. What was not kept leaves its place to a guest, a kept coefficient of the
+    components beyond D; there are as many guests as places. Guests are made small, so that they change the cosines
+    between tokens (VideoREPA's token relations) little.
 
-    `fit` measures all of it in closed form; nothing here is trained. Any T works: the steps after the last full block
-    are a shorter block, which has its own choice of coefficients.
+    `fit` measures all of it in closed form; nothing here is trained. Any T, H and W work: what is left behind the full
+    blocks is coded in shorter blocks, whose energies are averages of the full block's.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.codes_still_part, self.block = config.use_token, config.block
-        self.detail_dim = max(1, config.latent_dim // 8)
-        self.pca_dim = config.latent_dim - self.detail_dim
-        self.remainder_dim = config.input_dim - self.pca_dim
+        self.codes_still_part, self.size = config.use_token, (config.block, config.side, config.side)
+        self.input_dim, self.pca_dim = config.input_dim, config.latent_dim  # each channel leads with its component
         self.register_buffer("mean", torch.zeros(config.input_dim))
         self.register_buffer("scale", torch.ones(()))  # one for all channels: one for each would weight them in errors
         self.register_buffer("basis", torch.eye(config.input_dim))  # columns: principal components
         self.register_buffer("centre", torch.zeros(self.pca_dim))
         self.register_buffer("gain", torch.ones(self.pca_dim))
-        # row L - 1, first L * detail_dim: which of a block of L steps' L * remainder_dim coefficients are kept
-        kept = torch.arange(self.block * self.detail_dim).repeat(self.block, 1)
-        self.register_buffer("kept", kept)
-        self.register_buffer("detail_gain", torch.ones(kept.shape))
+        self.register_buffer("guest_rms", torch.ones(()))  # of a guest, the channels having 1
+        self.register_buffer("spread", torch.ones(*self.size, config.input_dim))  # of each coefficient
+        # Integers, so that every machine sorts them alike.
+        self.register_buffer("importance", torch.ones(self.spread.shape, dtype=torch.int64))
+        self.importance[..., : self.pca_dim] += 1
+        self.register_buffer("smoothing", torch.zeros(()))
 
     def normalise(self, x: Tensor) -> Tensor:
         """x [B, T, ..., C] -> what is coded: x without the training mean; for motion alone, x without the clip's own
@@ -172,113 +226,188 @@ class SpaceTimeCode(nn.Module):
         """The inverse of `normalise`; for motion alone, the training mean stands for what is not known."""
         return x * self.scale + self.mean
 
-    def blocks(self, x: Tensor) -> list[Tensor]:
-        """[S, T, R] -> the full blocks [S, T // block, block, R] and the steps after them as one shorter block."""
-        full = x.shape[1] - x.shape[1] % self.block
-        parts = [x[:, :full].unflatten(1, (-1, self.block)), x[:, None, full:]]
-        return [part for part in parts if part.shape[1] * part.shape[2]]
+    def layout(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+        """For the L * D places of a block of `size` in the latent: which coefficient lies there, its gain, and whether
+        it is a guest. Of constant shapes throughout, for torch.compile."""
+        importance = resize_table(self.importance, size).flatten()
+        count = len(importance) // self.input_dim * self.pca_dim
+        kept = torch.zeros_like(importance, dtype=torch.bool)
+        kept[importance.argsort(descending=True, stable=True)[:count]] = True
+        component = torch.arange(len(importance), device=kept.device) % self.input_dim
+        own = (component < self.pca_dim).byte().argsort(descending=True, stable=True)[:count]
+        guests = (kept & (component >= self.pca_dim)).byte().argsort(descending=True, stable=True)[:count]
+        vacant = ~kept[own]
+        source = torch.where(vacant, guests[vacant.cumsum(0) - 1], own)  # the first guest to the first vacant place
 
-    def encode_detail(self, remainder: Tensor) -> Tensor:
-        """Blocks of the components beyond the PCA channels [S, n, L, R] -> detail channels [S, n * L, detail_dim]."""
-        length = remainder.shape[2]
-        count = length * self.detail_dim
-        coefficients = (cosine_transform(length, remainder) @ remainder).flatten(2)  # [S, n, L * R]
-        kept = coefficients.index_select(-1, self.kept[length - 1, :count]) * self.detail_gain[length - 1, :count]
-        return kept.unflatten(-1, (length, -1)).flatten(1, 2)
+        spread = resize_table(self.spread.double().square(), size).flatten()[source].sqrt().clamp_min(1e-3)
+        gain = torch.where(vacant, (self.guest_rms / spread).to(self.gain), self.gain.repeat(count // self.pca_dim))
+        frequency = torch.arange(size[0], device=gain.device) * torch.pi / size[0]
+        damping = 1 / (1 + self.smoothing * (2 - 2 * frequency.cos()))
+        return source, gain * damping.to(gain).repeat_interleave(count // size[0]), vacant
 
-    def decode_detail(self, detail: Tensor) -> Tensor:
-        """Detail channels in blocks [S, n, L, detail_dim] -> [S, n * L, R]; coefficients that were not kept are 0."""
-        length = detail.shape[2]
-        count = length * self.detail_dim
-        kept = detail.flatten(2) / self.detail_gain[length - 1, :count]
-        empty = kept.new_zeros(*kept.shape[:2], length * self.remainder_dim)
-        coefficients = empty.index_copy(-1, self.kept[length - 1, :count], kept).unflatten(-1, (length, -1))
-        return (cosine_transform(length, detail).mT @ coefficients).flatten(1, 2)
-
-    def encode(self, z: Tensor) -> Tensor:
-        """Normalised features [S, T, C] -> latent [S, T, D]."""
-        leading, remainder = (z @ self.basis).split([self.pca_dim, self.remainder_dim], dim=-1)
-        detail = torch.cat([self.encode_detail(block) for block in self.blocks(remainder)], dim=1)
-        return torch.cat([(leading + self.centre) * self.gain, detail], dim=-1)
+    def encode(self, z: Tensor, addition: Tensor | None = None) -> Tensor:
+        """Normalised features [B, T, N, C] or [B, T, H, W, C] -> latent; at its guests' places with `addition`, which
+        has the latent's shape."""
+        x = to_grid(z)
+        latent = x.new_empty(*x.shape[:-1], self.pca_dim)
+        for where, size in blocks_of(x.shape[1:4], self.size):
+            source, gain, guest = self.layout(size)
+            part = x[where]
+            coefficients = to_coefficients(part @ self.basis, size).flatten(2)  # [B, blocks, L * C]
+            coefficients = coefficients.index_select(-1, source) * gain
+            if addition is not None:
+                coefficients = coefficients + guest * to_coefficients(to_grid(addition)[where], size).flatten(2)
+            latent[where] = from_coefficients(coefficients.unflatten(2, (-1, self.pca_dim)), part.shape[1:4], size)
+        return from_grid(latent + self.centre * self.gain, like=z)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latent [S, T, D] -> normalised features [S, T, C]."""
-        leading, detail = latent.split([self.pca_dim, self.detail_dim], dim=-1)
-        remainder = torch.cat([self.decode_detail(block) for block in self.blocks(detail)], dim=1)
-        return torch.cat([leading / self.gain - self.centre, remainder], dim=-1) @ self.basis.mT
+        """Latent [B, T, N, D] or [B, T, H, W, D] -> normalised features."""
+        grid = to_grid(latent) - self.centre * self.gain
+        x = grid.new_empty(*grid.shape[:-1], self.input_dim)
+        for where, size in blocks_of(grid.shape[1:4], self.size):
+            source, gain, _ = self.layout(size)
+            part = grid[where]
+            kept = to_coefficients(part, size).flatten(2) / gain  # [B, blocks, L * D]
+            empty = kept.new_zeros(*kept.shape[:2], math.prod(size) * self.input_dim)
+            coefficients = empty.index_copy(-1, source, kept).unflatten(2, (-1, self.input_dim))
+            x[where] = from_coefficients(coefficients, part.shape[1:4], size) @ self.basis.mT
+        return from_grid(x, like=latent)
 
     @torch.no_grad()
-    def fit(self, clips: list[Tensor], recon_weight: float = 1.0, motion_weight: float = 1.0) -> None:
-        """Measure the code on clips [T, n, C], any T and n each. Raises `UserError` for features too large to square.
+    def fit(
+        self, clips: list[Tensor], recon_weight: float = 1.0, motion_weight: float = 1.0, smooth_weight: float = 0.05
+    ) -> None:
+        """Measure the code on clips [T, N, C] or [T, H, W, C], any sizes. Raises `UserError` for features too large to
+        square.
 
         Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). Coefficients kept: those of most
-        energy, each frequency weighted by what an error in it adds to the weighted loss.
+        energy, each frequency weighted by what an error in it adds to the weighted loss, and as many of components
+        < latent_dim as the cosines between tokens need.
         """
         if not self.codes_still_part:  # it cannot come back, so it shall not take room
             recon_weight, motion_weight = 0.0, 1.0
-        self.mean.copy_(sum(x.mean(dim=(0, 1), dtype=torch.float64) for x in clips) / len(clips))
+        self.mean.copy_(sum(x.flatten(0, -2).mean(dim=0, dtype=torch.float64) for x in clips) / len(clips))
         self.scale.fill_(1.0)
         variance = sum(self.normalise(x[None]).square().mean().item() for x in clips) / len(clips)
         if not math.isfinite(variance):
             raise UserError("the features' squares overflow float32; divide the features by a constant first")
         self.scale.fill_(variance**0.5 or 1.0)
+        # Whittaker's smoother, argmin_y |z - y|^2 + smoothing * |delta y|^2, divides each frequency by a number, which
+        # decoding undoes. A fifth of the weight: the default then changes the error of the cosines by 1 %.
+        self.smoothing.fill_(smooth_weight / 5)
 
-        sequences = [self.normalise(x[None])[0].transpose(0, 1) for x in clips]  # [n, T, C] each
-        self.basis.copy_(principal_components(weighted_moment(sequences, recon_weight, motion_weight)))
-        # Cross-fitting: a basis takes too much of the energy of the clips that it was made from, so measure what
-        # remains of each half of the clips in the basis of the other half.
-        halves = [sequences[0::2], sequences[1::2] or sequences]
-        remainders = []
-        for half, other in (halves, halves[::-1]):
-            basis = principal_components(weighted_moment(other, recon_weight, motion_weight)).to(self.basis)
-            remainders += [x @ basis[:, self.pca_dim :] for x in half]  # [n, T, remainder_dim]
-        for length in range(1, self.block + 1):
-            parts = [x[:, :length] for x in remainders if x.shape[1] >= length]
-            energies = [(cosine_transform(length, x) @ x).square().mean(dim=0) for x in parts]
-            if energies:
-                self.choose_coefficients(sum(energies) / len(energies), recon_weight, motion_weight)
-        self.fit_gain(clips[:: -(-len(clips) // 32)])
-
-    def choose_coefficients(self, energy: Tensor, recon_weight: float, motion_weight: float) -> None:
-        """Set `kept` and `detail_gain` of blocks of L steps from the coefficients' mean energy [L, remainder_dim]."""
-        length = len(energy)
-        count = length * self.detail_dim
-        frequency = torch.arange(length, device=energy.device) * torch.pi / length
-        weight = recon_weight + motion_weight * (2 - 2 * frequency.cos())  # |delta|^2 of a cosine of unit energy
+        normalised = [self.normalise(x[None]) for x in clips]  # [1, T, ..., C] each
+        # Cross-fitting: a basis takes too much of the energy of the clips that it was made from, so measure each half
+        # of the clips in the basis of the other half.
+        halves = [normalised[0::2], normalised[1::2] or normalised]
+        moments = [weighted_moment([to_sequences(x) for x in half], recon_weight, motion_weight) for half in halves]
+        self.basis.copy_(principal_components(moments[0] + moments[1]))
+        energy = 0.0
+        for half, moment in zip(halves, moments[::-1], strict=True):
+            basis = principal_components(moment).to(self.basis)
+            energy = energy + sum(self.measure_energy(x @ basis) for x in half) / len(half) / 2
         # True energies fall with a component's rank, so sort them; another order is noise.
-        value = energy.sort(dim=1, descending=True).values * weight[:, None]
-        order = value.flatten().argsort(descending=True, stable=True)[:count]
-        self.kept[length - 1, :count] = order
-        self.detail_gain[length - 1, :count] = DETAIL_RMS / energy.flatten()[order].sqrt().clamp_min(1e-3)
+        energy = energy.sort(dim=-1, descending=True).values
+        # A block's constant moves too, from one block to the next: it counts as the slowest cosine at least.
+        energy[0] = energy[:2].amax(dim=0)
+        self.spread.copy_(energy.sqrt())
+        frequency = torch.arange(self.size[0], device=energy.device) * torch.pi / self.size[0]
+        weight = recon_weight + motion_weight * (2 - 2 * frequency.cos())  # |delta|^2 of a cosine of unit energy
+        weight[0] = weight[:2].amax()
+        some = slice(None, None, -(-len(clips) // RELATION_CLIPS))
+        relations = TokenRelations(self, clips[some], normalised[some])
+        self.choose_coefficients(energy, weight[:, None, None, None], relations)
 
-    def fit_gain(self, clips: list[Tensor]) -> None:
-        """Set each PCA channel's `gain` (its spread to the power of -`power`) and `centre` (a share of the mean's
-        coefficients), which decoding undoes: those that keep best the cosines between tokens of a clip [T, n, C].
+    def measure_energy(self, components: Tensor) -> Tensor:
+        """The mean energy of the coefficients of a clip's components [1, T, ..., C], [block, side, side, C]."""
+        grid = to_grid(components)
+        where, size = blocks_of(grid.shape[1:4], tuple(map(min, grid.shape[1:4], self.size)))[0]
+        energy = to_coefficients(grid[where], size).square().mean(dim=(0, 1)).unflatten(0, size)
+        return resize_table(energy, self.size)
+
+    def choose_coefficients(self, energy: Tensor, weight: Tensor, relations: TokenRelations) -> None:
+        """Set `importance` from the coefficients' energy [block, side, side, C] and their frequency's weight, with the
+        least extra for components < pca_dim with which the latent's `relations` are good enough, or nearly as good as
+        they get.
+
+        Relations feel what is lost of a token's own channels at any frequency alike, so the extra is.
+        """
+
+        def relation_error(extra: float) -> float:
+            importance = energy * weight
+            importance[..., : self.pca_dim] += extra * weight.mean() * energy[..., : self.pca_dim]
+            self.importance.copy_((importance / importance.amax().clamp_min(1e-30) * 2**30).round())
+            self.importance[..., : self.pca_dim] += 1  # where nothing is, own coefficients stay
+            return relations.fit_gain()
+
+        errors = {extra: relation_error(extra) for extra in (0.0, 0.5, 1.0, 2.0, 4.0)}
+        wanted = max(RELATION_TARGET, 1.03 * min(errors.values()))
+        relation_error(next(extra for extra, error in errors.items() if error <= wanted))
+
+
+class TokenRelations:
+    """The cosines between tokens of a few clips, and how well a code's latents keep them."""
+
+    def __init__(self, code: SpaceTimeCode, clips: list[Tensor], normalised: list[Tensor]) -> None:
+        self.code, self.normalised = code, normalised  # [1, T, ..., C] each
+        self.mean = (code.mean / code.scale) @ code.basis[:, : code.pca_dim]
+        self.chosen = [self.choose_tokens(x) for x in clips]  # [2, K] each
+        self.wanted = self.cosines(self.tokens(clips))  # [clips, 2, K, K]
+        pca = self.tokens(normalised) @ code.basis[:, : code.pca_dim]
+        self.reference = torch.minimum(self.error(pca), self.error(pca + self.mean)).clamp_min(1e-6)
+
+    @staticmethod
+    def choose_tokens(x: Tensor) -> Tensor:
+        """Indices of K tokens of a clip [T, ..., C] evenly spread over it, and K of the tenth that moves most."""
+
+        def spread(count: int) -> Tensor:
+            return torch.linspace(0, count - 1, RELATION_TOKENS, device=x.device).long()
+
+        moves = torch.cat([torch.zeros_like(x[:1]), x.diff(dim=0)]).norm(dim=-1).flatten()
+        moving = moves.argsort(descending=True)[spread(-(-len(moves) // 10))]
+        return torch.stack([spread(len(moves)), moving])
+
+    def tokens(self, clips: list[Tensor]) -> Tensor:
+        """The chosen tokens of clips [..., C], [clips, 2, K, C]."""
+        return torch.stack([x.flatten(0, -2)[some] for x, some in zip(clips, self.chosen, strict=True)])
+
+    @staticmethod
+    def cosines(tokens: Tensor) -> Tensor:  # [..., K, D] -> [..., K, K]
+        tokens = nn.functional.normalize(tokens, dim=-1)
+        return tokens @ tokens.mT
+
+    def error(self, latents: Tensor) -> Tensor:
+        """The mean absolute change of the cosines: [all tokens, moving ones]."""
+        return (self.wanted - self.cosines(latents)).abs().mean(dim=(0, 2, 3))
+
+    def fit_gain(self) -> float:
+        """Set the code's `gain` (each channel's spread to the power of -`power`), `guest_rms` and `centre` (a share of
+        the mean's coefficients), which decoding undoes: those that keep the cosines best. Returns their error over
+        PCA's.
 
         A truncated code makes tokens too much alike; smaller leading channels and a smaller mean make up for that.
         """
-
-        def relations(tokens: Tensor) -> Tensor:  # [K, C] -> [K, K]
-            tokens = nn.functional.normalize(tokens, dim=-1)
-            return tokens @ tokens.mT
-
-        mean = (self.mean / self.scale) @ self.basis[:, : self.pca_dim]
-        pairs = []
-        for x in clips:
-            some = torch.linspace(0, x[..., 0].numel() - 1, RELATION_TOKENS, device=x.device).long()
-            z = self.normalise(x[None])[0].flatten(0, 1)[some] @ self.basis[:, : self.pca_dim]
-            pairs.append((relations(x.flatten(0, 1)[some]), z))
-        spread = torch.cat([z for _, z in pairs]).std(dim=0).clamp_min(1e-3)
+        code = self.code
+        code.centre.zero_()
+        code.guest_rms.fill_(1.0)
+        code.gain.zero_()
+        guests = self.tokens([code.encode(z) for z in self.normalised])  # [clips, 2, K, D]
+        code.gain.fill_(1.0)
+        own = self.tokens([code.encode(z) for z in self.normalised]) - guests
+        spread = own[:, 0].flatten(0, 1).std(dim=0).clamp_min(1e-3)
         best = math.inf
-        for power in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5):
+        for power, rms in itertools.product((0.0, 0.2, 0.4, 0.6), (0.2, 0.1, 0.05)):
             gain = spread**-power
             gain = gain / (spread * gain).square().mean().sqrt()
-            for share in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5) if self.codes_still_part else (0.0,):
-                error = sum((wanted - relations((z + share * mean) * gain)).abs().mean().item() for wanted, z in pairs)
+            for share in (0.0, 0.5, 1.0) if code.codes_still_part else (0.0,):
+                latents = (own + share * self.mean) * gain + rms * guests
+                error = (self.error(latents) / self.reference).amax().item()
                 if error < best:
                     best = error
-                    self.gain.copy_(gain)
-                    self.centre.copy_(share * mean)
+                    code.gain.copy_(gain)
+                    code.centre.copy_(share * self.mean)
+                    code.guest_rms.fill_(rms)
+        return best
 
 
 class TransformerLayer(nn.Module):
@@ -335,21 +464,21 @@ class MotionFeatureEncoder(nn.Module):
     """Features -> latent, over time for each spatial position.
 
     forward: x [B, T, N, C] or [B, T, H, W, C], any T >= 1, and the code of the autoencoder -> latent of the same layout
-    with `latent_dim` channels: what the code gives, to whose detail channels the network adds. The PCA channels stay
-    linear in their time step, so that training cannot trade the cosines between tokens for reconstruction.
+    with `latent_dim` channels: what the code gives, to which the network adds at its guests' places alone. All else
+    stays linear, so that training cannot trade the cosines between tokens for reconstruction.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         in_dim = 2 * config.input_dim if config.use_token else config.input_dim
-        self.network = TemporalNetwork(in_dim, max(1, config.latent_dim // 8), config)
+        self.network = TemporalNetwork(in_dim, config.latent_dim, config)
 
     def forward(self, x: Tensor, code: SpaceTimeCode) -> Tensor:
-        z = to_sequences(code.normalise(x))  # [B * N, T, C]
-        delta = torch.cat([torch.zeros_like(z[:, :1]), z.diff(dim=1)], dim=1)
-        seen = torch.cat([z, delta], dim=-1) if code.codes_still_part else delta  # [B * N, T, 2C or C]
-        leading, detail = code.encode(z).split([code.pca_dim, code.detail_dim], dim=-1)
-        return from_sequences(torch.cat([leading, detail + self.network(seen)], dim=-1), like=x)
+        z = code.normalise(x)
+        sequences = to_sequences(z)  # [B * N, T, C]
+        delta = torch.cat([torch.zeros_like(sequences[:, :1]), sequences.diff(dim=1)], dim=1)
+        seen = torch.cat([sequences, delta], dim=-1) if code.codes_still_part else delta  # [B * N, T, 2C or C]
+        return code.encode(z, from_sequences(self.network(seen), like=x))
 
 
 class MotionFeatureDecoder(nn.Module):
@@ -366,8 +495,8 @@ class MotionFeatureDecoder(nn.Module):
 
     def linear_and_refinement(self, latent: Tensor, code: SpaceTimeCode) -> tuple[Tensor, Tensor]:
         """latent -> what the code reconstructs and the network's refinement of it, both as normalised features."""
-        linear = code.decode(to_sequences(latent))  # [B * N, T, C]
-        return from_sequences(linear, like=latent), from_sequences(self.network(linear), like=latent)
+        linear = code.decode(latent)
+        return linear, from_sequences(self.network(to_sequences(linear)), like=latent)
 
     def forward(self, latent: Tensor, code: SpaceTimeCode) -> Tensor:
         linear, refinement = self.linear_and_refinement(latent, code)
@@ -528,10 +657,22 @@ def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def position_slices(length: int, positions: int) -> list[slice]:
-    """Cut the positions of a clip [T, N, ...] into slices of `TOKENS` tokens or little more; time stays whole."""
-    width = max(1, TOKENS // length)
-    return [slice(first, min(first + width, positions)) for first in range(0, positions, width)]
+Tile = tuple[slice, ...]  # of the axes [T, N] or [T, H, W] of a clip
+
+
+def tiles(length: int, grid: tuple[int, ...], side: int, tokens: int) -> list[Tile]:
+    """Cut the grid [N] or [H, W] of a clip of T = `length` steps at borders of blocks, time staying whole: tiles of
+    `tokens` tokens or little more, of whole rows where two of them are not more."""
+    height, width = (*grid, 1)[:2]
+    side = side if len(grid) == 2 else 1
+    columns = min(width, max(side, tokens // (length * side) // side * side))
+    rows = max(side, tokens // (length * columns) // side * side)
+    cuts = [
+        (slice(None), slice(top, min(top + rows, height)), slice(left, min(left + columns, width)))
+        for top in range(0, height, rows)
+        for left in range(0, width, columns)
+    ]
+    return [cut[: 1 + len(grid)] for cut in cuts]
 
 
 class MotionFeatureAutoencoder(nn.Module):
@@ -589,27 +730,25 @@ class MotionFeatureAutoencoder(nn.Module):
         """One clip [T, N, C] or [T, H, W, C], any T, any floating dtype, anywhere (on disk too, by mmap) -> its latent
         [T, ..., D], on the CPU: what `encode` gives, to rounding. Raises `UserError` for a latent that is not finite.
 
-        Positions are independent sequences, so they are cut: beside x and the latent it takes the memory of `TOKENS`
-        tokens, or of one position's T.
+        Blocks of cells are independent, so they are cut: beside x and the latent it takes the memory of `TOKENS`
+        tokens, or of one block's T.
         """
-        clip = x.flatten(1, -2)  # [T, N, C]
-        latent = torch.empty(*clip.shape[:2], self.config["latent_dim"])
-        for positions in position_slices(*clip.shape[:2]):
-            part = clip[None, :, positions].to(self.code.mean)  # [1, T, n, C], the model's device and dtype
-            latent[:, positions] = self.encode(part)[0].cpu()
+        latent = torch.empty(*x.shape[:-1], self.config["latent_dim"])
+        for tile in tiles(len(x), x.shape[1:-1], self.config["side"], TOKENS):
+            part = x[tile][None].to(self.code.mean)  # [1, T, ..., C], the model's device and dtype
+            latent[tile] = self.encode(part)[0].cpu()
         if not latent.isfinite().all():
             raise UserError(
                 "the latent is not finite: the features are far from those that the checkpoint was trained on"
             )
-        return latent.unflatten(1, x.shape[1:-1])
+        return latent
 
     @torch.no_grad()
-    def decode_long(self, latent: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The latent of one clip [T, N, D] or [T, H, W, D] -> its reconstruction in parts: (positions, [T, n, C] on
-        the model's device), `positions` being a slice of N or of the flattened H, W."""
-        clip = latent.flatten(1, -2)
-        for positions in position_slices(*clip.shape[:2]):
-            yield positions, self.decode(clip[None, :, positions].to(self.code.mean))[0]
+    def decode_long(self, latent: Tensor) -> Iterator[tuple[Tile, Tensor]]:
+        """The latent of one clip [T, N, D] or [T, H, W, D] -> its reconstruction in parts [T, ..., C], on the model's
+        device, each with its place in it."""
+        for tile in tiles(len(latent), latent.shape[1:-1], self.config["side"], TOKENS):
+            yield tile, self.decode(latent[tile][None].to(self.code.mean))[0]
 
     def embed(self, latent: Tensor) -> Tensor:
         """latent [B, T, N, D] or [B, T, H, W, D] -> motion embedding [B, T, D] in float32: what is there, how it moves.

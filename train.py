@@ -42,6 +42,7 @@ from model import (
     ArgumentParser,
     Config,
     MotionFeatureAutoencoder,
+    Tile,
     UserError,
     add_model_flags,
     check_numbers,
@@ -60,14 +61,17 @@ from model import (
     run_script,
     save_atomically,
     say,
+    tiles,
     whole_file,
 )
 
-STEP_POSITIONS = 64  # of a clip, in a training step: they are independent, and neighbours say nearly the same
-MEASURE_POSITIONS = 256  # of a clip, that errors are measured on
-FIT_CLIPS, FIT_TOKENS = 256, 2**17  # that the linear code is measured on, at most
+STEP_TOKENS = 2**13  # of a clip, in a training step; larger clips are cut into tiles, all of which an epoch sees
+MEASURE_TOKENS = 2**14  # of a clip, that errors are measured on
+FIT_CLIPS, FIT_TOKENS = 256, 2**18  # that the linear code is measured on, at most
 MAX_BLOCK = 24  # time steps that are coded together: what vfm_feature.py gives by default, or half of it
-MODEL_FLAGS = [field.name for field in fields(Config) if field.name != "block"]
+SIDE = 2  # rows, and columns, of a grid that are coded together
+WORTH = 0.02  # of the error; training that takes off less is not worth its time
+MODEL_FLAGS = [field.name for field in fields(Config) if field.name not in ("block", "side")]
 # With the features and the clips of a step, these flags decide the result; --resume checks that they are the same.
 RUN_FLAGS = [
     *MODEL_FLAGS,
@@ -122,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 class FeatureFile(NamedTuple):
     path: Path
-    shape: tuple[int, int]  # T, N
+    shape: tuple[int, ...]  # T, N or T, H, W
     content: str  # `file_fingerprint`
 
 
@@ -134,7 +138,7 @@ def look_at_files(folder: Path, input_dim: int) -> list[FeatureFile]:
             feature, _ = load_feature(path, input_dim, mmap=True)
         except UserError as error:
             return error
-        return FeatureFile(path, (feature.shape[0], feature.shape[1:-1].numel()), file_fingerprint(path))
+        return FeatureFile(path, tuple(feature.shape[:-1]), file_fingerprint(path))
 
     paths = find_features(folder)
     with ThreadPoolExecutor() as pool:
@@ -163,8 +167,8 @@ def split_files(files: list[Clip], val_fraction: float, seed: int) -> tuple[list
 
 
 class Clips(Dataset):
-    """Clips [T, n, C] in the dtype of their file. An item's key is (index, n, seed): up to n random positions of a
-    clip, which alone are read from its file."""
+    """Tiles [T, n, C] or [T, h, w, C] of clips, in the dtype of their file. An item's key is (index, tile), a tile the
+    part of the clip to read."""
 
     def __init__(self, files: list[FeatureFile], input_dim: int) -> None:
         self.files, self.input_dim = files, input_dim
@@ -172,47 +176,51 @@ class Clips(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, key: tuple[int, int, str]) -> Tensor:
-        index, count, seed = key
+    def __getitem__(self, key: tuple[int, Tile]) -> Tensor:
+        index, tile = key
         path = self.files[index].path
-        clip = load_feature(path, self.input_dim, mmap=True)[0].flatten(1, -2)  # [T, N, C]
-        chosen = sorted(random.Random(seed).sample(range(clip.shape[1]), min(count, clip.shape[1])))
-        clip = clip[:, chosen]  # a copy: the file is not mapped any longer
+        clip = load_feature(path, self.input_dim, mmap=True)[0][tile].clone()  # the file is not mapped any longer
         check_numbers(clip, path)
         return clip
 
+    def tiles(self, index: int, tokens: int) -> list[Tile]:
+        """A clip, cut into tiles of about that many tokens."""
+        length, *grid = self.files[index].shape
+        return tiles(length, tuple(grid), SIDE, tokens)
 
-class EqualLengthBatches(Sampler[list[tuple[int, int, str]]]):
-    """This rank's share of batches of keys of `Clips`, each of one length T, in an order that depends on (seed, epoch).
+    def random_tile(self, index: int, tokens: int, seed: str) -> Tensor:
+        return self[index, random.Random(f"{seed} {index}").choice(self.tiles(index, tokens))]
 
-    Every rank has as many clips of each batch as the others: the clips of a length are filled up from their start, as
+
+class EqualShapeBatches(Sampler[list[tuple[int, Tile]]]):
+    """This rank's share of batches of keys of `Clips`, each of tiles of one shape, in an order that depends on (seed,
+    epoch). An epoch has all tiles of all clips.
+
+    Every rank has as many tiles of each batch as the others: the tiles of a shape are filled up from their start, as
     torch's DistributedSampler does.
     """
 
     def __init__(self, clips: Clips, batch_size: int, seed: int) -> None:
-        self.lengths = [file.shape[0] for file in clips.files]
         self.size, self.seed, self.epoch = batch_size * num_ranks(), seed, 0
+        self.groups: dict[tuple[int, ...], list[tuple[int, Tile]]] = {}  # by the tiles' shape
+        for index, file in enumerate(clips.files):
+            for tile in clips.tiles(index, STEP_TOKENS):
+                shape = tuple(len(range(*part.indices(size))) for part, size in zip(tile, file.shape, strict=True))
+                self.groups.setdefault(shape, []).append((index, tile))
 
     def __len__(self) -> int:
-        return sum(math.ceil(self.lengths.count(length) / self.size) for length in set(self.lengths))
+        return sum(math.ceil(len(group) / self.size) for group in self.groups.values())
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, str]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, Tile]]]:
         chance = random.Random(f"{self.seed} {self.epoch}")
-        order = chance.sample(range(len(self.lengths)), len(self.lengths))
         batches = []
-        for length in dict.fromkeys(self.lengths[index] for index in order):
-            group = [index for index in order if self.lengths[index] == length]
-            group += [group[i % len(group)] for i in range(-len(group) % num_ranks())]
-            batches += [group[start : start + self.size] for start in range(0, len(group), self.size)]
+        for group in self.groups.values():
+            order = chance.sample(group, len(group))
+            order += [order[i % len(order)] for i in range(-len(order) % num_ranks())]
+            batches += [order[start : start + self.size] for start in range(0, len(order), self.size)]
         chance.shuffle(batches)
         for batch in batches:
-            mine = batch[rank() :: num_ranks()]
-            yield [(index, STEP_POSITIONS, f"{self.seed} {self.epoch} {index}") for index in mine]
-
-
-def join_positions(clips: list[Tensor]) -> Tensor:
-    """Clips [T, n, C] of any n each -> one clip [1, T, S, C]: positions are independent of one another."""
-    return torch.cat(clips, dim=1)[None]
+            yield batch[rank() :: num_ranks()]
 
 
 def ignore_sigterm(worker: int) -> None:
@@ -220,12 +228,12 @@ def ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def make_loader(clips: Clips, sampler: EqualLengthBatches, args: argparse.Namespace) -> DataLoader:
+def make_loader(clips: Clips, sampler: EqualShapeBatches, args: argparse.Namespace) -> DataLoader:
     return DataLoader(
         clips,
         batch_sampler=sampler,
         num_workers=min(args.num_workers, os.cpu_count()),
-        collate_fn=join_positions,
+        collate_fn=torch.stack,
         worker_init_fn=ignore_sigterm,
         pin_memory=torch.device(args.device).type == "cuda",
         generator=torch.Generator(),  # else starting workers changes the global random state, and a resumed run differs
@@ -233,7 +241,7 @@ def make_loader(clips: Clips, sampler: EqualLengthBatches, args: argparse.Namesp
 
 
 def training_batches(loader: DataLoader, device: str) -> Iterator[Tensor]:
-    """Batches [1, T, S, C] on `device`. Raises `UserError` for a file that cannot be read and for a killed worker."""
+    """Batches [B, T, ..., C] on `device`. Raises `UserError` for a file that cannot be read and for a killed worker."""
     try:
         for batch in tqdm(loader, unit="batch", leave=False, disable=True if rank() else None):
             yield batch.to(device, non_blocking=True).float()  # float16 travels, float32 is computed with
@@ -246,18 +254,16 @@ def training_batches(loader: DataLoader, device: str) -> Iterator[Tensor]:
 
 
 def clips_to_measure(clips: Clips, args: argparse.Namespace) -> Iterator[Tensor]:
-    """Every clip by itself, [1, T, n, C]: the same positions each time."""
+    """Every clip by itself, [1, T, ..., C]; of large ones a random tile, the same each time."""
     for index in tqdm(range(len(clips)), unit="clip", leave=False, disable=None):
-        yield clips[index, MEASURE_POSITIONS, f"{args.seed} {index}"][None].to(args.device).float()
+        yield clips.random_tile(index, MEASURE_TOKENS, f"{args.seed}")[None].to(args.device).float()
 
 
 def clips_to_fit(clips: Clips, seed: int) -> list[Tensor]:
-    """Random positions of random clips, [T, n, C] each in float32: what the linear code is measured on."""
-    longest = max(file.shape[0] for file in clips.files)
-    count = min(len(clips), FIT_CLIPS, max(2, FIT_TOKENS // longest))
-    chosen = random.Random(f"{seed} fit").sample(range(len(clips)), count)
-    keys = [(index, max(1, FIT_TOKENS // count // clips.files[index].shape[0]), f"{seed} fit") for index in chosen]
-    return [clips[key].float() for key in tqdm(keys, "clips", leave=False, disable=None, delay=1)]
+    """Random clips, or a random tile of each, [T, ..., C] in float32: what the linear code is measured on."""
+    count = min(len(clips), FIT_CLIPS)
+    chosen = tqdm(random.Random(f"{seed} fit").sample(range(len(clips)), count), "clips", leave=False, delay=1)
+    return [clips.random_tile(index, FIT_TOKENS // count, f"{seed} fit").float() for index in chosen]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,7 +306,7 @@ class PrincipalComponents(nn.Module):
 def measure(
     model: MotionFeatureAutoencoder | PrincipalComponents, clips: Iterable[Tensor], weights: LossWeights
 ) -> dict[str, float]:
-    """The mean loss and its terms, and the figures of `FeatureErrors`, over `clips` [1, T, n, C]."""
+    """The mean loss and its terms, and the figures of `FeatureErrors`, over `clips` [1, T, ..., C]."""
     errors, losses = FeatureErrors(), []
     for x in clips:
         latent = model.encode(x)
@@ -332,6 +338,18 @@ def compare(ours: dict[str, float], pca: dict[str, float], weights: LossWeights,
         weights = (0.0, 1.0, 0.0)
     ours, pca = (weights[0] * means["reconstruction_loss"] + weights[1] * means["motion_loss"] for means in (ours, pca))
     return ours / pca if pca > 1e-6 else math.nan
+
+
+def describe_gain(last: dict[str, Any], measured_on: str, weights: LossWeights, use_token: bool) -> str:
+    """What the linear code does without the networks, and what training them added."""
+    code = compare(last["code_errors"], last["pca_errors"], weights, use_token)
+    best = min(row["ratio"] for row in last["history"])
+    text = f"{measured_on}, without the networks: {describe(last['code_errors'])} | {code:.3f} x PCA's error"
+    if math.isnan(code):
+        return text
+    gain = 1 - best / code
+    advice = "" if gain >= WORTH else "; so little that --epochs 1 does as well"
+    return f"{text}; training them took off {gain:.1%}{advice}"
 
 
 def describe(errors: dict[str, float]) -> str:
@@ -456,20 +474,21 @@ def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | N
     """The model of the checkpoint `last`, or a new one, whose linear code rank 0 measures."""
     torch.manual_seed(args.seed)
     block = min(MAX_BLOCK, max(file.shape[0] for file in clips.files))
-    model = MotionFeatureAutoencoder(**{name: getattr(args, name) for name in MODEL_FLAGS}, block=block)
+    side = SIDE if any(len(file.shape) == 3 for file in clips.files) else 1
+    model = MotionFeatureAutoencoder(**{name: getattr(args, name) for name in MODEL_FLAGS}, block=block, side=side)
     model.to(args.device)
     if last:
         model.load_state_dict(last["model"])
     elif rank() == 0:
         sample = [x.to(args.device) for x in clips_to_fit(clips, args.seed)]
-        model.code.fit(sample, args.recon_weight, args.motion_weight)
+        model.code.fit(sample, args.recon_weight, args.motion_weight, args.smooth_weight)
     return model
 
 
 def train_epoch(
     network: nn.Module, optimizer: torch.optim.Optimizer, clips: Iterable[Tensor], rates: list[float], args: Any
 ) -> dict[str, float]:
-    """A step for each batch [1, T, S, C], at its learning rate; the mean loss and its terms, on rank 0."""
+    """A step for each batch [B, T, ..., C], at its learning rate; the mean loss and its terms, on rank 0."""
     weights = (args.recon_weight, args.motion_weight, args.smooth_weight)
     model = network.module if isinstance(network, DistributedDataParallel) else network
     model.train()
@@ -498,7 +517,7 @@ def train(
     """The epochs after `last`, or all. All ranks train; rank 0 measures and writes. `files`: to train on, held out."""
     train_set, val_set = (Clips(part, args.input_dim) for part in (files[0], files[1] or files[0]))
     measured_on = "held out" if files[1] else "training files"
-    order = EqualLengthBatches(train_set, args.batch_size, args.seed)
+    order = EqualShapeBatches(train_set, args.batch_size, args.seed)
     loader = make_loader(train_set, order, args)
     weights = (args.recon_weight, args.motion_weight, args.smooth_weight)
     model = network = start_model(args, train_set, last)
@@ -510,7 +529,9 @@ def train(
         optimizer.load_state_dict(last["optimizer"])
     elif rank() == 0:
         pca = measure(PrincipalComponents(model.eval()), clips_to_measure(val_set, args), weights)
-        last = {"history": [], "pca_errors": pca, "config": model.config, "settings": settings, **describe_run(args)}
+        code = measure(model, clips_to_measure(val_set, args), weights)
+        last = {"history": [], "pca_errors": pca, "code_errors": code, "config": model.config, "settings": settings}
+        last |= describe_run(args)
         report(f"{measured_on}, motion-weighted PCA: {describe(pca)}")
         if args.overwrite:
             remove_outputs(args.save_dir)
@@ -539,6 +560,8 @@ def train(
         )
         save_atomically(last, args.save_dir / "motion_ae_last.pt")
         write_outputs(last, measured_on, args.save_dir)
+    if rank() == 0:
+        report(describe_gain(last, measured_on, weights, args.use_token))
 
 
 def main() -> int:

@@ -2,11 +2,13 @@
 
 In: a folder of features, as train.py takes it. The files whose name or `video` matches --held_out (else a seeded fifth)
 are kept out of training; hold out whole sources where files come from several, or all codes look better than they are.
-Out: a table of this autoencoder, PCA, motion-weighted PCA and a linear space-time code of the same size, on what was
-held out: mean squared errors of the features and of their temporal differences relative to their variance, their
-weighted sum relative to motion-weighted PCA's, and
+Out: a table of this autoencoder, its linear code without the networks, PCA, motion-weighted PCA and a linear space-time
+code of the same size, on what was held out:
+- reconstruction, motion: `FeatureErrors` over all held-out clips; total: the weighted sum of the mean squared errors
+  relative to motion-weighted PCA's
 - relations: the mean absolute change of the cosine between two tokens of a clip, from features to latent (of PCA with
-  and without the features' mean, the better)
+  and without the features' mean, the better): all pairs, those within a time step, between steps, and pairs of the
+  tenth of the tokens that moves most
 - motion R2, content R2: how well a ridge regression, leaving one clip out, reads from the motion embedding at t and its
   change since t - 1 the log of the mean length of delta_x, and the mean of x over space (for PCA: of the mean latent).
 
@@ -20,13 +22,18 @@ Flow: the cosine between the embedding's own channels right and down and the mea
 [T, H, W, 2] (right and down in cells), where the features that are held out have it. Rows beside ours: the mean over
 space of features, of PCA, of differences, and three moments over five steps of the first (as in SemanticMoments).
 
+--ablation adds what the trained autoencoder is worth without each of its parts; --front PICTURE draws the errors of the
+linear code at several motion weights.
+
     python tests/bench_autoencoder.py ../dataset/vfm_features_motion_top100/VideoMAEv2
-    python tests/bench_autoencoder.py features --held_out "^ts_" --latent_dim 88 --epochs 100 --camera stills
+    python tests/bench_autoencoder.py features --held_out "^main" --latent_dim 88 --camera stills
+    python tests/bench_autoencoder.py features --held_out "^main" --latent_dim 88 --ablation --front front.png
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import subprocess
 import sys
@@ -36,18 +43,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from losses import token_relations  # noqa: E402
+from losses import FeatureErrors, token_relations  # noqa: E402
 from model import (  # noqa: E402  (the scripts are no installed package)
     MotionFeatureAutoencoder,
     UserError,
     cosine_transform,
     describe_motion_embedding,
     find_features,
+    from_sequences,
     load_checked,
     load_feature,
     principal_components,
@@ -57,13 +66,15 @@ from model import (  # noqa: E402  (the scripts are no installed package)
 )
 from train import split_files  # noqa: E402
 
-Code = Callable[
-    [Tensor], tuple[Tensor, Tensor, Tensor]
-]  # x [1, T, N, C] -> latent, reconstruction, embedding [1, T, D]
+FRONT = (1.0, 3.0, 10.0, 30.0)  # motion weights
+RELATIONS = ("relations", "in a step", "between steps", "of moving")
+TOKENS = 1000  # of a clip, whose relations are compared
+# x [1, T, ..., C] -> latent [1, T, ..., D], reconstruction, embedding [1, T, D]
+Code = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def load(path: Path) -> Tensor:
-    return load_feature(path)[0].float().flatten(1, -2)[None]  # [1, T, N, C]
+    return load_feature(path)[0].float()[None]  # [1, T, N, C] or [1, T, H, W, C]
 
 
 def split(paths: list[Path], pattern: str | None, seed: int) -> tuple[list[Path], list[Path]]:
@@ -74,18 +85,16 @@ def split(paths: list[Path], pattern: str | None, seed: int) -> tuple[list[Path]
     return [path for path in paths if path not in held_out], held_out
 
 
-def train(paths: list[Path], flags: list[str]) -> tuple[MotionFeatureAutoencoder, float]:
-    """The last epoch's model of train.py on `paths`, and the seconds it took."""
+def train(paths: list[Path], flags: list[str]) -> MotionFeatureAutoencoder:
+    """The last epoch's model of train.py on `paths`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "features").mkdir()
         for index, path in enumerate(paths):
             (Path(folder) / "features" / f"{index:06d}{path.suffix}").symlink_to(path.resolve())
-        start = time.perf_counter()
         command = [sys.executable, str(ROOT / "train.py"), "--feature_dir", f"{folder}/features", "--save_dir", folder]
         subprocess.run([*command, *flags], check=True)
-        seconds = time.perf_counter() - start
         last = max(Path(folder).glob("motion_ae_epoch*.pt"), key=lambda path: int(re.findall(r"\d+", path.name)[-1]))
-        return MotionFeatureAutoencoder.from_checkpoint(last), seconds
+        return MotionFeatureAutoencoder.from_checkpoint(last)
 
 
 def our_code(model: MotionFeatureAutoencoder) -> Code:
@@ -104,7 +113,7 @@ def pca_code(paths: list[Path], mean: Tensor, latent_dim: int, motion_weight: fl
 
     def code(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         latent = (x - mean) @ basis
-        return latent + keep_mean * (mean @ basis), latent @ basis.mT + mean, latent.mean(dim=2)
+        return latent + keep_mean * (mean @ basis), latent @ basis.mT + mean, latent.flatten(2, -2).mean(dim=2)
 
     return code
 
@@ -125,11 +134,11 @@ def space_time_code(paths: list[Path], mean: Tensor, length: int, latent_dim: in
     def code(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         coefficients = (transform @ to_sequences(x - mean)).transpose(0, 1) @ basis  # [T, N, C]
         numbers = coefficients.transpose(0, 1).flatten(1)[:, kept]  # [N, T * D]
-        latent = numbers.unflatten(1, (length, latent_dim)).transpose(0, 1)[None]
+        latent = from_sequences(numbers.unflatten(1, (length, latent_dim)), like=x)
         flat = torch.zeros(len(numbers), weighted.numel()).index_copy(1, kept, numbers)
         coefficients = flat.unflatten(1, weighted.shape).transpose(0, 1) @ basis.mT  # [T, N, C]
-        reconstruction = (transform.mT @ coefficients.transpose(0, 1)).transpose(0, 1)[None] + mean
-        return latent, reconstruction, latent.mean(dim=2)
+        reconstruction = from_sequences(transform.mT @ coefficients.transpose(0, 1), like=x) + mean
+        return latent, reconstruction, latent.flatten(2, -2).mean(dim=2)
 
     return code
 
@@ -145,6 +154,58 @@ def ridge(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     x, penalty = (x - mean) / spread, 0.03 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
     weights = torch.linalg.solve(x.mT @ x + penalty, x.mT @ (y - y.mean(dim=0)))
     return lambda new: (new - mean) / spread @ weights + y.mean(dim=0)
+
+
+def linear_code(
+    paths: list[Path], latent_dim: int, weight: float, smooth: float, side: int
+) -> MotionFeatureAutoencoder:
+    """The autoencoder as it is before its networks are trained."""
+    clips = [load(path)[0] for path in paths]
+    sizes = {"input_dim": clips[0].shape[-1], "latent_dim": latent_dim, "block": min(24, len(clips[0])), "side": side}
+    model = MotionFeatureAutoencoder(**sizes, model_dim=8, num_layers=1, use_token=True).eval()
+    model.code.fit(clips, 1.0, weight, smooth)
+    return model
+
+
+def without(model: MotionFeatureAutoencoder, *parts: str) -> MotionFeatureAutoencoder:
+    """A copy of the model without these parts."""
+    model = copy.deepcopy(model)
+    if "encoder network" in parts:
+        nn.init.zeros_(model.encoder.network.head.weight), nn.init.zeros_(model.encoder.network.head.bias)
+    if "decoder network" in parts:
+        model.decoder.trust.zero_()
+    if "trust" in parts:
+        model.decoder.trust.fill_(1.0)
+    if "gain and centre" in parts:
+        model.code.gain.fill_(1.0), model.code.centre.zero_()
+    if "guests" in parts:
+        model.code.importance[..., : model.code.pca_dim] += 2**40
+    return model
+
+
+def ablation(model: MotionFeatureAutoencoder, paths: list[Path], weight: float) -> dict[str, Code]:
+    """The model without each of its parts. Blocks of one cell are measured anew, without networks."""
+    parts = ("encoder network", "decoder network", "trust", "gain and centre", "guests")
+    codes = {f"without {part}": our_code(without(model, part)) for part in parts}
+    cells = linear_code(paths, model.config["latent_dim"], weight, 5 * model.code.smoothing.item(), side=1)
+    return codes | {"without networks, blocks of one cell": our_code(cells)}
+
+
+def draw_front(rows: dict[str, dict[str, float]], path: Path) -> None:
+    """Motion error over reconstruction error, a curve through the linear code's motion weights."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    front = {name: row for name, row in rows.items() if name.startswith("weight ")}
+    axes.plot([r["reconstruction"] for r in front.values()], [r["motion"] for r in front.values()], "o-", label="ours")
+    for name, row in front.items():
+        axes.annotate(name, (row["reconstruction"], row["motion"]), (6, 4), textcoords="offset points", fontsize=8)
+    for name in ("PCA", "motion-weighted PCA", "linear space-time code"):
+        if name in rows:
+            axes.plot(rows[name]["reconstruction"], rows[name]["motion"], "s", label=name)
+    axes.set(xlabel="reconstruction error", ylabel="motion error", xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=100)
 
 
 def probe(embeddings: list[Tensor], targets: list[Tensor]) -> float:
@@ -231,31 +292,52 @@ def camera_table(
     return rows
 
 
+def relation_errors(x: Tensor, latent: Tensor) -> dict[str, float]:
+    """The mean absolute change of the cosines between tokens of a clip [1, T, ..., C], by kind of pair."""
+    length, count = x.shape[1], x[0, ..., 0].numel()
+    tokens = [part.flatten(0, -2) for part in (x, latent)]
+    moves = torch.cat([torch.zeros_like(x[0, :1]), x[0].diff(dim=0)]).norm(dim=-1).flatten()
+    fastest = moves.argsort(descending=True)[: max(2, count // 10)]
+    some = torch.linspace(0, count - 1, min(TOKENS, count)).long()
+    moving = fastest[torch.linspace(0, len(fastest) - 1, min(TOKENS // 2, len(fastest))).long()]
+    step = some // (count // length)
+    same = step[:, None] == step
+
+    def change(chosen: Tensor) -> Tensor:  # [K, K]
+        return (token_relations(tokens[0][chosen]) - token_relations(tokens[1][chosen])).abs()
+
+    changes = change(some)
+    others = same & ~torch.eye(len(some), dtype=torch.bool)
+    return {
+        "relations": changes.mean().item(),
+        "in a step": changes[others].mean().item(),
+        "between steps": changes[~same].mean().item(),
+        "of moving": change(moving).mean().item(),
+    }
+
+
 @torch.inference_mode()
 def evaluate(code: Code, paths: list[Path], motion_weight: float) -> dict[str, float]:
     """One row of the table."""
-    sums = dict.fromkeys(("reconstruction", "motion", "variance", "motion variance", "relations"), 0.0)
+    errors, relations, totals = FeatureErrors(), [], []
     embeddings, lengths, contents = [], [], []
-    grand_mean = sum(load(path).mean(dim=(0, 1, 2)) for path in paths) / len(paths)
     for path in paths:
         x = load(path)
         latent, reconstruction, embedding = code(x)
         delta = x.diff(dim=1)
-        sums["reconstruction"] += (reconstruction - x).square().mean().item()
-        sums["motion"] += (reconstruction.diff(dim=1) - delta).square().mean().item()
-        sums["variance"] += (x - grand_mean).square().mean().item()
-        sums["motion variance"] += delta.square().mean().item()
-        chosen = torch.linspace(0, x[0, ..., 0].numel() - 1, min(1000, x[0, ..., 0].numel())).long()
-        before, after = (token_relations(tokens.flatten(0, 2)[chosen]) for tokens in (x, latent))
-        sums["relations"] += (before - after).abs().mean().item()
+        errors.add(x, reconstruction)
+        error = reconstruction - x
+        totals.append((error.square().mean() + motion_weight * error.diff(dim=1).square().mean()).item())
+        relations.append(relation_errors(x, latent))
         embeddings.append(embedding[0])
-        lengths.append(delta.norm(dim=-1).mean(dim=2)[0, :, None].clamp_min(1e-9).log())  # [T - 1, 1]
-        contents.append(x[0, 1:].mean(dim=1))  # [T - 1, C]
+        lengths.append(delta.norm(dim=-1).flatten(2).mean(dim=2)[0, :, None].clamp_min(1e-9).log())  # [T - 1, 1]
+        contents.append(x[0, 1:].flatten(1, -2).mean(dim=1))  # [T - 1, C]
+    figures = errors.figures()
     return {
-        "reconstruction": sums["reconstruction"] / sums["variance"],
-        "motion": sums["motion"] / sums["motion variance"],
-        "total": (sums["reconstruction"] + motion_weight * sums["motion"]) / len(paths),
-        "relations": sums["relations"] / len(paths),
+        "reconstruction": figures["reconstruction_error"],
+        "motion": figures["motion_error"],
+        "total": sum(totals) / len(totals),
+        **{name: sum(row[name] for row in relations) / len(relations) for name in relations[0]},
         "motion R2": probe(embeddings, lengths),
         "content R2": probe(embeddings, contents),
     }
@@ -269,48 +351,77 @@ def print_camera_table(rows: dict[str, dict[str, float]]) -> None:
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
+def codes_to_compare(
+    model: MotionFeatureAutoencoder, paths: list[Path], args: argparse.Namespace, equally_long: bool
+) -> dict[str, Code]:
+    """The rows of the table, by name; `paths`: what to measure them on."""
+    latent_dim, weight = model.config["latent_dim"], args.motion_weight
+    mean = sum(load(path).double().flatten(0, -2).mean(dim=0) for path in paths).float() / len(paths)
+    codes = {
+        "this autoencoder": our_code(model),
+        "without its networks": our_code(without(model, "encoder network", "decoder network")),
+    }
+    for name, pca_weight in {"PCA": 0.0, "motion-weighted PCA": weight}.items():
+        codes[name] = pca_code(paths, mean, latent_dim, pca_weight, False)
+        codes[f"{name}, mean kept"] = pca_code(paths, mean, latent_dim, pca_weight, True)
+    if equally_long:
+        length = load(paths[0]).shape[1]
+        codes["linear space-time code"] = space_time_code(paths, mean, length, latent_dim, weight)
+    if args.ablation:
+        codes |= ablation(model, paths, weight)
+    for front_weight in FRONT if args.front else ():
+        code = linear_code(paths, latent_dim, front_weight, args.smooth_weight, model.config["side"])
+        codes[f"weight {front_weight:g}"] = our_code(code)
+    return codes
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("feature_dir", type=Path)
     parser.add_argument("--held_out", help="regular expression of the `video` (or file name) of the files to hold out")
+    parser.add_argument("--checkpoint", type=Path, help="a model trained on the other files, in place of training one")
     parser.add_argument("--latent_dim", type=int, help="default: a quarter of the features' channels")
     parser.add_argument("--motion_weight", type=float, default=1.0)
     parser.add_argument("--camera", type=Path, help="folder of features of stills under a camera of known motion")
+    parser.add_argument("--smooth_weight", type=float, default=0.05)
+    parser.add_argument("--ablation", action="store_true", help="what each part is worth")
+    parser.add_argument("--front", type=Path, metavar="PICTURE", help="the linear code at several motion weights")
     parser.add_argument("--seed", type=int, default=0)
     args, flags = parser.parse_known_args()  # the others are train.py's
 
     train_paths, held_out = split(find_features(args.feature_dir), args.held_out, args.seed)
     if not train_paths or len(held_out) < 2:
         raise UserError(f"{len(train_paths)} files to train on, {len(held_out)} held out; change --held_out")
-    x = load(train_paths[0])
-    length, input_dim = x.shape[1], x.shape[-1]
-    latent_dim = args.latent_dim or input_dim // 4
-    sizes = ["--input_dim", str(input_dim), "--latent_dim", str(latent_dim), "--motion_weight", str(args.motion_weight)]
-    model, seconds = train(train_paths, [*sizes, "--use_token", "--seed", str(args.seed), *flags])
+    lengths = {load_feature(path, mmap=True)[0].shape[0] for path in train_paths + held_out}
+    input_dim = load(train_paths[0]).shape[-1]
+    start = time.perf_counter()
+    if args.checkpoint:
+        model = MotionFeatureAutoencoder.from_checkpoint(args.checkpoint)
+    else:
+        sizes = {"input_dim": input_dim, "latent_dim": args.latent_dim or input_dim // 4, "seed": args.seed}
+        sizes |= {"motion_weight": args.motion_weight, "smooth_weight": args.smooth_weight}
+        flags += [f"--{name}={value}" for name, value in sizes.items()]
+        model = train(train_paths, ["--use_token", *flags])
+    seconds = time.perf_counter() - start
 
-    mean = sum(load(path).double().mean(dim=(0, 1, 2)) for path in train_paths).float() / len(train_paths)
-    codes = {
-        "this autoencoder": our_code(model),
-    }
-    for name, weight in {"PCA": 0.0, "motion-weighted PCA": args.motion_weight}.items():
-        codes[name] = pca_code(train_paths, mean, latent_dim, weight, False)
-        codes[f"{name}, mean kept"] = pca_code(train_paths, mean, latent_dim, weight, True)
-    if all(load_feature(path, mmap=True)[0].shape[0] == length for path in train_paths + held_out):
-        codes["linear space-time code"] = space_time_code(train_paths, mean, length, latent_dim, args.motion_weight)
+    codes = codes_to_compare(model, train_paths, args, len(lengths) == 1)
     rows = {name: evaluate(code, held_out, args.motion_weight) for name, code in codes.items()}
     for name in ("PCA", "motion-weighted PCA"):
-        rows[name]["relations"] = min(rows[name]["relations"], rows.pop(f"{name}, mean kept")["relations"])
+        kept = rows.pop(f"{name}, mean kept")
+        rows[name] |= {column: min(rows[name][column], kept[column]) for column in RELATIONS}
     reference = rows["motion-weighted PCA"]["total"]
     for row in rows.values():
         row["total"] /= reference
 
-    print(f"\n{len(train_paths)} files trained on, {len(held_out)} held out; {input_dim} -> {latent_dim} channels")
+    sizes = f"{input_dim} -> {model.config['latent_dim']} channels"
+    print(f"\n{len(train_paths)} files trained on, {len(held_out)} held out; {sizes}; training: {seconds:.0f} s")
     print("| code | " + " | ".join(rows["PCA"]) + " |\n|" + " --- |" * (len(rows["PCA"]) + 1))
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
-    print(f"training time: {seconds:.0f} s")
     if args.camera:
         print_camera_table(camera_table(model, codes["PCA"], find_features(args.camera), held_out, args.held_out))
+    if args.front:
+        draw_front(rows, args.front)
     return 0
 
 

@@ -37,7 +37,7 @@ def test_encode_needs_no_model_flag(trained, tmp_path, run_here):
     expected = MotionFeatureAutoencoder.from_checkpoint(checkpoint)(x)
     torch.testing.assert_close(output["latent"], expected["latent"][0])
     torch.testing.assert_close(output["motion_embedding"], expected["motion_embedding"][0])
-    assert output["pca_dim"] == 5
+    assert output["pca_dim"] == 6
     lines = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()}
     for name in METRICS:
         assert lines[name.removesuffix("_error")] == [f"{output[name]:.3f}", f"{output[name]:.3f}", "0001.pt"]
