@@ -661,22 +661,12 @@ def find_features(folder: Path) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raise `UserError` unless `path` is a file (a pipe would be waited for), and not one that Git LFS left out."""
+    """Raise `UserError` if `path` is no file (a pipe would be waited for), or only Git LFS's pointer to one."""
     if not path.is_file():
         raise UserError(f"{path} is no file" if path.exists() else f"{path} does not exist")
     with open(path, "rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
-
-
-def explain_bad_file(path: Path, error: Exception) -> str:
-    """Why `path` could not be loaded, and what to do about it: the end of a sentence that begins with its name."""
-    with open(path, "rb") as file:
-        if file.read(64).startswith(b"version https://git-lfs"):
-            return "is a Git LFS pointer instead of the file; run `git lfs pull` in the repository that it came with"
-    if "weights_only" in str(error):
-        return "holds objects that only unsafe loading could read; save plain tensors"
-    return f"is damaged or of another format ({type(error).__name__}); make or download it again"
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
 def load_checked(path: Path, mmap: bool = False) -> Any:
@@ -690,7 +680,11 @@ def load_checked(path: Path, mmap: bool = False) -> Any:
     except Exception as error:  # damaged files raise almost anything
         if mmap:  # files of torch < 1.6 cannot be mapped
             return load_checked(path)
-        raise UserError(f"{path} {explain_bad_file(path, error)}") from None
+        if "weights_only" in str(error):
+            reason = "holds objects that only unsafe loading could read; save plain tensors"
+        else:
+            reason = f"is damaged or of another format ({type(error).__name__}); make or download it again"
+        raise UserError(f"{path} {reason}") from None
 
 
 def load_array(path: Path, mmap: bool = False) -> Tensor:
@@ -752,7 +746,7 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
         raise UserError(f"{path}: dtype {feature.dtype}, but a feature is floating point")
     if input_dim is not None and shape[-1] != input_dim:
         raise UserError(f"{path}: C is {shape[-1]}, but --input_dim is {input_dim}; give --input_dim C")
-    if feature.element_size() == 1:  # hardly any function takes float8
+    if feature.element_size() == 1:  # few functions take float8
         feature = feature.float()
     if not mmap:
         check_numbers(feature, path)
@@ -766,7 +760,7 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:
-    """A hash of the weights, so that a file tells which ones made it wherever theirs came from."""
+    """A hash of weights by name and value: the same whichever file they were loaded from."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
@@ -779,7 +773,7 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 PREVIEW_MARK = "vfm_encoder preview"  # in the video's comment, which tells it from a clip of the same name
-PREVIEW_STEPS = 240  # of a clip that a preview shows, at most
+PREVIEW_STEPS = 240  # the most time steps that a preview shows
 PREVIEW_FPS = 8
 PANEL_PIXELS = 180 * 270  # of a picture in the video
 SHEET_PIXELS = 120 * 180  # of one in the sheet
@@ -788,7 +782,7 @@ THUMBNAIL_PIXELS = 120 * 180
 
 
 def check_preview_packages() -> None:
-    """Raise `UserError` where a package that only previews need is not here."""
+    """Raise `UserError` if a package that only previews need is missing."""
     try:
         import av  # noqa: F401
         import matplotlib  # noqa: F401
@@ -813,7 +807,7 @@ def thumbnails(clip: np.ndarray) -> Tensor:
 
 
 def preview_comment(video: Path) -> str:
-    """The comment in a video's metadata; empty where there is none, or no video."""
+    """The comment in a video's metadata; empty if it has none, or the file is no video."""
     import av
 
     try:
@@ -831,14 +825,14 @@ def has_preview(path: Path) -> bool:
 
 
 def noise_floor(x: Tensor) -> Tensor:
-    """Differences that a preview must not blow up to look like a signal."""
+    """Differences below this are rounding, which a preview must not magnify."""
     return 1e-4 * x.square().mean().sqrt() + 1e-12
 
 
 def leading_components(x: Tensor) -> tuple[Tensor, float]:
-    """The first three principal components of features [T, H, W, C], one basis and one scale for the whole clip, and
-    their share of its variance: [steps, H, W, 3] of `preview_steps`, the 2nd to 98th percentile in [-0.5, 0.5]. What
-    does not vary is 0."""
+    """Features [T, H, W, C] -> their first three principal components at `preview_steps` [steps, H, W, 3], and their
+    share of the variance. Basis and scale are the whole clip's: [-0.5, 0.5] spans the 2nd to 98th percentile.
+    Where nothing varies all are 0."""
     tokens = x.flatten(0, -2)
     sample = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), 4096)).long()].float()
     mean = sample.mean(dim=0)
@@ -854,7 +848,7 @@ def leading_components(x: Tensor) -> tuple[Tensor, float]:
 
 def relative_motion(x: Tensor) -> np.ndarray:
     """How far features [T, ..., C] move at each step but the first, [T - 1]: the root mean square of delta_x over that
-    of x around its mean, so that features and latents compare."""
+    of x around its mean, so that features and latents can be compared."""
     some = x[preview_steps(len(x))].float()
     scale = (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(noise_floor(some))
     return np.array([((b.float() - a.float()).square().mean().sqrt() / scale).item() for a, b in itertools.pairwise(x)])
@@ -875,8 +869,8 @@ def draw_clip(
 ) -> tuple[Figure, list[AxesImage], list[Line2D]]:
     """A figure of some time steps of a clip, the images in it, and the cursors on its curves.
 
-    pictures: uint8 [F, h, w, 3] by title, a row for each; of a single step they are side by side. All are drawn `area`
-    pixels large, in the first one's aspect ratio. motions: curves [T - 1] by name, drawn below, a plot for each dict.
+    pictures: uint8 [F, h, w, 3] by title. Each has a row; of a single step they are side by side. All are drawn with
+    `area` pixels and the first one's aspect ratio. motions: curves [T - 1] by name, drawn below; each dict is a plot.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -931,7 +925,7 @@ def write_video(
     figure, images, cursors = draw_clip(pictures, motions, [0], PANEL_PIXELS)
     canvas = figure.canvas
     for artist in (*images, *cursors):
-        artist.set_animated(True)  # left out of the rest, which is drawn once
+        artist.set_animated(True)  # drawn for each frame; all else is drawn once
     canvas.draw()
     still = canvas.copy_from_bbox(figure.bbox)
     count, length = max(map(len, pictures.values())), len(next(iter(motions[0].values()))) + 1
@@ -956,9 +950,9 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
     """Beside the file `path`, `<stem>.mp4` and `<stem>.png`: what a clip's features look like, and how they move.
 
     feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: `thumbnails`
-    of the clip; their aspect ratio, or else the grid's, is that of all pictures. Both files are whole or not there;
-    raises `OSError` where they cannot be written, and `UserError` where files of these names are no preview: the clip
-    itself may lie there.
+    of the clip; all pictures have their aspect ratio, or without them the grid's. Both files are written whole or not
+    at all. Raises `OSError` if they cannot be written, and `UserError` if a file of that name is no preview: it can be
+    the clip itself.
     """
     video, sheet = path.with_suffix(".mp4"), path.with_suffix(".png")
     if (video.exists() or sheet.exists()) and not preview_comment(video).startswith(PREVIEW_MARK):
@@ -978,13 +972,13 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
         told = f"{share:.0%} of the variance" if components.abs().max() > 0.01 else "NOTHING VARIES"
         if name == "features":
             reference = components
-        else:  # turned so that what is alike has the same colours (orthogonal Procrustes)
+        else:  # rotated towards the features' colours (orthogonal Procrustes)
             u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
             components = components @ (u @ v)
         pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
         energy[f"motion of the {name}"] = relative_motion(x)
 
-    sheet.unlink(missing_ok=True)  # the video is first: where it is there alone, the preview is not finished
+    sheet.unlink(missing_ok=True)  # written last: a video alone is an unfinished preview
     motions = [energy, moves] if moves else [energy]
     with whole_file(video) as file:
         write_video(file, pictures, motions, f"{PREVIEW_MARK} of {file_fingerprint(path)}")
@@ -1045,10 +1039,10 @@ def add_model_flags(parser: argparse.ArgumentParser, optional: bool = False) -> 
 
 
 def join_ranks() -> None:
-    """Open torchrun's process group, if there is one; a rank waits for the others as long as they take.
+    """Open torchrun's process group, if `WORLD_SIZE` says that there is one; ranks wait for each other without limit.
 
-    `WORLD_SIZE` alone decides. Raises `UserError` where it promises a group that the other variables do not describe:
-    what another job left in the environment must not make this one wait, or write nothing.
+    Another job can have left variables in the environment: `RANK` alone is ignored, and `WORLD_SIZE` without the others
+    raises `UserError`, as does a group that cannot be opened.
     """
     world_size = os.environ.get("WORLD_SIZE") or "1"
     if world_size == "1":
@@ -1095,13 +1089,13 @@ def gather(value: Any) -> list[Any]:
 
 
 def say(message: str) -> None:
-    """One line on standard error, above the progress bars; of several ranks the first one speaks."""
+    """One line on standard error, above the progress bars; only rank 0 prints it."""
     if rank() == 0:
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
 
 
 def open_device(name: str) -> torch.device:
-    """The torch device of that name, `cuda` being this rank's GPU; raises `UserError` where the machine lacks it."""
+    """The torch device of that name; `cuda` is this rank's GPU. Raises `UserError` where the machine lacks it."""
     try:
         device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and num_ranks() > 1 else name)
         torch.empty(1, device=device)
@@ -1132,7 +1126,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left of a `whole_file` in `folder`: those that nobody has written to for a day."""
+    """Remove the half-written files of killed runs from `folder`: those that nobody has written to for a day."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         with suppress(OSError):  # another run may have removed it
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
@@ -1145,6 +1139,8 @@ def file_fingerprint(path: Path) -> str:
     Unlike its time, it survives copying. Videos keep an index of their frames at one end and .pt files the checksums of
     all tensors at theirs, so another video or feature of the same size shows there. Raises `OSError`.
     """
+    if not path.is_file():
+        raise OSError(f"{path} is no file")  # a pipe would be waited for
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())
@@ -1159,13 +1155,13 @@ def save_atomically(data: dict[str, Any], path: Path) -> None:
     with whole_file(path) as file:
         try:
             torch.save(data, file)
-        except RuntimeError as error:  # its archive complains of a short file and hides why, say a full disk
+        except RuntimeError as error:  # on a full disk; the OSError behind it says so
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def reuse_memory() -> None:
-    """Let C's allocator (glibc's, where it is that) keep what is freed instead of handing it back to the kernel, which
-    clears every page anew: on the CPU that took a tenth of the time of a forward pass and of decoding."""
+    """Let glibc's allocator keep freed memory instead of returning it to the kernel, which clears every page anew. On
+    the CPU that took a tenth of the time of a forward pass and of decoding."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap too
@@ -1175,7 +1171,7 @@ def reuse_memory() -> None:
 def run_script(main: Callable[[], int]) -> None:
     """Run a script's `main` and exit with its status; a `UserError` becomes one line on standard error and status 2."""
     name = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers end a job with it: as orderly as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop jobs with it: end as after Ctrl-C
     reuse_memory()
     try:
         status = main()

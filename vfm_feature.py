@@ -21,6 +21,7 @@ import argparse
 import csv
 import ctypes
 import functools
+import io
 import multiprocessing
 import os
 import re
@@ -32,7 +33,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
@@ -44,7 +45,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from av.container import InputContainer
-from av.video.reformatter import ColorPrimaries, ColorTrc
+from av.video.reformatter import ColorPrimaries
 from av.video.stream import VideoStream
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from torch import nn
@@ -54,8 +55,8 @@ from tqdm import tqdm
 from model import (
     ArgumentParser,
     UserError,
+    check_file,
     check_preview_packages,
-    explain_bad_file,
     file_fingerprint,
     gather,
     has_preview,
@@ -99,7 +100,7 @@ class VFM:
     tubelet_size: int = 2  # frames in a token; 1: an image model, which sees every frame by itself
     position_encoding: str = "sinusoid"  # a fixed table; "learned": a table in the weights; "rotary": in each attention
     size_flags: str = "videomae"  # <size_flags>_resize_h and <size_flags>_resize_w set the input size
-    unused: tuple[str, ...] = (r"(fc_|layer)?norm\.",)  # published weights behind the features, beside `UNUSED`
+    unused: tuple[str, ...] = ()  # patterns of published weights that it does without, beside `UNUSED`
 
 
 VFMS = {
@@ -111,7 +112,6 @@ VFMS = {
         tubelet_size=1,
         position_encoding="learned",
         size_flags="dinov2",
-        unused=(),
     ),
     "VJEPA2": VFM(
         hub=("facebook/vjepa2-vitl-fpc64-256", "model.safetensors"),
@@ -119,16 +119,16 @@ VFMS = {
         depth=24,
         num_heads=16,
         position_encoding="rotary",
-        unused=(r"(layer)?norm\.", r"pos_embed$"),  # its authors publish a table that they do not use either
+        unused=(r"pos_embed$",),  # the authors' own code does not use it either
     ),
 }
 
-
-# Published weights that no feature depends on, in timm's names. Any other that a model has no place for is an error:
-# register tokens, say, without which a DINOv2 trained with them gives other features.
+# Patterns of published weights that the features do not depend on, in timm's names. Any other weight that a model has
+# no place for is an error: a DINOv2 trained with register tokens, for example, gives other features without them.
 UNUSED = (
-    *(r"(\w+_)?head\.", r"classifier\.", r"decoder\.", r"encoder_to_decoder\.", r"predictor\."),
-    *(r"mask_token$", r"position_embeddings$"),  # the latter: of VideoMAE's decoder
+    *(r"(\w+_)?head\.", r"classifier\.", r"decoder\.", r"encoder_to_decoder\.", r"predictor\.", r"mask_token$"),
+    r"(fc_|layer)?norm\.",  # a final norm, where the features are taken before it
+    r"position_embeddings$",  # of VideoMAE's decoder
 )
 
 
@@ -188,9 +188,8 @@ def sinusoid_positions(grid: tuple[int, int, int], embed_dim: int) -> torch.Tens
     table = np.where(np.arange(embed_dim) % 2 == 0, np.sin(angle), np.cos(angle))
     table = torch.from_numpy(table).float().view(8, 14, 14, embed_dim).permute(0, 3, 1, 2)
     table = F.interpolate(table, size=grid[1:], mode="bicubic", align_corners=False)  # [8, C, H, W]
-    table = F.interpolate(
-        table.transpose(0, 1)[None], size=grid, mode="trilinear", align_corners=False
-    )  # [1, C, T, H, W]
+    table = table.transpose(0, 1)[None]  # [1, C, 8, H, W]
+    table = F.interpolate(table, size=grid, mode="trilinear", align_corners=False)  # [1, C, T, H, W]
     return table.flatten(2).transpose(1, 2).contiguous()
 
 
@@ -216,7 +215,7 @@ def build_vit(
     `weights`: a state dict in timm's names, from `read_weights`; without it they are random, the same every time.
     Raises what `load_weights` raises.
     """
-    from timm.models.vision_transformer import VisionTransformer  # here: neither --help nor decoders wait for it
+    from timm.models.vision_transformer import VisionTransformer  # takes seconds; --help and decoders do without it
 
     is_video = vfm.tubelet_size > 1
     grid = (num_frames // vfm.tubelet_size, size[0] // vfm.patch_size, size[1] // vfm.patch_size)
@@ -253,7 +252,7 @@ def build_vit(
 def load_weights(vit: nn.Module, vfm: VFM, weights: dict[str, torch.Tensor], grid: tuple[int, int]) -> None:
     """Put `weights` into `vit`, in float32.
 
-    Raises `ValueError` that names what is missing, of another shape, or has no place in the model and is not `UNUSED`.
+    Raises `ValueError` that names weights that are missing, of another shape, or neither in the model nor `UNUSED`.
     """
     expected = {name: list(parameter.shape) for name, parameter in vit.state_dict().items()}
     if "pos_embed" in expected:
@@ -326,7 +325,7 @@ def download_weights(name: str) -> Path:
     repository, file = VFMS[name].hub
     try:
         return Path(hf_hub_download(repository, file, local_files_only=not hub_answers()))
-    except Exception as error:  # the hub's client raises its own errors, those of its HTTP library, and the system's
+    except Exception as error:  # its own errors, those of its HTTP library, and the system's
         default = DEFAULT_PATHS.get(f"{name.lower()}_ckpt")
         looked = f"no file at {default}, and " if default else ""
         raise FileNotFoundError(
@@ -337,12 +336,12 @@ def download_weights(name: str) -> Path:
 
 @functools.cache
 def hub_answers() -> bool:
-    """Whether the hub can be reached. Its client asks six times over half a minute, and again for each model."""
+    """Whether the hub can be reached; asked once, because the hub's client tries for half a minute for each model."""
     from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # as above
+    except Exception:  # of the same kinds
         return False
     return True
 
@@ -350,16 +349,17 @@ def hub_answers() -> bool:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The state dict of a published file (.pth, .pt, .bin, .safetensors), in timm's names.
 
-    Tensors and the `argparse.Namespace` that VideoMAE's authors left in theirs are all that is read: no code runs.
+    No code runs: tensors, plain values and `argparse.Namespace`, which VideoMAE's file holds, are all that is loaded.
     Raises `UserError` for anything else.
     """
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
+        check_file(path)
         try:
             state = load_file(path)
         except Exception as error:  # a broken file can raise anything
-            raise UserError(f"{path} {explain_bad_file(path, error)}") from error
+            raise UserError(f"{path} is damaged ({type(error).__name__}); download it again") from None
     else:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = load_checked(path, mmap=True)  # V-JEPA 2's file holds five times as much as is needed
@@ -368,7 +368,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             state = state[key]
             break
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds no weights; bring the file that the authors publish")
+        raise UserError(f"{path} holds no weights; use the file that the authors publish")
     return to_timm_names({str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)})
 
 
@@ -397,10 +397,9 @@ def list_videos(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"--video_dir {folder}: no such folder")
-    visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.is_file()]
     by_stem: dict[str, Path] = {}
-    for path in visible:
-        if path.suffix.lower() in VIDEO_SUFFIXES:
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file():
             other = by_stem.setdefault(path.stem, path)
             if other is not path:
                 raise UserError(f"{other.name} and {path.name} would both write {path.stem}.pt; rename one")
@@ -411,46 +410,35 @@ def list_videos(folder: Path) -> list[Path]:
 
 
 def read_table(csv_path: Path) -> pd.DataFrame:
-    """A CSV file: every field a string as it stands, the header in row 0, the columns numbered.
+    """A CSV file with a header; every field is a string. The names of the columns are in lower case.
 
-    Raises `UserError` where a row has more fields than the header, quotes are astray, or the text is not UTF-8.
+    Raises `UserError` where the text is not UTF-8, quotes are not closed, or a row has more fields than the header.
     """
-    csv.field_size_limit(2**31 - 1)  # of one caption; 128 KiB by default
     try:
-        table = pd.read_csv(
-            csv_path,
-            header=None,  # else the first column would be an index where every row has one field too many
-            dtype=str,
-            keep_default_na=False,
-            skip_blank_lines=False,
-            encoding="utf-8-sig",
-            engine="python",  # refuses stray quotes, which swallow rows, and reads no chunks, where row ends got lost
-        )
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-    except (OSError, ValueError) as error:  # a wrong encoding is a ValueError too
-        reason = str(error).replace("in line", "in row")
-        if isinstance(error, pd.errors.ParserError) and "in row" not in reason:
-            reason = f"row {first_bad_row(csv_path)}: {reason}"
+        text = csv_path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--csv_path {csv_path}: cannot be read as text in UTF-8 ({error})") from error
+    csv.field_size_limit(2**31 - 1)  # characters in one caption; 2**17 by default
+    rows: list[list[str]] = []
+    try:
+        for fields in csv.reader(io.StringIO(text, newline=""), strict=True):
+            if rows and len(fields) > len(rows[0]):
+                raise csv.Error(f"{len(fields)} fields where the header has {len(rows[0])}")
+            rows.append(fields)
+    except csv.Error as error:
         raise UserError(
-            f"--csv_path {csv_path}: cannot be read as a CSV in UTF-8 ({reason}); quote captions that hold commas"
-        ) from error
-    if table.shape[1] > 1:
-        table = table.dropna(how="all")  # blank lines; in a file of one column they are empty captions
-    return table.fillna("")
-
-
-def first_bad_row(csv_path: Path) -> int:
-    """The row, counted from the header as 1, whose quotes are astray, which pandas does not say."""
-    count = 0
-    with open(csv_path, encoding="utf-8-sig", newline="") as file, suppress(csv.Error):
-        for _ in csv.reader(file, strict=True):
-            count += 1
-    return count + 1
+            f"--csv_path {csv_path}: row {len(rows) + 1}: {error}; quote captions that hold commas"
+        ) from None
+    if not rows:
+        return pd.DataFrame()
+    header = [name.strip().lower() for name in rows[0]]
+    rows = [fields for fields in rows[1:] if fields or len(header) == 1]  # in one column a blank line is a caption
+    table = pd.DataFrame([fields + [""] * (len(header) - len(fields)) for fields in rows], columns=header, dtype=str)
+    return table.loc[:, ~table.columns.duplicated()]
 
 
 def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, int]:
-    """Which row names which video, by its file name, path or stem; the first of several counts."""
+    """Which row names which video, by its file name, path or stem. If several do, the first."""
     by_name: dict[str, int] = {}
     by_stem: dict[str, int] = {}
     for row, text in enumerate(names):
@@ -462,26 +450,25 @@ def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, int]:
 
 
 def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, str]:
-    """The captions of `videos` in the column `caption` of a CSV file; empty for those that it does not name.
+    """The captions of `videos` in the column `caption` of a CSV file; empty for videos that it does not name.
 
-    Whichever column names most of the videos tells whose a caption is, whatever it is called; where none does, row i
-    belongs to the stem `%04d` of i. Raises `UserError` where the file cannot be read or has no column `caption`.
+    The column that names most of the videos, whatever its title, says whose caption a row is. If no column names any,
+    row i belongs to the video whose stem is i in four digits. Raises `UserError` where the file cannot be read or has
+    no column `caption`.
     """
     table = read_table(csv_path)
-    header = [name.strip().lower() for name in table.iloc[0]] if len(table) else []
-    if "caption" not in header:
-        found = ", ".join(map(repr, table.iloc[0] if header else []))[:300] or "nothing"
+    if "caption" not in table:
+        found = ", ".join(map(repr, table.columns))[:300] or "nothing"
         raise UserError(f"--csv_path {csv_path}: no column named caption; it has {found}")
-    rows = table.iloc[1:]
-    captions = rows[header.index("caption")].tolist()
-    matches = {place: match_rows(rows[place], videos) for place, name in enumerate(header) if name != "caption"}
-    best = max(matches, key=lambda place: len(matches[place]), default=None)
+    matches = {column: match_rows(table[column], videos) for column in table.columns.drop("caption")}
+    best = max(matches, key=lambda column: len(matches[column]), default=None)
     if best is not None and matches[best]:
         row_of = matches[best]
-        say(f"captions: column {header[best]!r} of {csv_path} names {len(row_of)} of {len(videos)} videos")
+        say(f"captions: column {best!r} of {csv_path} names {len(row_of)} of {len(videos)} videos")
     else:
-        row_of = match_rows((f"{row:04d}" for row in range(len(captions))), videos)
-        say(f"captions: no column of {csv_path} names the videos; row i belongs to the video named %04d of i")
+        row_of = match_rows((f"{row:04d}" for row in range(len(table))), videos)
+        say(f"captions: no column of {csv_path} names the videos; row 0 belongs to 0000, row 1 to 0001, and so on")
+    captions = table["caption"].tolist()
     return {video: captions[row_of[video]] if video in row_of else "" for video in videos}
 
 
@@ -509,10 +496,12 @@ def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 @contextmanager
 def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
-    """A video's container, the track that FFmpeg takes for the best, and the errors that FFmpeg logs: (level, source,
-    text). Raises `ValueError` for a video that cannot be read."""
+    """A video's container, its best track in FFmpeg's opinion, and what FFmpeg logs as errors, (level, source, text).
+
+    Raises `ValueError` for a video that cannot be read.
+    """
     av.logging.set_level(av.logging.ERROR)
-    av.logging.set_skip_repeated(False)  # else a message that also ended the video before would be lost
+    av.logging.set_skip_repeated(False)  # a message can equal the last one of the video before
     with av.logging.Capture(local=False) as messages:
         try:
             with av.open(path, metadata_errors="replace") as container:
@@ -529,7 +518,7 @@ def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
 
 
 def count_packets(path: str) -> int:
-    """How many packets of a video are shown: its number of frames, unless some hold none. Decodes nothing.
+    """How many packets of a video are shown: as many as it has frames, unless some packets hold none. Decodes nothing.
 
     Raises `ValueError` if the video is empty, encrypted or cut short, as far as its container can tell.
     """
@@ -543,12 +532,12 @@ def count_packets(path: str) -> int:
                 times.append(packet.dts or 0)
         promised = stream.frames or round((container.duration or 0) / av.time_base * float(stream.average_rate or 0))
         missing = promised - len(times)
-        if stream.frames:  # AVI counts dropped frames, an edit list can leave out the last ones: time tells
+        if stream.frames:  # can include dropped frames (AVI) and those behind an edit list's end, so time must agree
             spacing = (max(times) - min(times)) / max(1, len(times) - 1) if times else 0
-            duration = max(stream.duration or 0, stream.frames)  # in AVI, which may have lost its index, the same
+            duration = max(stream.duration or 0, stream.frames)  # the same in AVI; a guess where its index is cut off
             missing = min(missing, duration / (spacing or 1) - len(times))
         elif not any(source == container.format.name for _, source, _ in messages):
-            missing = 0  # a sound track may be longer
+            missing = 0  # the container's reader saw no fault; its duration can be that of a longer sound track
         if missing > 0.5:
             raise ValueError(f"cut short: {len(times)} of {promised} frames are there")
     if not num_shown:
@@ -556,13 +545,13 @@ def count_packets(path: str) -> int:
     return num_shown
 
 
-# What a decoder gives are all frames that a video shows, in order, each as a function that makes uint8 RGB [H, W, 3] of
-# it, so that only the frames that are wanted are converted.
+# A decoder yields every frame that the video shows, in order, as a function that returns uint8 RGB [H, W, 3]: only the
+# frames that are wanted are converted.
 Frames = Iterator[Callable[[], np.ndarray]]
 
 
 def to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 RGB [H, W, 3] as FFmpeg's command makes it: converted by the frame's own matrix and range and nothing else,
+    """uint8 RGB [H, W, 3] as FFmpeg's command shows it: converted by the frame's own matrix and range and nothing else,
     turned and mirrored by its display matrix."""
     graph = av.filter.Graph()
     graph.threads = 1
@@ -585,8 +574,8 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
 def read_with_pyav(path: str) -> Frames:
     """Raises `ValueError` after the last frame if FFmpeg's decoder found damage.
 
-    Its log counts only as long as every packet is a keyframe: elsewhere it also tells of references that a cut left
-    behind, of which the frames that are shown have no need. Nor does a video without a first keyframe count as damaged.
+    Its log counts only while all packets are keyframes: after others it also reports references that a cut removed and
+    that no shown frame needs. If a video begins without a keyframe, errors before its first shown frame do not count.
     """
     errors, num_packets, num_shown, num_whole = [], 0, 0, 0
     starts_whole, all_keyframes = False, True
@@ -594,7 +583,7 @@ def read_with_pyav(path: str) -> Frames:
         for packet in container.demux(stream):
             messages.clear()
             frames = []
-            if packet.size:  # the last one only tells the decoder that nothing follows
+            if packet.size:  # the last, empty one tells the decoder to finish
                 all_keyframes &= packet.is_keyframe
                 starts_whole |= not num_packets and packet.is_keyframe
                 num_packets += not packet.is_discard
@@ -616,13 +605,13 @@ def read_with_pyav(path: str) -> Frames:
 
 
 def check_plain(path: str) -> None:
-    """Raise where decord or OpenCV may take another track, leave out a turn or mirror, map colours, or show black."""
+    """Raise where decord or OpenCV may take another track, not turn or mirror, map colours, or show black."""
     with open_track(path) as (container, stream, _):
         frame = next(container.decode(stream))
-        is_hdr = frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
+        # HDR has wide primaries too
         is_wide = frame.color_primaries in (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
         is_turned = "DISPLAYMATRIX" in frame.side_data
-        if is_hdr or is_wide or is_turned or frame.interlaced_frame or len(container.streams.video) > 1:
+        if is_wide or is_turned or frame.interlaced_frame or len(container.streams.video) > 1:
             raise RuntimeError("not for HDR, wide gamut, display matrices, interlaced video or several tracks")
 
 
@@ -631,11 +620,11 @@ def read_with_decord(path: str) -> Frames:
 
     check_plain(path)
     decord.logging.set_level(decord.logging.ERROR)
-    # fault_tol: decord would put a neighbour in the place of a frame that it cannot find, and say nothing
+    # fault_tol: otherwise decord silently replaces a frame that it cannot find by a neighbour
     reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
     for _ in range(len(reader)):
         frame = torch.from_dlpack(reader.next().to_dlpack()).numpy()  # without a copy
-        if frame.shape[-1] != 3:  # dmlc/decord issue 336: some narrow videos, the bytes are not those of the frame
+        if frame.shape[-1] != 3:  # dmlc/decord issue 336: garbled frames of some narrow videos
             raise RuntimeError(f"a frame of shape {list(frame.shape)} instead of [height, width, 3]")
         yield lambda frame=frame: frame
 
@@ -644,7 +633,7 @@ def read_with_opencv(path: str) -> Frames:
     import cv2
 
     check_plain(path)
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # not as images whose names are numbered
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # else a name with % stands for numbered images
     while capture.grab():
         yield lambda: cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
 
@@ -657,10 +646,10 @@ def decode_clip(
 ) -> dict[tuple[int, int], np.ndarray]:
     """Sample `num_frames` frames of a video and resize them: {size: uint8 RGB [num_frames, height, width, 3]}.
 
-    The video is read from its start to its end; a second time if it shows another number of frames than its packets
-    let expect. Raises `ValueError` if the video is to blame, anything else if the decoder is.
+    The video is read from its start to its end, and a second time if it shows more or fewer frames than it has packets.
+    Raises `ValueError` if the video is to blame, anything else if the decoder is.
     """
-    path = os.path.abspath(path)  # the name pipe:0 would be a protocol to FFmpeg if no folder came before it
+    path = os.path.abspath(path)  # without a folder FFmpeg would take a name such as pipe:0 for a protocol
     if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
         raise ValueError("its name is not in UTF-8; rename it")
     num_available = count_packets(path)
@@ -683,15 +672,15 @@ def decode_clip(
 
 
 def start_decoder() -> None:
-    """What a decoding process does first: leave Ctrl-C to the parent, take one core, limit what it does to others.
+    """What a decoding process does first: it leaves Ctrl-C to its parent, takes one core, and limits its memory.
 
-    A broken header can ask for any amount of memory: 4 GiB are enough for frames of 8K. And a decoder that hangs in
-    native code would outlive a parent that is killed.
+    A broken header can ask for any amount of memory; 4 GiB are enough for frames of 8K. A decoder that hangs in native
+    code would outlive a parent that is killed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     reuse_memory()
-    os.nice(10)  # a core that the model's threads share gives them the time they ask for: they wait for one another
+    os.nice(10)  # the model's threads wait for one another, so that slowing one down slows all
     if sys.platform == "linux":
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30,) * 2)
@@ -703,12 +692,11 @@ def decode_ahead(
 ) -> Iterator[tuple[Path, dict[tuple[int, int], np.ndarray] | str]]:
     """Decode videos in processes, a few ahead of the caller. Yields (video, clips by size) or (video, why it failed).
 
-    A decoder that dies, takes longer than `timeout` seconds or fails costs its process and nothing else; the next one
-    has its turn then, unless the video is to blame.
+    A decoder that fails, dies, or takes longer than `timeout` seconds costs only its process. Then the next decoder
+    tries, unless the video is to blame.
     """
-    # A fork of this process would copy its threads' locks.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])  # imported once, not by each worker
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
+    context.set_forkserver_preload(["torch", "av", "pandas"])  # imported once, not by each worker
     with ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context) as pool:
 
         def schedule(video: Path, backend: str) -> ProcessFuture:
@@ -740,7 +728,7 @@ def decode_ahead(
                 video, future = waiting.popleft()
                 yield video, result(video, future)
         finally:
-            pool.stop()  # without it, a caller who leaves early would wait for the clips that were begun
+            pool.stop()  # else a caller who leaves early would wait for the clips that are being decoded
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -760,13 +748,13 @@ DEFAULT_PATHS = {
 
 
 def default_num_workers() -> int:
-    """Half of the cores that this process may use, at most 8: the models want the rest, and a disk feeds no more."""
+    """Half of the cores that this process may use, at most 8: the models need the rest, and a disk feeds no more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // 2))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. Paths that are None stand for no captions and for weights from the hub."""
+    """The flags. A `csv_path` of None means no captions, a checkpoint of None the hub's weights."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
 
@@ -777,7 +765,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_path("video_dir", "folder of videos")
     add_path("csv_path", "captions: a CSV with a column named caption")
     add_path("output_root", "features go to <output_root>/<model>/<stem>.pt")
-    add("--models", nargs="+", choices=list(VFMS), default=list(VFMS), metavar="MODEL", help=f"of {', '.join(VFMS)}")
+    add(
+        "--models",
+        nargs="+",
+        choices=list(VFMS),
+        default=list(VFMS),
+        metavar="MODEL",
+        help=f"some of {', '.join(VFMS)}",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the models run")
     add("--num_frames", type=number(int, 1), default=48, help="frames sampled per video")
     add("--videomae_resize_h", type=number(int, 1), default=160, help="input height of VideoMAE, VideoMAEv2 and VJEPA2")
@@ -786,7 +781,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dinov2_resize_w", type=number(int, 1), default=630, help="input width of DINOv2")
     add("--dinov2_chunk", type=number(int, 1), default=128, help="frames per DINOv2 forward pass")
     for name in VFMS:
-        add_path(f"{name.lower()}_ckpt", f"published weights of {name}; else the hub's")
+        add_path(f"{name.lower()}_ckpt", f"published weights of {name}, if not the hub's")
     add("--allow_skip_missing", action="store_true", help="go on without models whose weights or packages are missing")
     add("--random_weights", action="store_true", help="a dry run without weights: the features mean nothing")
     add("--batch_size", type=number(int, 1), default=1, help="clips per forward pass")
@@ -795,7 +790,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="make features again that are finished")
     add("--preview", action="store_true", help="draw each clip and its features: <stem>.mp4 and .png beside the .pt")
     add("--num_workers", type=number(int, 1), default=default_num_workers(), help="processes that decode")
-    add("--decode_timeout", type=number(int, 1), default=300, help="seconds after which a video counts as undecodable")
+    add("--decode_timeout", type=number(int, 1), default=300, help="seconds that a decoder may take for a video")
     args = parser.parse_args(argv)
     args.models = list(dict.fromkeys(args.models))
     for name in args.models:
@@ -805,7 +800,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def resolve_paths(args: argparse.Namespace) -> None:
-    """Defaults for the paths that were not given. Raises `UserError` where a file that was given is absent."""
+    """Fill in the paths that were not given. Raises `UserError` where a file that was given does not exist."""
     for flag in ("video_dir", "output_root"):
         setattr(args, flag, getattr(args, flag, REPOSITORY / DEFAULT_PATHS[flag]))
     needed = ["csv_path", *([] if args.random_weights else [f"{name.lower()}_ckpt" for name in args.models])]
@@ -820,7 +815,7 @@ def resolve_paths(args: argparse.Namespace) -> None:
 
 
 def input_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
-    """The (height, width) that model `name` takes; raises `UserError` where its patches or tubelets do not fit."""
+    """The (height, width) of model `name`'s input. Raises `UserError` where patches or tubelets do not divide it."""
     vfm = VFMS[name]
     flags = [f"{vfm.size_flags}_resize_h", f"{vfm.size_flags}_resize_w"]
     for flag, step in [("num_frames", vfm.tubelet_size), *((flag, vfm.patch_size) for flag in flags)]:
@@ -838,10 +833,9 @@ def input_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Clip:
-    """What becomes one feature file of each model."""
+    """What each model makes one feature file of."""
 
     video: Path
-    stem: str  # of the feature files
     caption: str | None  # None: no CSV was read
     fingerprint: str | None  # of the video; None: it cannot be read
 
@@ -852,7 +846,7 @@ class ModelRun:
 
     name: str
     vit: nn.Module
-    settings: dict[str, int | str]  # what its features depend on, beside the clip
+    settings: dict[str, int | str]  # all that its features depend on, except the clip
     folder: Path
     todo: set[Clip] = field(default_factory=set)
     count: Counter = field(default_factory=Counter)  # of features written and skipped
@@ -864,10 +858,10 @@ class ModelRun:
         return self.settings["height"], self.settings["width"]
 
     def path(self, clip: Clip) -> Path:
-        return self.folder / f"{clip.stem}.pt"
+        return self.folder / f"{clip.video.stem}.pt"
 
     def clip_settings(self, clip: Clip) -> dict[str, int | str | None]:
-        """A finished feature is kept if it was made with these."""
+        """What the file records; a finished feature is skipped if these are the same."""
         return {**self.settings, "video": clip.video.name, "video_fingerprint": clip.fingerprint}
 
 
@@ -886,9 +880,9 @@ def list_clips(args: argparse.Namespace) -> list[Clip]:
     for video in tqdm(videos[rank() :: num_ranks()], "looking at videos", leave=False, delay=1, disable=rank() > 0):
         try:
             fingerprint = file_fingerprint(video)
-        except OSError:  # why, decoding will say
+        except OSError:  # decoding will say why
             fingerprint = None
-        clips.append(Clip(video, video.stem, captions.get(video), fingerprint))
+        clips.append(Clip(video, captions.get(video), fingerprint))
     return clips
 
 
@@ -902,13 +896,13 @@ def make_folders(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(
                 f"--output_root {args.output_root}: {folder} is no folder that can be written into "
-                f"({error.strerror}); give another place"
+                f"({error.strerror}); give another folder"
             ) from error
         remove_leftovers(folder)
 
 
 def load_model(name: str, args: argparse.Namespace) -> ModelRun:
-    """Load model `name` onto the device. Raises `ImportError` or `FileNotFoundError` if what it needs is not here."""
+    """Load a model onto the device. Raises `ImportError` or `FileNotFoundError` if a package or weights are missing."""
     size = input_size(name, args)
     if args.random_weights:
         vit, made_by = build_vit(VFMS[name], args.num_frames, size), "random"
@@ -934,25 +928,24 @@ def load_model(name: str, args: argparse.Namespace) -> ModelRun:
 
 
 def load_models(args: argparse.Namespace) -> tuple[list[ModelRun], list[str]]:
-    """The models, and, with `--allow_skip_missing`, why some are left out."""
+    """The models, and why some are left out, which `--allow_skip_missing` permits."""
     runs, left_out = [], []
     for name in args.models:
         try:
             runs.append(load_model(name, args))
-            continue
-        except ImportError as error:
-            reason = f"{name}: the package {error.name} is missing; install envs/environment.vfm_feature.yaml"
-        except FileNotFoundError as error:
+        except (ImportError, FileNotFoundError) as error:
             reason = f"{name}: {error}"
-        if not args.allow_skip_missing:
-            raise UserError(f"{reason}, or skip such models with --allow_skip_missing")
-        left_out.append(reason)
-        say(f"warning: {reason}")
+            if isinstance(error, ImportError):
+                reason = f"{name}: the package {error.name} is missing; install envs/environment.vfm_feature.yaml"
+            if not args.allow_skip_missing:
+                raise UserError(f"{reason}, or skip such models with --allow_skip_missing") from error
+            left_out.append(reason)
+            say(f"warning: {reason}")
     return runs, left_out
 
 
 def read_finished(run: ModelRun, clip: Clip) -> dict | None:
-    """The feature file of an earlier run, its tensors still on disk, if it was made with the same settings."""
+    """The feature file of an earlier run if it was made with the same settings; its tensors stay on disk."""
     try:
         saved = load_checked(run.path(clip), mmap=True)
     except UserError:  # absent, or it cannot be read: then it is made again
@@ -962,7 +955,7 @@ def read_finished(run: ModelRun, clip: Clip) -> dict | None:
 
 
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
-    """Fill each run's `todo`. Of a finished feature a new caption is written and a missing preview drawn."""
+    """Fill each run's `todo`. In finished files captions that changed are renewed, and missing previews are drawn."""
     for clip in tqdm(clips, "looking for finished features", leave=False, delay=1, disable=rank() > 0):
         for run in runs:
             saved = None if args.overwrite else read_finished(run, clip)
@@ -988,7 +981,7 @@ def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) ->
 
 
 def save_feature(run: ModelRun, clip: Clip, feature: torch.Tensor, frames: np.ndarray, preview: bool) -> None:
-    """Write the feature file of a clip, and its preview; note in `run` that it did, or why it failed."""
+    """Write the feature file of a clip, and its preview. `run` records the success, or why it failed."""
     feature = feature.cpu()
     if not torch.isfinite(feature).all():
         run.failed[clip.video.name] = f"{run.name} gave NaN or infinity in {run.settings['save_dtype']}"
@@ -1011,9 +1004,9 @@ def save_feature(run: ModelRun, clip: Clip, feature: torch.Tensor, frames: np.nd
 
 
 def extract(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
-    """Decode each video once and give it to every model that has it to do. A video that fails is recorded.
+    """Decode each video once, run every model that still needs it, and record failures.
 
-    Decoding runs ahead in its processes. Writing runs behind in a thread, by one batch, so that a GPU need not wait.
+    Decoding runs ahead in processes. Writing runs one batch behind in a thread, so that a GPU need not wait for it.
     """
     todo = [clip for clip in clips if any(clip in run.todo for run in runs)]
     if not todo:
@@ -1025,29 +1018,29 @@ def extract(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -
         closing(decode_ahead(videos, args.num_frames, sizes, args.num_workers, args.decode_timeout)) as decoded,
     ):
         decoded_clips = zip(todo, decoded, strict=True)
-        being_written: list[Future] = []
+        writes: list[Future] = []
         while batch := [(clip, frames) for clip, (_, frames) in islice(decoded_clips, args.batch_size)]:
-            before, being_written = being_written, []
+            earlier_writes, writes = writes, []
             for run in runs:
-                of_run = [(clip, frames) for clip, frames in batch if clip in run.todo]
-                run.failed |= {clip.video.name: reason for clip, reason in of_run if isinstance(reason, str)}
-                good = [(clip, frames[run.size]) for clip, frames in of_run if not isinstance(frames, str)]
+                needed = [(clip, frames) for clip, frames in batch if clip in run.todo]
+                run.failed |= {clip.video.name: reason for clip, reason in needed if isinstance(reason, str)}
+                good = [(clip, frames[run.size]) for clip, frames in needed if not isinstance(frames, str)]
                 if good:
                     features = forward(run, [frames for _, frames in good], args)
                     for (clip, frames), feature in zip(good, features, strict=True):
-                        being_written.append(writer.submit(save_feature, run, clip, feature, frames, args.preview))
-            for future in before:
-                future.result()
+                        writes.append(writer.submit(save_feature, run, clip, feature, frames, args.preview))
+            for write in earlier_writes:
+                write.result()
             bar.update(len(batch))
-        for future in being_written:
-            future.result()
+        for write in writes:
+            write.result()
 
 
 def collect(runs: list[ModelRun]) -> None:
-    """Add the results of the other ranks to those of rank 0."""
+    """Add the other ranks' results to rank 0's."""
     for results in gather({run.name: (run.count, run.failed, run.shape) for run in runs})[1:]:
         for run in runs:
-            count, failed, shape = results.get(run.name, (Counter(), {}, None))
+            count, failed, shape = results.get(run.name, (Counter(), {}, None))  # that rank can have left the model out
             run.count += count
             run.failed |= failed
             run.shape = run.shape or shape
@@ -1055,14 +1048,23 @@ def collect(runs: list[ModelRun]) -> None:
 
 def report(runs: list[ModelRun], left_out: list[str], output_root: Path) -> None:
     """Print the summary, and write `failed_videos.txt` of each model and `vfm_dimensions.txt`."""
-    print(f"\n{'model':<11}{'written':>8}{'skipped':>8}{'failed':>8}  {'feature':<20}{'dtype':<9}{'size':>10}  folder")
+    rows = {
+        run.name: {
+            "written": run.count["written"],
+            "skipped": run.count["skipped"],
+            "failed": len(run.failed),
+            "feature": str(run.shape or "-"),
+            "dtype": run.settings["save_dtype"],
+            "MB": round(sum(path.stat().st_size for path in run.folder.glob("*.pt")) / 1e6, 1),
+            "folder": str(run.folder),
+        }
+        for run in runs
+    }
+    if rows:
+        print(f"\n{pd.DataFrame.from_dict(rows, orient='index').to_string()}")
     for run in runs:
-        counts = f"{run.count['written']:>8}{run.count['skipped']:>8}{len(run.failed):>8}"
-        size = sum(path.stat().st_size for path in run.folder.glob("*.pt")) / 1e6
-        shape = str(run.shape or "-")
-        print(f"{run.name:<11}{counts}  {shape:<20}{run.settings['save_dtype']:<9}{size:>7.1f} MB  {run.folder}")
         if run.failed:
-            print(f"{'':<11}why: {run.folder / 'failed_videos.txt'}")
+            print(f"{run.name}: {run.folder / 'failed_videos.txt'} says why videos failed")
     for reason in left_out:
         print(f"not run: {reason}")
     if any(run.settings["weights"] == "random" for run in runs):
@@ -1071,9 +1073,9 @@ def report(runs: list[ModelRun], left_out: list[str], output_root: Path) -> None
     for run in runs:
         failures = run.folder / "failed_videos.txt"
         if run.failed:
-            one_line = (f"{' '.join(name.split())}\t{reason}\n" for name, reason in sorted(run.failed.items()))
+            lines = [f"{' '.join(name.split())}\t{reason}\n" for name, reason in sorted(run.failed.items())]
             with whole_file(failures) as file:
-                file.write("".join(one_line).encode(errors="backslashreplace"))  # names that are not in UTF-8
+                file.write("".join(lines).encode(errors="backslashreplace"))  # names that are not in UTF-8
         else:
             failures.unlink(missing_ok=True)
     known = [run for run in runs if run.shape]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From clips to motion embeddings in one command: bash envs/quickstart.sh [VIDEO_DIR]
-# Makes an environment in .envs/, draws a few clips if none are given, runs the three scripts, and lists what they wrote.
+# Makes an environment in .envs/, draws a few clips if no folder is given, runs the three scripts, lists what they wrote.
 set -euo pipefail
 [ $# -eq 0 ] || given=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ if [ $# -eq 0 ]; then
     captions=(--csv_path "$videos/captions.csv")
 else
     videos="$given"
-    out="$PWD/.quickstart/$(basename "$videos")" # each folder its own, or one would be trained on with another's features
+    out="$PWD/.quickstart/$(basename "$videos")" # one for each folder of videos, or their features would mix
     captions=()
     [ ! -f "$videos/captions.csv" ] || captions=(--csv_path "$videos/captions.csv")
 fi
@@ -45,7 +45,9 @@ describe 'videos/*.csv' "the captions of the drawn clips"
 describe 'features/vfm_dimensions.txt' "shape and channels of each model's features"
 describe 'features/VideoMAE/*.pt' "feature [T, H, W, 768], caption, video, model, settings"
 describe 'features/VideoMAE/failed_videos.txt' "videos that could not be read, and why"
-describe 'checkpoints/*.pt' "the motion autoencoder after an epoch: weights, configuration, losses"
+describe 'checkpoints/motion_ae_best.pt' "the motion autoencoder after its best epoch: the one to use"
+describe 'checkpoints/motion_ae_epoch*.pt' "the motion autoencoder after this epoch"
+describe 'checkpoints/motion_ae_last.pt' "what train.py --resume goes on from"
 describe 'checkpoints/metrics.csv' "the errors, a row an epoch"
 describe 'checkpoints/loss_curves.png' "the errors, drawn"
 describe 'latents/*.pt' "latent [T, H, W, 192], motion_embedding [T, 192], compression_ratio"

@@ -1,7 +1,9 @@
 """What the tests of the scripts share."""
 
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from made_up import ROOT, SIZES, make_features, run
@@ -13,8 +15,15 @@ from model import run_script
 
 
 @pytest.fixture
-def run_here(monkeypatch, capfd):
-    """The script's command line in this process: the many mistakes would otherwise each wait for torch to start."""
+def small_models(monkeypatch):
+    """The four models with two blocks of 24 channels: quick, and files of their weights are small."""
+    for name, spec in vfm_feature.VFMS.items():
+        monkeypatch.setitem(vfm_feature.VFMS, name, replace(spec, embed_dim=24, depth=2, num_heads=2))
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd, small_models):
+    """The script's command line in this process, with small models: a new process would wait for torch to start."""
 
     def call(script, *arguments, cwd=ROOT):
         monkeypatch.chdir(cwd)
@@ -22,6 +31,7 @@ def run_here(monkeypatch, capfd):
         capfd.readouterr()
         with pytest.raises(SystemExit) as ending:
             run_script({"vfm_feature.py": vfm_feature.main, "train.py": train.main, "encode.py": encode.main}[script])
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # run_script's handler would fail a test instead of ending pytest
         return subprocess.CompletedProcess(script, ending.value.code, *capfd.readouterr())
 
     return call

@@ -1,14 +1,19 @@
 """Made-up features, and the scripts run on them as a user runs them."""
 
+import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# vfm_feature.py without weights, on clips of two tubelets and six patches
+SMALL = ["--random_weights", "--num_frames", "4", "--videomae_resize_h", "32", "--videomae_resize_w", "48"]
+SMALL += ["--dinov2_resize_h", "28", "--dinov2_resize_w", "42", "--num_workers", "1"]
 SIZES = ["--input_dim", "12", "--model_dim", "16", "--latent_dim", "6", "--num_heads", "2", "--num_layers", "1"]
 
 
@@ -21,6 +26,19 @@ def run(script, *arguments, cwd=ROOT):
     """The script as a user runs it."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments), "--device", "cpu"]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+@contextmanager
+def full_disk(size):
+    """No file can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def make_features(folder, count=12, shape=(6, 2, 3, 12), seed=0):

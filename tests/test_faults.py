@@ -1,25 +1,32 @@
 """Broken videos, hostile names, mutated files, full disks, killed processes; `bench_faults.py` does some at length."""
 
 import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import torch
 from bench_faults import decode_corpus, draw, encode, judge, load_mutants, make_corpus
-from made_up import ROOT, SIZES, make_features
+from made_up import SIZES, SMALL, full_disk, make_features
 
 import vfm_feature as vfm
 
-# A ViT is quick on a clip of two tubelets and six patches.
-SMALL = ["--random_weights", "--num_frames", "4", "--videomae_resize_h", "32", "--videomae_resize_w", "48"]
-SMALL += ["--models", "VideoMAE", "--num_workers", "1"]
-TRAINING = ["--model_dim", "16", "--latent_dim", "6", "--num_heads", "2", "--num_layers", "1", "--epochs", "1"]
+SMALL = [*SMALL, "--models", "VideoMAE"]
+TRAINING = [
+    "--input_dim",
+    "24",
+    "--model_dim",
+    "16",
+    "--latent_dim",
+    "6",
+    "--num_heads",
+    "2",
+    "--num_layers",
+    "1",
+    "--epochs",
+    "1",
+]
 
 
 def small_clip(path):
@@ -146,36 +153,18 @@ def test_mutated_files_load_or_are_refused():
         assert counts["loads"] > 0 and counts["refused"] > 0, file
 
 
-def disk_of(size):
-    """Called in a process before it starts: no file of it can grow beyond `size` bytes, as on a full disk."""
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return limit
-
-
-def test_a_full_disk_ends_the_run_in_one_line(tmp_path):
+def test_a_full_disk_ends_the_run_in_one_line(tmp_path, run_here):
     (tmp_path / "clips").mkdir()
     for index in range(3):
         small_clip(tmp_path / "clips" / f"{index}.mp4")
-    command = [
-        sys.executable,
-        ROOT / "vfm_feature.py",
-        "--video_dir",
-        tmp_path / "clips",
-        "--output_root",
-        tmp_path / "f",
-    ]
-    command = [str(part) for part in [*command, "--device", "cpu", *SMALL]]
-    result = subprocess.run(command, preexec_fn=disk_of(10_000), capture_output=True, text=True, timeout=100)
+    command = ["vfm_feature.py", "--video_dir", tmp_path / "clips", "--output_root", tmp_path / "f", *SMALL]
+    with full_disk(1000):
+        result = run_here(*command)
     assert result.returncode == 1
     assert "error: [Errno 27] File too large; finished files are whole" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr and "VideoMAE" in result.stdout
-    assert not [path for path in (tmp_path / "f").rglob("*") if path.is_file() and path.suffix in (".pt", ".tmp")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0 and len(list((tmp_path / "f").rglob("*.pt"))) == 3
+    assert not [path for path in (tmp_path / "f").rglob("*") if path.suffix in (".pt", ".tmp")]
+    assert run_here(*command).returncode == 0 and len(list((tmp_path / "f").rglob("*.pt"))) == 3
 
 
 @pytest.mark.parametrize(("script", "count"), [("vfm_feature.py", 12), ("train.py", 2), ("encode.py", 12)])

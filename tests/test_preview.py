@@ -1,5 +1,6 @@
 """Previews: what they show, that they are whole, and that they are made again where what they show has changed."""
 
+import re
 import shutil
 
 import av
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from draw_clips import write_video
-from made_up import make_features
+from made_up import SMALL, make_features
 from PIL import Image
 
 from model import UserError, has_preview, thumbnails, write_preview
@@ -171,11 +172,11 @@ def test_vfm_feature_draws_what_the_model_saw(tmp_path, run_here):
     for frame in frames:
         frame[:, 48:] = GREEN[::-1]  # OpenCV's order
     write_video(tmp_path / "clips" / "0.avi", frames, "MJPG")
-    arguments = ["vfm_feature.py", "--video_dir", tmp_path / "clips", "--output_root", tmp_path, "--num_frames", 4]
-    arguments += ["--models", "VideoMAE", "--random_weights", "--videomae_resize_h", 32, "--videomae_resize_w", 48]
+    arguments = ["vfm_feature.py", "--video_dir", tmp_path / "clips", "--output_root", tmp_path, *SMALL]
+    arguments += ["--models", "VideoMAE"]
     for skipped in (0, 1):
         result = run_here(*arguments, "--preview")
-        assert f"VideoMAE         {1 - skipped:>2}       {skipped}       0" in result.stdout
+        assert re.search(rf"^VideoMAE +{1 - skipped} +{skipped} +0 ", result.stdout, re.MULTILINE)
     _, video = read(tmp_path / "VideoMAE" / "0.pt")
     assert len(video) == 4
     for frame, level in zip(video, (0, 40, 70, 110), strict=True):

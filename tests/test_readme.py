@@ -30,7 +30,8 @@ def flags_of_the_readme(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_tables_of_flags_are_those_of_the_scripts(script, run_here):
+def test_the_tables_of_flags_are_those_of_the_scripts(script, run_here, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # argparse wraps no path then
     ours = flags_of_the_script(script, run_here)
     tables = flags_of_the_readme(script)
     assert len(tables) == 2, "one in English, one in Chinese"

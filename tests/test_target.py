@@ -21,10 +21,11 @@ def checkpoint(tmp_path):
     return tmp_path / "motion_ae_best.pt"
 
 
-def test_the_readme_aligns_a_video_model_as_videorepa_does(checkpoint):
+def test_the_readme_aligns_a_video_model_as_videorepa_does(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "vfm_encoder").symlink_to(ROOT)
+    monkeypatch.syspath_prepend(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (code,) = (block for block in blocks if "def motion_target" in block)
-    code = code.replace("from vfm_encoder import", "from model import")
     code = code.replace("checkpoints_videomaev2/motion_ae_best.pt", str(checkpoint))
     names = {}
     exec(code, names)
