@@ -337,9 +337,14 @@ class SpaceTimeCode(nn.Module):
             self.importance[..., : self.pca_dim] += 1  # where nothing is, own coefficients stay
             return relations.fit_gain()
 
-        errors = {extra: relation_error(extra) for extra in (0.0, 0.5, 1.0, 2.0, 4.0)}
-        wanted = max(RELATION_TARGET, 1.03 * min(errors.values()))
-        relation_error(next(extra for extra, error in errors.items() if error <= wanted))
+        low, high = 0.0, 4.0
+        wanted = max(RELATION_TARGET, 1.03 * relation_error(high))
+        if relation_error(low) <= wanted:
+            return
+        for _ in range(5):  # bisection
+            extra = (low + high) / 2
+            low, high = (low, extra) if relation_error(extra) <= wanted else (extra, high)
+        relation_error(high)
 
 
 class TokenRelations:
