@@ -262,8 +262,9 @@ def clips_to_measure(clips: Clips, args: argparse.Namespace) -> Iterator[Tensor]
 def clips_to_fit(clips: Clips, seed: int) -> list[Tensor]:
     """Random clips, or a random tile of each, [T, ..., C] in float32: what the linear code is measured on."""
     count = min(len(clips), FIT_CLIPS)
-    chosen = tqdm(random.Random(f"{seed} fit").sample(range(len(clips)), count), "clips", leave=False, delay=1)
-    return [clips.random_tile(index, FIT_TOKENS // count, f"{seed} fit").float() for index in chosen]
+    chosen = random.Random(f"{seed} fit").sample(range(len(clips)), count)
+    bar = tqdm(chosen, "clips", leave=False, disable=None, delay=1)
+    return [clips.random_tile(index, FIT_TOKENS // count, f"{seed} fit").float() for index in bar]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

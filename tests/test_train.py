@@ -33,6 +33,10 @@ def test_train_writes_a_checkpoint_that_explains_itself(trained):
     assert all(np.isfinite(value) for value in checkpoint["history"][-1].values())
 
 
+def ratios(folder):
+    return pd.read_csv(folder / "ck" / "metrics.csv")["ratio"]
+
+
 def test_train_says_how_it_stands_against_pca(trained):
     folder, stdout = trained
     lines = stdout.splitlines()
@@ -42,6 +46,10 @@ def test_train_says_how_it_stands_against_pca(trained):
     assert f"held out reconstruction {row['val_reconstruction_error']:.4f}" in lines[3]
     ours, pca = (sum(row[f"{part}_{name}_loss"] for name in figures) for part in ("val", "pca"))
     assert f"{ours / pca:.3f} x PCA's error" in lines[3]
+    code = torch.load(folder / "ck" / "motion_ae_epoch2.pt", weights_only=True)["code_errors"]
+    assert f"held out, without the networks: reconstruction {code['reconstruction_error']:.4f}" in lines[4]
+    ratio = (code["reconstruction_loss"] + code["motion_loss"]) / pca
+    assert f"training them took off {1 - min(r for r in ratios(folder)) / ratio:.1%}" in lines[4]
 
 
 def test_the_errors_are_what_numpy_says(trained):
@@ -83,6 +91,24 @@ def test_files_of_different_shapes_train_together(tmp_path, run_here, one_thread
     result = run_here("train.py", "--feature_dir", tmp_path / "f", "--save_dir", tmp_path / "ck", *SIZES, "--epochs", 1)
     assert result.returncode == 0, result.stderr
     assert "7 training files, 0 held out, 3 shapes" in result.stdout
+
+
+def test_an_epoch_sees_every_position_once(tmp_path, monkeypatch):
+    make_features(tmp_path / "a", 3, (6, 5, 7, 12))
+    make_features(tmp_path / "b", 2, (6, 80, 12))
+    monkeypatch.setattr(train, "STEP_TOKENS", 100)  # of 210 and 480
+    clips = train.Clips(train.look_at_files(tmp_path, 12), 12)
+    order = train.EqualShapeBatches(clips, 2, 0)
+    seen = [torch.zeros(file.shape) for file in clips.files]
+    batches = list(order)
+    assert len(batches) == len(order)
+    for batch in batches:
+        assert len({clips[key].shape for key in batch}) == 1  # they are stacked
+        for index, tile in batch:
+            seen[index][tile] += 1
+    assert all(count.eq(1).all() for count in seen)
+    order.epoch = 1
+    assert list(order) != batches
 
 
 def test_one_token_is_enough_to_train(tmp_path, run_here):
