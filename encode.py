@@ -4,7 +4,7 @@ In: a checkpoint of train.py, and one feature file (.pt, .pth, .npy) or a folder
 Out: a dict that `torch.load` reads (or a .npz for numpy) of `latent` [T, N, D] or [T, H, W, D], `motion_embedding`
      [T, D], `embedding_channels` (its channels' names), `compression_ratio` (D / C), `pca_dim` (how many channels lead
      with a principal component: all), how well the latent decodes, how the picture moves on average (`right`, `down`,
-     `log speed`), and the input's `caption`, `video`, `model` and `grid` where it had them. A folder's files are
+     `log speed`), and the input's `caption`, `video` and `model` where it had them. A folder's files are
      mirrored, and `encode_report.csv` has a row for each.
 
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features/0000.pt --output latents/0000.pt
@@ -132,14 +132,7 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
     return [(path, output) for output, path in features.items()]
 
 
-def on_grid(x: Tensor, grid: list[int] | None) -> Tensor:
-    """x [T, N, C] -> [T, H, W, C], where the grid is known; else as it is."""
-    return x.unflatten(1, grid) if grid and x.ndim == 3 else x
-
-
-def encode(
-    model: MotionFeatureAutoencoder, path: Path, feature: Tensor, grid: list[int] | None, save_reconstruction: bool
-) -> dict[str, Any]:
+def encode(model: MotionFeatureAutoencoder, path: Path, feature: Tensor, save_reconstruction: bool) -> dict[str, Any]:
     """Latent, motion embedding, `METRICS` and `MOVEMENT` of a feature [T, ..., C] read from `path`; tensors on the CPU.
 
     Raises `UserError` where they are not finite.
@@ -155,9 +148,9 @@ def encode(
     if not (latent.isfinite().all() and math.isfinite(metrics["cosine"])):
         raise UserError(f"{path}: its latent, or what that decodes to, is not finite; the features are too large")
     names = describe_motion_embedding(model.config)
-    embedding = model.embed_long(on_grid(latent, grid))  # [T, D]
+    embedding = model.embed_long(latent)  # [T, D]
     movement = dict.fromkeys(MOVEMENT, math.nan)
-    if grid or feature.ndim == 4:
+    if feature.ndim == 4:
         means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over the steps, of which t = 0 is none
         movement |= {name: mean for name, mean in zip(names, means, strict=True) if name in MOVEMENT}
     result = {
@@ -211,18 +204,18 @@ def encode_file(
         feature, metadata = load_feature(path, model.config["input_dim"], mmap=True)
         check_numbers(feature, path)
         frames = metadata.pop("thumbnails", None)
-        if args.grid and feature.ndim == 3:
-            if math.prod(args.grid) != feature.shape[1]:
-                raise UserError(f"{path}: N is {feature.shape[1]}, but --grid is {args.grid[0]} x {args.grid[1]}")
-            metadata["grid"] = args.grid
-        grid = metadata.get("grid")
-        result = encode(model, path, feature, grid, args.save_reconstruction)
+        recorded = metadata.pop("grid", None)
+        grid = args.grid or recorded
+        if grid and feature.ndim == 3:  # coded on the grid, so the latent is [T, H, W, D]
+            if math.prod(grid) != feature.shape[1]:
+                raise UserError(f"{path}: N is {feature.shape[1]}, but --grid is {grid[0]} x {grid[1]}")
+            feature = feature.unflatten(1, grid)
+        result = encode(model, path, feature, args.save_reconstruction)
     except (UserError, OSError) as error:
         return row | {"failure": str(error), "outcome": "failed"}
     save(result | metadata | {"settings": settings}, output)
     if args.preview:
-        leading = result["latent"][..., : result["pca_dim"]]
-        write_preview(output, on_grid(feature, grid), on_grid(leading, grid), frames)
+        write_preview(output, feature, result["latent"], frames)
     return row | {name: result[name] for name in METRICS + MOVEMENT} | {"outcome": "written"}
 
 
