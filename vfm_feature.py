@@ -550,13 +550,19 @@ def count_packets(path: str) -> int:
 Frames = Iterator[Callable[[], np.ndarray]]
 
 
-def to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 RGB [H, W, 3] as FFmpeg's command shows it: converted by the frame's own matrix and range and nothing else,
-    turned and mirrored by its display matrix."""
+def make_converter(width: int, height: int, pixel_format: str, *colours: int) -> av.filter.Graph:
+    """FFmpeg's own conversion to RGB, for frames that are alike in all of these. Making one takes longer than a use."""
     graph = av.filter.Graph()
     graph.threads = 1
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25))
+    source = graph.add_buffer(width=width, height=height, format=pixel_format, time_base=Fraction(1, 25))
     graph.link_nodes(source, graph.add("scale"), graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+    return graph
+
+
+def to_rgb(frame: av.VideoFrame, converter: Callable[..., av.filter.Graph]) -> np.ndarray:
+    """uint8 RGB [H, W, 3] as FFmpeg's command shows it: converted by the frame's own matrix and range and nothing else,
+    turned and mirrored by its display matrix. `converter`: `make_converter`, with a memory for this video."""
+    graph = converter(frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
     graph.vpush(frame)
     rgb = graph.vpull().to_ndarray()
     try:
@@ -577,6 +583,7 @@ def read_with_pyav(path: str) -> Frames:
     Its log counts only while all packets are keyframes: after others it also reports references that a cut removed and
     that no shown frame needs. If a video begins without a keyframe, errors before its first shown frame do not count.
     """
+    converter = functools.cache(make_converter)
     errors, num_packets, num_shown, num_whole = [], 0, 0, 0
     starts_whole, all_keyframes = False, True
     with open_track(path) as (container, stream, messages):
@@ -596,7 +603,7 @@ def read_with_pyav(path: str) -> Frames:
             for frame in frames:
                 num_shown += 1
                 num_whole += not frame.is_corrupt
-                yield functools.partial(to_rgb, frame)
+                yield functools.partial(to_rgb, frame, converter)
             if not num_shown and not starts_whole:
                 errors.clear()
     if errors or num_whole < num_shown:
