@@ -2,6 +2,7 @@
 
 from .losses import FeatureErrors, motion_autoencoder_loss, token_relation_distillation, token_relations
 from .model import (
+    LatentDataset,
     MotionFeatureAutoencoder,
     MotionFeatureDecoder,
     MotionFeatureEncoder,
@@ -12,6 +13,7 @@ from .model import (
 
 __all__ = [
     "FeatureErrors",
+    "LatentDataset",
     "MotionFeatureAutoencoder",
     "MotionFeatureDecoder",
     "MotionFeatureEncoder",

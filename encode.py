@@ -22,49 +22,47 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from losses import FeatureErrors
 from model import (
     FEATURE_SUFFIXES,
+    METRICS,
+    MOVEMENT,
     ArgumentParser,
     MotionFeatureAutoencoder,
     UserError,
     add_model_flags,
     check_numbers,
     check_preview_packages,
-    describe_motion_embedding,
+    encode_clip,
     file_fingerprint,
     find_features,
     gather,
     has_preview,
     join_ranks,
+    load_entries,
     load_feature,
     num_ranks,
     number,
     open_device,
+    print_summary,
     rank,
     remove_leftovers,
     run_script,
     save_atomically,
     weights_hash,
     whole_file,
+    write_encode_report,
     write_preview,
 )
-
-METRICS = ["reconstruction_error", "motion_error", "cosine"]  # of `FeatureErrors`
-MOVEMENT = ["right", "down", "log speed"]  # channels of the motion embedding, of which the report shows a clip's means
-LEGEND = """What decoding the latents loses. reconstruction: squared error over the clip's variance (0: nothing is lost,
-1: all but the clip's mean is); motion: the same of the changes from step to step (1: as a still
-picture would); cosine: between a token and its reconstruction (1: the same direction)."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -132,39 +130,6 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
     return [(path, output) for output, path in features.items()]
 
 
-def encode(model: MotionFeatureAutoencoder, path: Path, feature: Tensor, save_reconstruction: bool) -> dict[str, Any]:
-    """Latent, motion embedding, `METRICS` and `MOVEMENT` of a feature [T, ..., C] read from `path`; tensors on the CPU.
-
-    Raises `UserError` where they are not finite.
-    """
-    latent = model.encode_long(feature)
-    errors = FeatureErrors()
-    reconstruction = torch.empty(feature.shape) if save_reconstruction else None
-    for tile, part in model.decode_long(latent):
-        errors.add(feature[tile][None].to(part), part[None])  # [1, T, ..., C]
-        if save_reconstruction:
-            reconstruction[tile] = part.cpu()
-    metrics = errors.figures()
-    if not math.isfinite(metrics["cosine"]):
-        raise UserError(f"{path}: what its latent decodes to is not finite; the features are too large")
-    names = describe_motion_embedding(model.config)
-    embedding = model.embed_long(latent)  # [T, D]
-    movement = dict.fromkeys(MOVEMENT, math.nan)
-    if feature.ndim == 4:
-        means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over the steps, of which t = 0 is none
-        movement |= {name: mean for name, mean in zip(names, means, strict=True) if name in MOVEMENT}
-    result = {
-        "latent": latent,
-        "motion_embedding": embedding,
-        "embedding_channels": names,
-        "compression_ratio": model.compression_ratio,
-        "pca_dim": model.code.pca_dim,
-        **metrics,
-        **movement,
-    }
-    return result | ({"reconstruction": reconstruction} if save_reconstruction else {})
-
-
 def save(result: dict[str, Any], output: Path) -> None:
     """Write an output dict by its suffix, whole or not at all. In a .npz, words and numbers are arrays of no axes."""
     if output.suffix == ".npz":
@@ -177,11 +142,7 @@ def save(result: dict[str, Any], output: Path) -> None:
 def finished_figures(output: Path, settings: str) -> dict[str, float] | None:
     """The `METRICS` and `MOVEMENT` of an output that an earlier run made with the same settings, or None."""
     try:
-        if output.suffix == ".npz":
-            with np.load(output, allow_pickle=False) as archive:
-                saved = {name: archive[name].item() for name in (*METRICS, *MOVEMENT, "settings")}
-        else:
-            saved = torch.load(output, weights_only=True, mmap=True)
+        saved = load_entries(output, [*METRICS, *MOVEMENT, "settings"])
         return {name: float(saved[name]) for name in METRICS + MOVEMENT} if saved["settings"] == settings else None
     except Exception:  # a file of somebody else's can be anything; it is made again
         return None
@@ -201,7 +162,7 @@ def encode_file(
         may_skip = in_folder and not args.overwrite and (has_preview(output) or not args.preview)
         if may_skip and (figures := finished_figures(output, settings)):
             return row | figures | {"outcome": "skipped"}
-        feature, metadata = load_feature(path, model.config["input_dim"], mmap=True)
+        feature, metadata = load_feature(path, mmap=True)
         check_numbers(feature, path)
         frames = metadata.pop("thumbnails", None)
         recorded = metadata.pop("grid", None)
@@ -210,52 +171,29 @@ def encode_file(
             if math.prod(grid) != feature.shape[1]:
                 raise UserError(f"{path}: N is {feature.shape[1]}, but --grid is {grid[0]} x {grid[1]}")
             feature = feature.unflatten(1, grid)
-        result = encode(model, path, feature, args.save_reconstruction)
+        try:
+            result = encode_clip(model, feature, FeatureErrors(), args.save_reconstruction)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     except (UserError, OSError) as error:
         return row | {"failure": str(error), "outcome": "failed"}
-    save(result | metadata | {"settings": settings}, output)
+    kept = {name: value for name, value in metadata.items() if name not in result}
+    save({**result, **kept, "settings": settings}, output)
     if args.preview:
         write_preview(output, feature, result["latent"], frames)
     return row | {name: result[name] for name in METRICS + MOVEMENT} | {"outcome": "written"}
 
 
-def print_summary(table: pd.DataFrame) -> None:
-    """Each metric's mean over the files that were encoded and its worst file, and how their pictures move."""
-    table = table[table["outcome"] != "failed"].set_index("file")
-    summary = {}
-    for name in METRICS:
-        values = table[name].dropna()
-        if len(values):
-            worst = values.idxmin() if name == "cosine" else values.idxmax()
-            summary[name.removesuffix("_error")] = {"mean": values.mean(), "worst": values[worst], "": worst}
-    if summary:
-        print(pd.DataFrame.from_dict(summary, orient="index").to_string(float_format="%.3f"))
-        print(LEGEND)
-    movement = {}
-    for name in MOVEMENT:
-        values = table[name].dropna()
-        if len(values):
-            least, most = values.idxmin(), values.idxmax()
-            extremes = {"least": values[least], "in": least, "most": values[most], " in": most}
-            movement[name] = {"mean": values.mean(), **extremes}
-    if movement:
-        print("How the pictures move, in grid cells a step; log speed: log(1 + (cells / 0.01)^2) / 2.")
-        print(pd.DataFrame.from_dict(movement, orient="index").to_string(float_format="%.3f"))
-    if unknown := int(table["right"].isna().sum()):
-        print(f"grid unknown in {unknown} files [T, N, C]: the embedding's motion channels are 0; give --grid H W")
-
-
 def report(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Print what came of the files, and write `encode_report.csv`: their metrics, or why they failed."""
-    table = pd.DataFrame(rows, columns=["file", *METRICS, *MOVEMENT, "failure", "outcome"]).sort_values("file")
-    for failure in table["failure"][table["outcome"] == "failed"]:
-        print(f"failed: {failure}", file=sys.stderr)
-    text = table.drop(columns="outcome").to_csv(index=False, float_format="%.6g", na_rep="nan")
-    with whole_file(folder / "encode_report.csv") as file:
-        file.write(text.encode(errors="backslashreplace"))
-    count = {outcome: int((table["outcome"] == outcome).sum()) for outcome in ("written", "skipped", "failed")}
-    print(f"{', '.join(f'{n} {outcome}' for outcome, n in count.items())}; file by file: {folder}/encode_report.csv")
-    print_summary(table)
+    """Print what came of the files, and write `encode_report.csv`."""
+    write_encode_report(rows, folder)
+    for row in sorted(rows, key=lambda row: row["file"]):
+        if row["outcome"] == "failed":
+            print(f"failed: {row['failure']}", file=sys.stderr)
+    count = Counter(row["outcome"] for row in rows)
+    counts = ", ".join(f"{count[outcome]} {outcome}" for outcome in ("written", "skipped", "failed"))
+    print(f"{counts}; file by file: {folder}/encode_report.csv")
+    print_summary(rows)
 
 
 @torch.inference_mode()
@@ -294,7 +232,7 @@ def main() -> int:
         if rows[0]["outcome"] == "failed":
             raise UserError(rows[0]["failure"])
         print(f"written to {args.output}, compression_ratio {model.compression_ratio:g}")
-        print_summary(pd.DataFrame(rows))
+        print_summary(rows)
     return 0 if not first or any(row["outcome"] != "failed" for row in rows) else 1
 
 

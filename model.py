@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -744,7 +745,8 @@ class MotionFeatureAutoencoder(nn.Module):
             latent[tile] = self.encode(part)[0].cpu()
         if not latent.isfinite().all():
             raise UserError(
-                "the latent is not finite: the features are far from those that the checkpoint was trained on"
+                "the latent is not finite: nor are the features, or they are far from those that the checkpoint was "
+                "trained on"
             )
         return latent
 
@@ -785,20 +787,23 @@ class MotionFeatureAutoencoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_features(folder: Path) -> list[Path]:
-    """Every feature file below `folder`, sorted; hidden files and folders (half-written files among them) are left out.
-
-    Raises `UserError` when `folder` is no folder or holds no feature file.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give the folder that holds the features")
-    paths = sorted(
+def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Every file below `folder` with one of `suffixes`, sorted; hidden files and folders (half-written files among
+    them) are left out."""
+    return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in FEATURE_SUFFIXES
+        if path.suffix.lower() in suffixes
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
+
+
+def find_features(folder: Path) -> list[Path]:
+    """Every feature file below `folder`. Raises `UserError` when `folder` is no folder or holds no feature file."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder that holds the features")
+    paths = find_files(folder, FEATURE_SUFFIXES)
     if not paths:
         raise UserError(f"{folder} holds no {', '.join(FEATURE_SUFFIXES)} file; run vfm_feature.py first")
     return paths
@@ -855,9 +860,17 @@ def check_numbers(feature: Tensor, path: Path) -> None:
         )
 
 
+def is_plain(value: Any) -> bool:
+    """Whether an entry of a feature file is a word, a number, or a row of these."""
+    if isinstance(value, Tensor):
+        return value.ndim <= 1 and value.dtype in (torch.int32, torch.int64)
+    row = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(item, str | int | float) for item in row)
+
+
 def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -> tuple[Tensor, dict[str, Any]]:
-    """One feature file and its `caption`, `video`, `model`, `thumbnails` (uint8 [F, h, w, 3]) and, of a feature
-    [T, N, C], `grid` ([H, W], H * W = N), where it has them.
+    """One feature file and what else is in it: `caption`, `video`, `model` and all that are words, numbers or rows of
+    these; `thumbnails` (uint8 [F, h, w, 3]); and, of a feature [T, N, C], `grid` ([H, W], H * W = N).
 
     The file holds a tensor, an array (.npy), or a dict, read by `feature`, else `features`, else its first key.
 
@@ -869,12 +882,13 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
     metadata: dict[str, Any] = {}
     feature = data
     if isinstance(data, dict):
-        metadata = {key: data[key] for key in ("caption", "video", "model") if isinstance(data.get(key), str)}
+        key = next((key for key in ("feature", "features") if key in data), next(iter(data), None))
+        feature = data.get(key)
+        names = [name for name in data if isinstance(name, str) and name not in (key, "thumbnails", "grid")]
+        metadata = {name: data[name] for name in names if is_plain(data[name])}
         frames = data.get("thumbnails")
         if isinstance(frames, Tensor) and frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[3] == 3:
             metadata["thumbnails"] = frames
-        key = next((key for key in ("feature", "features") if key in data), next(iter(data), None))
-        feature = data.get(key)
     if not isinstance(feature, Tensor) or feature.layout != torch.strided or feature.is_meta or feature.is_quantized:
         raise UserError(f"{path} holds no feature tensor; it holds {type(feature).__name__}")
     shape = list(feature.shape)
@@ -889,7 +903,7 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
     if not feature.is_floating_point():
         raise UserError(f"{path}: dtype {feature.dtype}, but a feature is floating point")
     if input_dim is not None and shape[-1] != input_dim:
-        raise UserError(f"{path}: C is {shape[-1]}, but --input_dim is {input_dim}; give --input_dim C")
+        raise UserError(f"{path}: C is {shape[-1]}, but --input_dim is {input_dim}; give --input_dim {shape[-1]}")
     if feature.element_size() == 1:  # few functions take float8
         feature = feature.float()
     if not mmap:
@@ -910,6 +924,151 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(weights[name].contiguous().flatten().view(torch.uint8).numpy())
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents: what encode.py and vfm_feature.py --motion_checkpoint write of a clip, and how trainers read it
+# ---------------------------------------------------------------------------------------------------------------------
+
+METRICS = ["reconstruction_error", "motion_error", "cosine"]  # of `FeatureErrors`
+MOVEMENT = ["right", "down", "log speed"]  # channels of the motion embedding, of which a clip's means are kept
+LEGEND = """What decoding the latents loses. reconstruction: squared error over the clip's variance (0: nothing is lost,
+1: all but the clip's mean is); motion: the same of the changes from step to step (1: as a still
+picture would); cosine: between a token and its reconstruction (1: the same direction)."""
+
+
+def encode_clip(
+    model: MotionFeatureAutoencoder, feature: Tensor, errors: Any, save_reconstruction: bool = False
+) -> dict[str, Any]:
+    """A clip's feature [T, N, C] or [T, H, W, C], anywhere -> the entries of its output: latent, motion embedding,
+    `METRICS`, `MOVEMENT` and what describes them; tensors in float32 on the CPU.
+
+    errors: a new `FeatureErrors` of losses.py. Raises `UserError` for another C than the model's, and where latent or
+    reconstruction are not finite.
+    """
+    if feature.shape[-1] != model.config["input_dim"]:
+        raise UserError(
+            f"C is {feature.shape[-1]}, but the checkpoint was trained on features of C = {model.config['input_dim']}; "
+            "give the one that was trained on this model's features"
+        )
+    latent = model.encode_long(feature)
+    reconstruction = torch.empty(feature.shape) if save_reconstruction else None
+    for tile, part in model.decode_long(latent):
+        errors.add(feature[tile][None].to(part), part[None])  # [1, T, ..., C]
+        if save_reconstruction:
+            reconstruction[tile] = part.cpu()
+    metrics = errors.figures()
+    if not math.isfinite(metrics["cosine"]):
+        raise UserError("what its latent decodes to is not finite; the features are too large")
+    names = describe_motion_embedding(model.config)
+    embedding = model.embed_long(latent)  # [T, D]
+    movement = dict.fromkeys(MOVEMENT, math.nan)
+    if feature.ndim == 4:
+        means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over the steps, of which t = 0 is none
+        movement |= {name: mean for name, mean in zip(names, means, strict=True) if name in MOVEMENT}
+    result = {
+        "latent": latent,
+        "motion_embedding": embedding,
+        "embedding_channels": names,
+        "compression_ratio": model.compression_ratio,
+        "pca_dim": model.code.pca_dim,
+        **metrics,
+        **movement,
+    }
+    return result | ({"reconstruction": reconstruction} if save_reconstruction else {})
+
+
+def print_summary(rows: list[dict[str, Any]]) -> None:
+    """Each metric's mean over the files that were encoded and its worst file, and how their pictures move."""
+    import pandas as pd  # for reports alone; programs that import this module do without
+
+    table = pd.DataFrame(row for row in rows if row["outcome"] != "failed")
+    if table.empty:
+        return
+    table = table.set_index("file")
+    summary = {}
+    for name in METRICS:
+        values = table[name].dropna()
+        if len(values):
+            worst = values.idxmin() if name == "cosine" else values.idxmax()
+            summary[name.removesuffix("_error")] = {"mean": values.mean(), "worst": values[worst], "": worst}
+    if summary:
+        print(pd.DataFrame.from_dict(summary, orient="index").to_string(float_format="%.3f"))
+        print(LEGEND)
+    movement = {}
+    for name in MOVEMENT:
+        values = table[name].dropna()
+        if len(values):
+            least, most = values.idxmin(), values.idxmax()
+            extremes = {"least": values[least], "in": least, "most": values[most], " in": most}
+            movement[name] = {"mean": values.mean(), **extremes}
+    if movement:
+        print("How the pictures move, in grid cells a step; log speed: log(1 + (cells / 0.01)^2) / 2.")
+        print(pd.DataFrame.from_dict(movement, orient="index").to_string(float_format="%.3f"))
+    if unknown := int(table["right"].isna().sum()):
+        print(f"grid unknown in {unknown} files [T, N, C]: the embedding's motion channels are 0; give --grid H W")
+
+
+def write_encode_report(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write `encode_report.csv`: of each file its `METRICS` and `MOVEMENT`, or why it failed."""
+    import pandas as pd
+
+    table = (
+        pd.DataFrame(rows, columns=["file", *METRICS, *MOVEMENT, "failure"]).fillna({"failure": ""}).sort_values("file")
+    )
+    text = table.to_csv(index=False, float_format="%.6g", na_rep="nan")
+    with whole_file(folder / "encode_report.csv") as file:
+        file.write(text.encode(errors="backslashreplace"))
+
+
+def load_entries(path: Path, names: list[str]) -> dict[str, Any]:
+    """Those of the entries `names` that an output has; tensors of a .pt stay on disk, entries of a .npz are arrays.
+
+    Raises `UserError` where the file cannot be read.
+    """
+    if path.suffix != ".npz":
+        saved = load_checked(path, mmap=True)
+        return {name: saved[name] for name in names if name in saved} if isinstance(saved, dict) else {}
+    check_file(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in names if name in archive}
+    except Exception as error:  # damaged files raise almost anything
+        raise UserError(f"{path} is damaged or no .npz ({type(error).__name__}); make it again") from None
+
+
+class LatentDataset(Dataset):
+    """The latents below a folder, of encode.py (.pt, .npz) or of vfm_feature.py --motion_checkpoint, for a DataLoader.
+
+    `dataset[0]`, or by stem `dataset["0000"]`, is a dict of `stem` (the file's path in the folder without its suffix;
+    `dataset.stems` has all), `latent` [T, N, D] or [T, H, W, D], `motion_embedding` [T, D], `caption` ("" if the
+    file has none) and, where the file says it, `frame_indices` [F] of the video. Of a .pt no more is read from disk
+    than is used: `dataset["0000"]["latent"][:8]` reads eight steps.
+
+    Raises `UserError` for a folder without latents, and for a file that is none.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        files = find_files(folder, (".pt", ".npz"))
+        if not files:
+            raise UserError(
+                f"{folder} holds no latents; make them with encode.py or vfm_feature.py --motion_checkpoint"
+            )
+        self.paths = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+        self.stems = list(self.paths)
+        self[0]  # a folder of features is refused here
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    def __getitem__(self, which: int | str) -> dict[str, Any]:
+        stem = which if isinstance(which, str) else self.stems[which]
+        saved = load_entries(self.paths[stem], ["latent", "motion_embedding", "caption", "frame_indices"])
+        if not {"latent", "motion_embedding"} <= saved.keys():
+            raise UserError(f"{self.paths[stem]} holds no latent; give a folder of encode.py's outputs alone")
+        tensors = {name: torch.as_tensor(saved[name]) for name in saved if name != "caption"}
+        return {"stem": stem, "caption": str(saved.get("caption", "")), **tensors}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,9 +4,12 @@ In:  a folder of videos and, if there is one, a CSV of captions.
 Out: `<output_root>/<model>/<video's stem>.pt`, a dict with `feature` [T, H, W, C], `caption`, `video`, `model`,
      `weights` and `settings`, with --preview also `thumbnails`, small frames, and pictures beside it;
      `<output_root>/vfm_dimensions.txt`; where videos failed, `<output_root>/<model>/failed_videos.txt`.
+     With --motion_checkpoint the feature stays in memory: `<output_root>/<model>_motion/` gets what encode.py would
+     make of it, and `encode_report.csv`.
 
     python vfm_feature.py --video_dir clips --csv_path clips.csv --output_root features
     python vfm_feature.py --video_dir clips --models VideoMAEv2 DINOv2 --allow_skip_missing
+    python vfm_feature.py --video_dir clips --models DINOv2 --motion_checkpoint checkpoints/motion_ae_best.pt
     python vfm_feature.py --video_dir clips --random_weights          # a dry run: no weights needed
     torchrun --nproc_per_node=4 vfm_feature.py --video_dir clips      # four GPUs share the videos
 
@@ -38,6 +41,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -52,11 +56,16 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from losses import FeatureErrors
 from model import (
+    METRICS,
+    MOVEMENT,
     ArgumentParser,
+    MotionFeatureAutoencoder,
     UserError,
     check_file,
     check_preview_packages,
+    encode_clip,
     file_fingerprint,
     gather,
     has_preview,
@@ -65,6 +74,7 @@ from model import (
     num_ranks,
     number,
     open_device,
+    print_summary,
     rank,
     remove_leftovers,
     reuse_memory,
@@ -74,6 +84,7 @@ from model import (
     thumbnails,
     weights_hash,
     whole_file,
+    write_encode_report,
     write_preview,
 )
 
@@ -793,13 +804,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--random_weights", action="store_true", help="a dry run without weights: the features mean nothing")
     add("--batch_size", type=number(int, 1), default=1, help="clips per forward pass")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the models' matrix products")
-    add("--save_dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the saved features")
+    add(
+        "--save_dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="of the saved features, or latents",
+    )
+    add(
+        "--motion_checkpoint",
+        type=Path,
+        help="of train.py: write latents to <output_root>/<model>_motion instead of features; for one model",
+    )
     add("--overwrite", action="store_true", help="make features again that are finished")
     add("--preview", action="store_true", help="draw each clip and its features: <stem>.mp4 and .png beside the .pt")
     add("--num_workers", type=number(int, 1), default=default_num_workers(), help="processes that decode")
     add("--decode_timeout", type=number(int, 1), default=300, help="seconds that a decoder may take for a video")
     args = parser.parse_args(argv)
     args.models = list(dict.fromkeys(args.models))
+    if args.motion_checkpoint and len(args.models) > 1:
+        raise UserError(
+            "--motion_checkpoint encodes the features of one model; say with --models which one it was trained on"
+        )
     for name in args.models:
         input_size(name, args)
     resolve_paths(args)
@@ -858,7 +883,14 @@ class ModelRun:
     todo: set[Clip] = field(default_factory=set)
     count: Counter = field(default_factory=Counter)  # of features written and skipped
     failed: dict[str, str] = field(default_factory=dict)  # video's name -> reason
-    shape: list[int] | None = None  # of a feature
+    shape: list[int] | None = None  # of a feature, or latent
+    autoencoder: MotionFeatureAutoencoder | None = None  # encodes the features; its latents are written instead
+    rows: list[dict] = field(default_factory=list)  # of the latents' report
+
+    @property
+    def kind(self) -> str:
+        """The name of its files' main entry."""
+        return "feature" if self.autoencoder is None else "latent"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -893,10 +925,15 @@ def list_clips(args: argparse.Namespace) -> list[Clip]:
     return clips
 
 
+def output_folder(name: str, args: argparse.Namespace) -> Path:
+    """Where model `name` writes: latents not among the features that they are made of."""
+    return args.output_root / (f"{name}_motion" if args.motion_checkpoint else name)
+
+
 def make_folders(args: argparse.Namespace) -> None:
     """Make the models' folders. Raises `UserError` where one cannot be made or written into."""
     for name in args.models:
-        folder = args.output_root / name
+        folder = output_folder(name, args)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -931,7 +968,26 @@ def load_model(name: str, args: argparse.Namespace) -> ModelRun:
         "save_dtype": args.save_dtype,
         "weights": made_by,
     }
-    return ModelRun(name, vit.to(args.device), settings, args.output_root / name)
+    return ModelRun(name, vit.to(args.device), settings, output_folder(name, args))
+
+
+def load_autoencoder(args: argparse.Namespace) -> MotionFeatureAutoencoder:
+    """The model of --motion_checkpoint. Raises `UserError` where it cannot be loaded or takes features of another C."""
+    autoencoder = MotionFeatureAutoencoder.from_checkpoint(args.motion_checkpoint)
+    [name] = args.models
+    channels, wanted = VFMS[name].embed_dim, autoencoder.config["input_dim"]
+    if channels != wanted:
+        raise UserError(
+            f"--motion_checkpoint {args.motion_checkpoint} was trained on features of C = {wanted}, but {name}'s have "
+            f"{channels}; give a checkpoint that was trained on these, or another model with --models"
+        )
+    return autoencoder
+
+
+def encode_with(autoencoder: MotionFeatureAutoencoder, run: ModelRun, device: torch.device) -> None:
+    """Have `run` write latents."""
+    run.settings["motion_autoencoder"] = {"weights": weights_hash(autoencoder.state_dict()), **autoencoder.config}
+    run.autoencoder = autoencoder.to(device)
 
 
 def load_models(args: argparse.Namespace) -> tuple[list[ModelRun], list[str]]:
@@ -958,7 +1014,16 @@ def read_finished(run: ModelRun, clip: Clip) -> dict | None:
     except UserError:  # absent, or it cannot be read: then it is made again
         return None
     same = isinstance(saved, dict) and saved.get("settings") == run.clip_settings(clip)
-    return saved if same and isinstance(saved.get("feature"), torch.Tensor) else None
+    return saved if same and isinstance(saved.get(run.kind), torch.Tensor) else None
+
+
+def record(run: ModelRun, clip: Clip, data: dict, outcome: str) -> None:
+    """Count a file, whose entries are `data`, as "written" or "skipped"."""
+    run.count[outcome] += 1
+    run.shape = list(data[run.kind].shape)
+    if run.autoencoder is not None:
+        file = run.path(clip).relative_to(run.folder).as_posix()
+        run.rows.append({"file": file, "outcome": outcome, **{name: data[name] for name in METRICS + MOVEMENT}})
 
 
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
@@ -966,48 +1031,59 @@ def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> N
     for clip in tqdm(clips, "looking for finished features", leave=False, delay=1, disable=rank() > 0):
         for run in runs:
             saved = None if args.overwrite else read_finished(run, clip)
-            if saved is None or (args.preview and "thumbnails" not in saved):
+            if saved is not None and clip.caption is not None and clip.caption != saved.get("caption"):
+                save_atomically({**saved, "caption": clip.caption}, run.path(clip))
+            undrawn = args.preview and not has_preview(run.path(clip))
+            if saved is None or (undrawn and "thumbnails" not in saved):
                 run.todo.add(clip)
                 continue
-            run.count["skipped"] += 1
-            run.shape = list(saved["feature"].shape)
-            if clip.caption is not None and clip.caption != saved.get("caption"):
-                save_atomically({**saved, "caption": clip.caption}, run.path(clip))
-            if args.preview and not has_preview(run.path(clip)):
+            record(run, clip, saved, "skipped")
+            if undrawn:
                 write_preview(run.path(clip), saved["feature"], frames=saved["thumbnails"])
 
 
 def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) -> torch.Tensor:
-    """Clips uint8 [T, H, W, 3] -> features [len(clips), T/t, H/p, W/p, C], in the dtype to save, on the device."""
+    """Clips uint8 [T, H, W, 3] -> features float32 [len(clips), T/t, H/p, W/p, C], on the device."""
     batch = torch.from_numpy(np.stack(clips))
     if args.device.type == "cuda":
         batch = batch.pin_memory()  # else the copy waits for the forward pass before it
     batch = batch.to(args.device, non_blocking=True)
-    features = extract_features(run.vit, VFMS[run.name], batch, args.dinov2_chunk, getattr(torch, args.precision))
-    return features.to(getattr(torch, args.save_dtype))
+    return extract_features(run.vit, VFMS[run.name], batch, args.dinov2_chunk, getattr(torch, args.precision))
+
+
+def contents(run: ModelRun, feature: torch.Tensor) -> dict[str, Any]:
+    """What the file of a clip holds of its feature [T, H, W, C]. Raises `UserError` for NaN or infinity."""
+    made = {"feature": feature} if run.autoencoder is None else encode_clip(run.autoencoder, feature, FeatureErrors())
+    dtype = run.settings["save_dtype"]
+    made[run.kind] = made[run.kind].to(getattr(torch, dtype)).cpu().clone()  # a part of a batch is saved with the batch
+    if not torch.isfinite(made[run.kind]).all():
+        raise UserError(f"{run.name} gave NaN or infinity in {dtype}")
+    return made
 
 
 def save_feature(run: ModelRun, clip: Clip, feature: torch.Tensor, frames: np.ndarray, preview: bool) -> None:
-    """Write the feature file of a clip, and its preview. `run` records the success, or why it failed."""
-    feature = feature.cpu()
-    if not torch.isfinite(feature).all():
-        run.failed[clip.video.name] = f"{run.name} gave NaN or infinity in {run.settings['save_dtype']}"
+    """Write the file of a clip, its feature [T, H, W, C] or the latent of that, and its preview. `run` records the
+    success, or why it failed."""
+    try:
+        made = contents(run, feature)
+    except UserError as error:
+        run.failed[clip.video.name] = str(error)
         return
     data = {
-        "feature": feature,
+        **made,
         "caption": clip.caption or "",
         "video": clip.video.name,
         "model": run.name,
         "weights": run.settings["weights"],
         "settings": run.clip_settings(clip),
     }
-    if preview:
-        data["thumbnails"] = thumbnails(frames)
+    pictures = thumbnails(frames) if preview else None
+    if preview and run.kind == "feature":  # whose preview can be drawn again from its file
+        data["thumbnails"] = pictures
     save_atomically(data, run.path(clip))
     if preview:
-        write_preview(run.path(clip), feature, frames=data["thumbnails"])
-    run.shape = list(feature.shape)
-    run.count["written"] += 1
+        write_preview(run.path(clip), feature.cpu(), data.get("latent"), pictures)
+    record(run, clip, data, "written")
 
 
 def extract(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
@@ -1045,22 +1121,25 @@ def extract(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -
 
 def collect(runs: list[ModelRun]) -> None:
     """Add the other ranks' results to rank 0's."""
-    for results in gather({run.name: (run.count, run.failed, run.shape) for run in runs})[1:]:
+    for results in gather({run.name: (run.count, run.failed, run.shape, run.rows) for run in runs})[1:]:
         for run in runs:
-            count, failed, shape = results.get(run.name, (Counter(), {}, None))  # that rank can have left the model out
+            if run.name not in results:  # that rank left the model out
+                continue
+            count, failed, shape, rows = results[run.name]
             run.count += count
             run.failed |= failed
             run.shape = run.shape or shape
+            run.rows += rows
 
 
 def report(runs: list[ModelRun], left_out: list[str], output_root: Path) -> None:
-    """Print the summary, and write `failed_videos.txt` of each model and `vfm_dimensions.txt`."""
+    """Print the summary; write `vfm_dimensions.txt` and each model's `failed_videos.txt` and `encode_report.csv`."""
     rows = {
         run.name: {
             "written": run.count["written"],
             "skipped": run.count["skipped"],
             "failed": len(run.failed),
-            "feature": str(run.shape or "-"),
+            run.kind: str(run.shape or "-"),
             "dtype": run.settings["save_dtype"],
             "MB": round(sum(path.stat().st_size for path in run.folder.glob("*.pt")) / 1e6, 1),
             "folder": str(run.folder),
@@ -1085,9 +1164,13 @@ def report(runs: list[ModelRun], left_out: list[str], output_root: Path) -> None
                 file.write("".join(lines).encode(errors="backslashreplace"))  # names that are not in UTF-8
         else:
             failures.unlink(missing_ok=True)
+        if run.autoencoder is not None:
+            reasons = [{"file": name, "failure": reason} for name, reason in run.failed.items()]
+            write_encode_report(run.rows + reasons, run.folder)
+            print_summary(run.rows)
     known = [run for run in runs if run.shape]
     if known:
-        dimensions = "".join(f"{run.name}: feature shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
+        dimensions = "".join(f"{run.name}: {run.kind} shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
         with whole_file(output_root / "vfm_dimensions.txt") as file:
             file.write(dimensions.encode())
 
@@ -1096,6 +1179,7 @@ def main() -> int:
     args = parse_args()
     join_ranks()
     args.device = open_device(args.device)
+    autoencoder = load_autoencoder(args) if args.motion_checkpoint else None
     if args.preview:
         check_preview_packages()
     clips = list_clips(args)
@@ -1106,6 +1190,9 @@ def main() -> int:
     left_out: list[str] = []
     try:
         runs, left_out = load_models(args)
+        if autoencoder is not None:
+            for run in runs:
+                encode_with(autoencoder, run, args.device)
         plan(runs, clips, args)
         extract(runs, clips, args)
         collect(runs)

@@ -350,16 +350,20 @@ def test_feature_files_in_every_form(tmp_path):
     x = torch.randn(3, 2, 2, 4).half()
     forms = {
         "tensor.pt": x,
-        "feature.pt": {"other": 1, "features": x + 1, "feature": x, "caption": "a cat", "video": "0.mp4", "model": "m"},
-        "features.pth": {"other": 1, "features": x},
-        "first.pt": {"tokens": x, "other": 1},
+        "feature.pt": {"features": x + 1, "feature": x, "caption": "a cat", "video": "0.mp4", "model": "m", "fps": 2.5},
+        "features.pth": {"other": {"nested": 1}, "features": x, "times": torch.arange(3) / 2, 7: "seven", "none": None},
+        "first.pt": {"tokens": x, "frame_indices": [0, 2, 4], "rows": [[1], [2]]},
         "bfloat16.pt": x.bfloat16(),
+    }
+    kept = {  # words, numbers and rows of these
+        "feature.pt": {"caption": "a cat", "video": "0.mp4", "model": "m", "fps": 2.5},
+        "first.pt": {"frame_indices": [0, 2, 4]},
     }
     for name, data in forms.items():
         torch.save(data, tmp_path / name)
         feature, metadata = load_feature(tmp_path / name, 4)
         torch.testing.assert_close(feature, x.bfloat16() if name == "bfloat16.pt" else x)
-        assert metadata == ({"caption": "a cat", "video": "0.mp4", "model": "m"} if name == "feature.pt" else {})
+        assert metadata == kept.get(name, {})
     for dtype in ("<f2", ">f4", "<f8"):
         np.save(tmp_path / "array.npy", x.numpy().astype(dtype))
         for mmap in (False, True):
