@@ -1013,9 +1013,7 @@ def write_encode_report(rows: list[dict[str, Any]], folder: Path) -> None:
     """Write `encode_report.csv`: of each file its `METRICS` and `MOVEMENT`, or why it failed."""
     import pandas as pd
 
-    table = (
-        pd.DataFrame(rows, columns=["file", *METRICS, *MOVEMENT, "failure"]).fillna({"failure": ""}).sort_values("file")
-    )
+    table = pd.DataFrame(rows, columns=["file", *METRICS, *MOVEMENT, "failure"]).sort_values("file")
     text = table.to_csv(index=False, float_format="%.6g", na_rep="nan")
     with whole_file(folder / "encode_report.csv") as file:
         file.write(text.encode(errors="backslashreplace"))

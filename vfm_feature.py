@@ -1023,7 +1023,8 @@ def record(run: ModelRun, clip: Clip, data: dict, outcome: str) -> None:
     run.shape = list(data[run.kind].shape)
     if run.autoencoder is not None:
         file = run.path(clip).relative_to(run.folder).as_posix()
-        run.rows.append({"file": file, "outcome": outcome, **{name: data[name] for name in METRICS + MOVEMENT}})
+        figures = {name: data[name] for name in METRICS + MOVEMENT}
+        run.rows.append({"file": file, **figures, "failure": "", "outcome": outcome})
 
 
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:

@@ -82,6 +82,18 @@ MISTAKES = [
     ),
     ("vfm_feature.py --video_dir clips --videomaev2_ckpt nowhere.pth", "--videomaev2_ckpt nowhere.pth: no such file"),
     ("vfm_feature.py --video_dir clips --save_dtype int8", "argument --save_dtype: invalid choice: 'int8'"),
+    (
+        "vfm_feature.py --video_dir clips --motion_checkpoint ck/motion_ae_best.pt",
+        "--motion_checkpoint encodes the features of one model; say with --models",
+    ),
+    (
+        "vfm_feature.py --video_dir clips --models VideoMAE --motion_checkpoint nowhere.pt",
+        "nowhere.pt does not exist",
+    ),
+    (
+        "vfm_feature.py --video_dir clips --models VideoMAE --motion_checkpoint ck/motion_ae_epoch1.pt",
+        "--motion_checkpoint ck/motion_ae_epoch1.pt was trained on features of C = 12, but VideoMAE's have 24; give",
+    ),
     ("vfm_feature.py --video-dir clips", "unrecognized arguments: --video-dir clips"),
     ("train.py --feature_dir missing", "missing is not a folder"),
     ("train.py --feature_dir empty", "empty holds no"),
