@@ -127,6 +127,25 @@ def test_npz_holds_the_same(trained, tmp_path, run_here):
     assert (tmp_path / "one.npz").read_bytes() == (target / "0001.npz").read_bytes()
 
 
+def test_what_else_a_feature_file_says_goes_along(trained, tmp_path, run_here):
+    entries = {"license": "cc-by-4.0", "fps": 12.5, "frame_indices": torch.tensor([0, 3, 5]), "layers": [6, 12]}
+    not_kept = {"cosine": 7.0, "settings": {"num_frames": 6}, "pixels": torch.zeros(2, 3), "nothing": None}
+    torch.save({"feature": torch.randn(6, 2, 3, 12), **entries, **not_kept}, tmp_path / "x.pt")
+    arguments = ["--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--input", tmp_path / "x.pt", "--output"]
+    for suffix in ("pt", "npz"):
+        assert run_here("encode.py", *arguments, tmp_path / f"z.{suffix}").returncode == 0
+    saved = torch.load(tmp_path / "z.pt", weights_only=True)
+    assert {name: saved[name] for name in entries if name != "frame_indices"} == {
+        name: value for name, value in entries.items() if name != "frame_indices"
+    }
+    assert saved["frame_indices"].tolist() == [0, 3, 5]
+    assert saved["cosine"] < 1.01 and isinstance(saved["settings"], str) and not {"pixels", "nothing"} & saved.keys()
+    with np.load(tmp_path / "z.npz", allow_pickle=False) as archive:
+        assert archive["frame_indices"].tolist() == [0, 3, 5] and archive["layers"].tolist() == [6, 12]
+        assert (str(archive["license"]), float(archive["fps"])) == ("cc-by-4.0", 12.5)
+        assert set(archive) == set(saved)
+
+
 def test_the_report_says_how_the_pictures_move(trained, tmp_path, run_here):
     """Waves that move to the right, on a grid that the feature has, its file says, the flag says, or nobody knows."""
     x = torch.arange(15.0) - 0.3 * torch.arange(6.0)[:, None]

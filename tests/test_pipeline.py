@@ -35,12 +35,10 @@ def test_the_package_imports_from_the_folder_above_whatever_its_name(tmp_path):
     (tmp_path / "any_name").mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path / "any_name")
-    code = (
-        "import any_name; print(any_name.MotionFeatureAutoencoder.__name__, any_name.motion_autoencoder_loss.__name__)"
-    )
+    code = "import any_name as vfm; print(vfm.LatentDataset.__name__, vfm.motion_autoencoder_loss.__name__)"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
-    assert result.stdout.split() == ["MotionFeatureAutoencoder", "motion_autoencoder_loss"]
+    assert result.stdout.split() == ["LatentDataset", "motion_autoencoder_loss"]
 
 
 def test_the_top_level_holds_the_nine_names():
