@@ -39,7 +39,7 @@ from concurrent.futures import TimeoutError as DecodeTimeoutError
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -786,16 +786,17 @@ def to_timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def to_timm_layout(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The authors' state dict of an image model -> that of timm's `model`, by timm's own table.
 
-    What that table does not know stays as it is, and `load_weights` names it.
+    What that table does not know stays as it is, and `load_weights` names it. Raises `ValueError` for biases that timm's
+    model does without.
     """
     expected = model.state_dict().keys()
     if weights.keys() >= expected:
         return weights
-    unneeded = [name for name in weights if name.endswith("attn.qkv.bias") and name not in expected]
-    if any(weights[name].any() for name in unneeded):
-        return weights
+    zeros = [name for name in weights if name.endswith("attn.qkv.bias") and name not in expected]
+    if any(weights[name].any() for name in zeros):
+        raise ValueError(f"{zeros[0]} is not zero")
     # DINOv3's authors keep biases of zero that timm's model does without
-    weights = {name: value for name, value in weights.items() if name not in unneeded}
+    weights = {name: value for name, value in weights.items() if name not in zeros}
     try:
         return sys.modules[type(model).__module__].checkpoint_filter_fn(dict(weights), model)
     except Exception:  # it expects certain files, and fails in its own ways on others
@@ -1288,11 +1289,11 @@ def missing(name: str, error: ImportError | FileNotFoundError, args: argparse.Na
 
 def find_models(args: argparse.Namespace) -> tuple[dict[str, VFM], list[str]]:
     """The models by name, and why some are left out. Raises `UserError` where the flags do not fit them."""
-    vfms, left_out, folders = {}, [], {}
+    for one, other in combinations(args.models, 2):
+        if folder_name(one) == folder_name(other):
+            raise UserError(f"--models: {one} and {other} would both write into {folder_name(one)}")
+    vfms, left_out = {}, []
     for name in args.models:
-        other = folders.setdefault(folder_name(name), name)
-        if other != name:
-            raise UserError(f"--models: {other} and {name} would both write into {folder_name(name)}")
         try:
             vfm = find_vfm(name)
         except (ImportError, FileNotFoundError) as error:
