@@ -786,8 +786,8 @@ def to_timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def to_timm_layout(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The authors' state dict of an image model -> that of timm's `model`, by timm's own table.
 
-    What that table does not know stays as it is, and `load_weights` names it. Raises `ValueError` for biases that timm's
-    model does without.
+    What that table does not know stays as it is, and `load_weights` names it. Raises `ValueError` for biases that
+    timm's model does without.
     """
     expected = model.state_dict().keys()
     if weights.keys() >= expected:

@@ -67,8 +67,8 @@ MISTAKES = [
     ("vfm_feature.py --video_dir clips --models CLIP", "argument --models: invalid choice: 'CLIP' (choose from"),
     ("vfm_feature.py --video_dir clips --models timm:", "argument --models: invalid choice: 'timm:'"),
     (
-        "vfm_feature.py --video_dir clips --models timm:vit_base_patch16_dinov3.lvd1689",
-        "timm has no such model, and there is no such folder; did you mean vit_base_patch16_dinov3.lvd1689m?",
+        "vfm_feature.py --video_dir clips --models timm:vit_base_patch16_dinov4",
+        "timm has no such model, and there is no such folder; did you mean vit_base_patch",
     ),
     ("vfm_feature.py --video_dir clips --models hf:./nowhere", "hf:./nowhere: there is no folder ./nowhere, and"),
     ("vfm_feature.py --video_dir clips --models hf:clips", "--models hf:clips: "),
