@@ -107,9 +107,7 @@ class VFM:
     mlp_ratio: float = 4.0
     patch_size: int = 16
     tubelet_size: int = 2  # frames in a token; 1: an image model
-    position_encoding: str = (
-        "sinusoid"  # a fixed table; "rotary", "rotary 2.1": V-JEPA 2's and 2.1's, in each attention
-    )
+    position_encoding: str = "sinusoid"  # a fixed table; "rotary", "rotary 2.1": in each attention of V-JEPA 2, 2.1
     trained_grid: tuple[int, int, int] = (8, 14, 14)  # tokens in time, height and width of the fixed table
     timm: str = ""
     timm_arguments: dict = field(default_factory=dict)
@@ -320,6 +318,7 @@ class TransformersModel(nn.Module):
             raise UserError(f"transformers' {model.config.model_type} has no list of {depth} blocks")
         resizes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self.arguments = {"interpolate_pos_encoding": True} if resizes else {}
+        self.num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)
 
     def forward(self, images: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
         """[B, 3, H, W] -> [B, N, C * len(layers)], class and register tokens left out."""
@@ -335,10 +334,8 @@ class TransformersModel(nn.Module):
             for hook in hooks:
                 hook.remove()
         tokens = torch.cat([outputs[layer] for layer in layers], dim=-1)
-        num_prefix = tokens.shape[1] - images[0, 0].numel() // self.model.config.patch_size**2
-        return (
-            tokens[:, num_prefix:] if num_prefix == 1 + getattr(self.model.config, "num_register_tokens", 0) else tokens
-        )
+        num_patches = images[0, 0].numel() // self.model.config.patch_size**2
+        return tokens[:, self.num_prefix :] if tokens.shape[1] == self.num_prefix + num_patches else tokens
 
 
 def build_vit(
@@ -371,7 +368,11 @@ def build_timm_model(vfm: VFM, size: tuple[int, int], weights: dict[str, torch.T
     import timm
 
     shape = {"embed_dim": vfm.embed_dim, "depth": vfm.depth, "num_heads": vfm.num_heads} if vfm.embed_dim else {}
-    model = timm.create_model(vfm.timm, num_classes=0, **shape, **vfm.timm_arguments)
+    make = functools.partial(timm.create_model, vfm.timm, num_classes=0, **shape, **vfm.timm_arguments)
+    with torch.device("cpu" if weights is None else "meta"):  # with weights to load, no initial values are drawn
+        model = make()
+    if any(buffer.is_meta for buffer in model.buffers()):  # such as rotary positions: they are not in the weights
+        model = make()
     vit = TimmModel(model)
     vit.weights_hash = load_weights(model, vfm, weights and to_timm_layout(weights, model))
     name = model.pretrained_cfg["architecture"]
@@ -413,17 +414,25 @@ def build_transformers_model(
     vfm: VFM, size: tuple[int, int], weights: dict[str, torch.Tensor] | None
 ) -> TransformersModel:
     """transformers' own model, which reads its weights itself: `weights` are only what tells it from others."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, logging
 
+    logging.set_verbosity_error()  # it would print a table of unused weights, and its own progress
+    logging.disable_progress_bar()
     if weights is None:
         model = AutoModel.from_config(AutoConfig.from_pretrained(vfm.folder), trust_remote_code=False)
     else:
         model, loading = AutoModel.from_pretrained(
-            vfm.folder, output_loading_info=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+            vfm.folder,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
         )
-        missing = [name for name in loading["missing_keys"] if "pooler." not in name]  # poolers see the last block
-        if missing:
-            raise ValueError(f"{', '.join(sorted(missing)[:4])} missing")
+        unfit = [str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]]]
+        unfit = sorted(key for key in unfit if "pooler." not in key)  # poolers come after the last block
+        if unfit:
+            raise ValueError(f"missing or of another shape: {', '.join(unfit[:4])}")
     model = getattr(model, "vision_model", model)  # of CLIP and its like
     if size[0] != size[1] and model.config.model_type not in RIGHT_ON_RECTANGLES:
         raise UserError(
@@ -637,16 +646,16 @@ def find_transformers(name: str) -> VFM:
     return VFM(tubelet_size=1, **about)
 
 
-def check_tokens(vit: nn.Module, vfm: VFM, size: tuple[int, int], layers: Sequence[int]) -> None:
-    """Raise `UserError` unless the image model gives a token for each patch of an image of `size`."""
+def check_tokens(name: str, vit: nn.Module, vfm: VFM, size: tuple[int, int], layers: Sequence[int]) -> None:
+    """Raise `UserError` unless image model `name` gives a token for each patch of an image of `size`."""
     height, width = size[0] // vfm.patch_size, size[1] // vfm.patch_size
     try:
         with torch.inference_mode():
             num_tokens = vit(torch.zeros(1, 3, *size), layers).shape[1]
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # how the libraries say "not this size"
-        raise UserError(f"the model cannot take images of {size[0]}x{size[1]}: {first_line(error)}") from error
+        raise UserError(f"{name} cannot take images of {size[0]} x {size[1]}: {first_line(error)}") from error
     if num_tokens != height * width:
-        raise UserError(f"the model gives {num_tokens} tokens for a grid of {height}x{width} patches")
+        raise UserError(f"{name} gives {num_tokens} tokens for a grid of {height} x {width} patches")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1418,7 +1427,7 @@ def load_model(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
     except ValueError as error:
         raise UserError(f"{path}: not the weights of {name}: {error}") from error
     if ":" in name and vfm.tubelet_size == 1:
-        check_tokens(vit, vfm, size, args.layers or [vfm.depth])
+        check_tokens(name, vit, vfm, size, args.layers or [vfm.depth])
     if path:
         say(f"{name}: weights {vit.weights_hash} from {path}, licence {vfm.license}")
     settings = {

@@ -374,7 +374,7 @@ def test_other_models_of_transformers_give_their_blocks_outputs(tmp_path, size):
     ("kind", "settings", "size", "message"),
     [
         ("Beit", {"intermediate_size": 96, "image_size": 64}, (64, 96), "may take any grid of its beit for a square"),
-        ("ViTMAE", {"intermediate_size": 96, "image_size": 64}, (64, 64), "gives 5 tokens for a grid of 4x4"),
+        ("ViTMAE", {"intermediate_size": 96, "image_size": 64}, (64, 64), "gives 5 tokens for a grid of 4 x 4"),
         ("Timesformer", {"intermediate_size": 96, "image_size": 64}, (64, 64), "of video models only VideoMAE"),
         ("Bert", {"intermediate_size": 96, "vocab_size": 9}, (64, 64), "no ViT"),
         ("VideoMAE", {"intermediate_size": 96, "hidden_act": "relu"}, (64, 64), "videomae with relu for gelu"),
@@ -385,7 +385,7 @@ def test_what_would_be_wrong_is_refused(tmp_path, kind, settings, size, message)
     with pytest.raises(UserError, match=message):
         spec = vfm.find_vfm(f"hf:{tmp_path}")
         vit = vfm.build_vit(spec, 1, size, vfm.read_weights(tmp_path))
-        vfm.check_tokens(vit, spec, size, [2])
+        vfm.check_tokens("it", vit, spec, size, [2])
 
 
 @pytest.fixture
@@ -504,6 +504,11 @@ def test_a_folder_s_code_is_not_run_and_its_gaps_are_named(tmp_path, extract):
     assert result.returncode == 2 and "error: --models hf:" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "ran").exists()
     state = load_file(tmp_path / "vit" / "model.safetensors")
+    bias = next(name for name in state if "0" in name and name.endswith("bias"))
+    save_file({**state, bias: torch.zeros(7)}, tmp_path / "vit" / "model.safetensors")
+    result, _ = extract(f"hf:{tmp_path}/vit", *sizes)
+    assert result.returncode == 2 and "missing or of another shape: " in result.stderr
+    assert result.stderr.count("\n") <= 2  # a warning and the error
     name = next(name for name in state if "1" in name and name.endswith("weight"))
     save_file({key: value for key, value in state.items() if key != name}, tmp_path / "vit" / "model.safetensors")
     result, _ = extract(f"hf:{tmp_path}/vit", *sizes)
