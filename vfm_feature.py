@@ -251,7 +251,8 @@ class VideoViT(nn.Module):
     """The encoder of VideoMAE and V-JEPA 2: a pre-norm ViT over tubelets, of timm's blocks, without a final norm."""
 
     def __init__(self, vfm: VFM, device: str):
-        from timm.models.vision_transformer import Block  # takes seconds; --help and decoders do without it
+        # takes seconds; --help and decoders do without it
+        from timm.models.vision_transformer import Block, init_weights_vit_timm
 
         super().__init__()
         self.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size, device)
@@ -262,6 +263,7 @@ class VideoViT(nn.Module):
         )
         if vfm.position_encoding == "rotary 2.1":
             self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, vfm.embed_dim, device=device))  # "this is no image"
+        self.apply(init_weights_vit_timm)
 
     def set_positions(self, vfm: VFM, grid: tuple[int, int, int]) -> None:
         if vfm.position_encoding == "sinusoid":
