@@ -340,12 +340,12 @@ def test_dinov2_of_transformers_is_ours_where_both_are_right(tmp_path):
 
 
 def test_video_models_of_transformers_are_ours(tmp_path):
-    pixels = (pattern_clip(16, 224, 224) / 255 - torch.tensor(vfm.IMAGENET_MEAN)) / torch.tensor(vfm.IMAGENET_STD)
-    model = saved(tmp_path / "mae", "VideoMAE", intermediate_size=96)
+    pixels = (pattern_clip(8, 112, 112) / 255 - torch.tensor(vfm.IMAGENET_MEAN)) / torch.tensor(vfm.IMAGENET_STD)
+    model = saved(tmp_path / "mae", "VideoMAE", intermediate_size=96, image_size=112, num_frames=8)
     expected = last_block(model, model.encoder.layer, pixel_values=pixels.permute(0, 1, 4, 2, 3))
     spec = vfm.find_vfm(f"hf:{tmp_path}/mae")
-    vit = vfm.build_vit(spec, 16, (224, 224), vfm.read_weights(tmp_path / "mae"))
-    feature = vfm.extract_features(vit, spec, pattern_clip(16, 224, 224))
+    vit = vfm.build_vit(spec, 8, (112, 112), vfm.read_weights(tmp_path / "mae"))
+    feature = vfm.extract_features(vit, spec, pattern_clip(8, 112, 112))
     torch.testing.assert_close(feature.flatten(1, 3), expected, rtol=1e-4, atol=1e-4)
     small = {"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
     model = saved(tmp_path / "jepa", "VJEPA2", crop_size=64, **small)
@@ -353,7 +353,7 @@ def test_video_models_of_transformers_are_ours(tmp_path):
     expected = last_block(model, model.encoder.layer, **inputs)
     spec = vfm.find_vfm(f"hf:{tmp_path}/jepa")
     vit = vfm.build_vit(spec, 4, (64, 64), vfm.read_weights(tmp_path / "jepa"))
-    feature = vfm.extract_features(vit, spec, pattern_clip(16, 224, 224)[:, :4, :64, :64])
+    feature = vfm.extract_features(vit, spec, pattern_clip(8, 112, 112)[:, :4, :64, :64])
     torch.testing.assert_close(feature.flatten(1, 3), expected, rtol=1e-4, atol=1e-4)
 
 
