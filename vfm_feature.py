@@ -2,7 +2,7 @@
 
 In:  a folder of videos and, if there is one, a CSV of captions.
 Out: `<output_root>/<model>/<video's stem>.pt`, a dict with `feature` [T, H, W, C], `caption`, `video`, `model`,
-     `weights` and `settings`, with --preview also `thumbnails`, small frames, and pictures beside it;
+     `weights`, `license` and `settings`, with --preview also `thumbnails`, small frames, and pictures beside it;
      `<output_root>/vfm_dimensions.txt`; where videos failed, `<output_root>/<model>/failed_videos.txt`.
      With --motion_checkpoint the feature stays in memory: `<output_root>/<model>_motion/` gets what encode.py would
      make of it, and `encode_report.csv`.
@@ -23,8 +23,11 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import difflib
 import functools
+import inspect
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -33,13 +36,13 @@ import signal
 import sys
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -95,50 +98,93 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The four video foundation models
+# The video foundation models
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class VFM:
-    """What tells one video foundation model from another. All are pre-norm ViTs; the defaults are VideoMAE's."""
+    """What tells one video foundation model from another.
 
-    hub: tuple[str, str]  # repository and file of the published weights
-    embed_dim: int = 768
+    A video model (`tubelet_size` above 1) is a `VideoViT`; the defaults are VideoMAE's. An image model sees every frame
+    by itself. It is timm's, if `timm` names it, else that of transformers which `folder` holds.
+    """
+
+    hub: tuple[str, str] | None = None  # repository and file of the published weights
+    embed_dim: int = 768  # 0: `timm`'s name says it, and the number of heads
     depth: int = 12
     num_heads: int = 12
+    mlp_ratio: float = 4.0
     patch_size: int = 16
-    tubelet_size: int = 2  # frames in a token; 1: an image model, which sees every frame by itself
-    position_encoding: str = "sinusoid"  # a fixed table; "learned": a table in the weights; "rotary": in each attention
-    size_flags: str = "videomae"  # <size_flags>_resize_h and <size_flags>_resize_w set the input size
+    tubelet_size: int = 2  # frames in a token; 1: an image model
+    position_encoding: str = "sinusoid"  # a fixed table; "rotary", "rotary 2.1": in each attention of V-JEPA 2, 2.1
+    trained_grid: tuple[int, int, int] = (8, 14, 14)  # tokens in time, height and width of the fixed table
+    timm: str = ""
+    timm_arguments: dict = field(default_factory=dict)
+    folder: Path | None = None  # of configuration and weights
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    license: str = "unknown"
     unused: tuple[str, ...] = ()  # patterns of published weights that it does without, beside `UNUSED`
 
+    @property
+    def size_flags(self) -> tuple[str, str]:
+        """The flags of the input's height and width."""
+        kind = "dinov2" if self.tubelet_size == 1 else "videomae"
+        return f"{kind}_resize_h", f"{kind}_resize_w"
+
+
+def image_model(name: str, patch_size: int = 14, license: str = "apache-2.0", **more) -> VFM:
+    hub = (f"timm/{name}", "model.safetensors")
+    return VFM(hub, patch_size=patch_size, tubelet_size=1, timm=name, license=license, **more)
+
+
+def v_jepa_2(size: str, **shape) -> VFM:
+    unused = (r"pos_embed$",)  # the authors' own code does not use it either
+    hub = (f"facebook/vjepa2-vit{size}-fpc64-256", "model.safetensors")
+    return VFM(hub, **shape, position_encoding="rotary", license="mit", unused=unused)
+
+
+def v_jepa_2_1(size: str, **shape) -> VFM:
+    hub = ("https://github.com/facebookresearch/vjepa2", f"vjepa2_1_vit{size}_dist_vitG_384.pt")  # in no hub
+    for_images = (r"patch_embed_img\.", r"img_mod_embed$", r"pos_embed$", r"norms_block\.")
+    return VFM(hub, **shape, position_encoding="rotary 2.1", license="mit", unused=for_images)
+
+
+VIT_S = {"embed_dim": 384, "depth": 12, "num_heads": 6}
+VIT_L = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+VIT_H = {"embed_dim": 1280, "depth": 32, "num_heads": 16}
+VIT_G = {"embed_dim": 1536, "depth": 40, "num_heads": 24}
+V_JEPA_G = {"embed_dim": 1408, "depth": 40, "num_heads": 22, "mlp_ratio": 48 / 11}
 
 VFMS = {
-    "VideoMAEv2": VFM(hub=("OpenGVLab/VideoMAE2", "distill/vit_b_k710_dl_from_giant.pth")),
-    "VideoMAE": VFM(hub=("MCG-NJU/videomae-base", "model.safetensors")),
-    "DINOv2": VFM(
-        hub=("timm/vit_base_patch14_dinov2.lvd142m", "model.safetensors"),
-        patch_size=14,
-        tubelet_size=1,
-        position_encoding="learned",
-        size_flags="dinov2",
-    ),
-    "VJEPA2": VFM(
-        hub=("facebook/vjepa2-vitl-fpc64-256", "model.safetensors"),
-        embed_dim=1024,
-        depth=24,
-        num_heads=16,
-        position_encoding="rotary",
-        unused=(r"pos_embed$",),  # the authors' own code does not use it either
-    ),
+    "VideoMAEv2": VFM(("OpenGVLab/VideoMAE2", "distill/vit_b_k710_dl_from_giant.pth"), license="apache-2.0"),
+    "VideoMAE": VFM(("MCG-NJU/videomae-base", "model.safetensors"), license="cc-by-nc-4.0"),
+    "DINOv2": image_model("vit_base_patch14_dinov2.lvd142m"),
+    "VJEPA2": v_jepa_2("l", **VIT_L),
+    "VideoMAE-L": VFM(("MCG-NJU/videomae-large", "model.safetensors"), **VIT_L, license="cc-by-nc-4.0"),
+    "DINOv2-S": image_model("vit_small_patch14_dinov2.lvd142m", **VIT_S),
+    "DINOv2-L": image_model("vit_large_patch14_dinov2.lvd142m", **VIT_L),
+    "DINOv2-g": image_model("vit_giant_patch14_dinov2.lvd142m", **VIT_G),
+    "DINOv2-S-reg": image_model("vit_small_patch14_reg4_dinov2.lvd142m", **VIT_S),
+    "DINOv2-B-reg": image_model("vit_base_patch14_reg4_dinov2.lvd142m"),
+    "DINOv2-L-reg": image_model("vit_large_patch14_reg4_dinov2.lvd142m", **VIT_L),
+    "DINOv2-g-reg": image_model("vit_giant_patch14_reg4_dinov2.lvd142m", **VIT_G),
+    "DINOv3-B": image_model("vit_base_patch16_dinov3.lvd1689m", 16, "dinov3-license"),
+    "PE-Spatial-B": image_model("vit_pe_spatial_base_patch16_512.fb", 16, mean=(0.5,) * 3, std=(0.5,) * 3),
+    "VJEPA2-h": v_jepa_2("h", **VIT_H),
+    "VJEPA2-g": v_jepa_2("g", **V_JEPA_G),
+    "VJEPA2.1-B": v_jepa_2_1("b"),
+    "VJEPA2.1-L": v_jepa_2_1("l", **VIT_L),
 }
+DEFAULT_MODELS = list(VFMS)[:4]
 
 # Patterns of published weights that the features do not depend on, in timm's names. Any other weight that a model has
 # no place for is an error: a DINOv2 trained with register tokens, for example, gives other features without them.
 UNUSED = (
     *(r"(\w+_)?head\.", r"classifier\.", r"decoder\.", r"encoder_to_decoder\.", r"predictor\.", r"mask_token$"),
     r"(fc_|layer)?norm\.",  # a final norm, where the features are taken before it
+    r"pooler\.",
     r"position_embeddings$",  # of VideoMAE's decoder
 )
 
@@ -168,18 +214,23 @@ class RotaryPositions(nn.Module):
     A third of the channels (rounded down to an even number) belongs to each axis, the rest stays as it is. As in
     facebookresearch/vjepa2 `src/models/utils/modules.py`: neighbouring channels are rotated together, but the
     frequencies are laid out for the two halves of the channels. The published weights were trained with that, so it is
-    kept. The tables are made once and shared by all layers.
+    kept. V-JEPA 2.1 (`app/vjepa_2_1`) lays them out for neighbours, and stretches every height and width to the 16
+    positions of its training. The tables are made once and shared by all layers.
     """
 
-    def __init__(self, grid: tuple[int, int, int], head_dim: int):
+    def __init__(self, grid: tuple[int, int, int], head_dim: int, is_2_1: bool):
         super().__init__()
         axis_dim = head_dim // 3 // 2 * 2
         frequencies = 1.0 / 10000 ** (torch.arange(axis_dim // 2) / (axis_dim / 2))
+        frequencies = frequencies.repeat_interleave(2) if is_2_1 else frequencies.repeat(2)  # [axis_dim]
         angles = torch.zeros(*grid, head_dim)
         for axis, size in enumerate(grid):
-            angle = torch.arange(size)[:, None] * frequencies.repeat(2)  # [size, axis_dim]
+            position = torch.arange(size, dtype=torch.float32)
+            if is_2_1 and axis > 0:
+                position *= 15 / max(size - 1, 1)
             shape = [size if i == axis else 1 for i in range(3)]
-            angles[..., axis * axis_dim : (axis + 1) * axis_dim] = angle.view(*shape, axis_dim)
+            angle = (position[:, None] * frequencies).view(*shape, axis_dim)
+            angles[..., axis * axis_dim : (axis + 1) * axis_dim] = angle
         self.register_buffer("sin", angles.flatten(0, 2).sin(), persistent=False)  # [N, D]
         self.register_buffer("cos", angles.flatten(0, 2).cos(), persistent=False)
 
@@ -188,86 +239,231 @@ class RotaryPositions(nn.Module):
         return (x * self.cos + quarter_turn * self.sin).to(x.dtype)
 
 
-def sinusoid_positions(grid: tuple[int, int, int], embed_dim: int) -> torch.Tensor:
+def sinusoid_positions(
+    grid: tuple[int, int, int], embed_dim: int, trained_grid: tuple[int, int, int] = (8, 14, 14)
+) -> torch.Tensor:
     """VideoMAE's fixed position table [1, T*H*W, C] for a grid of T x H x W tokens.
 
-    The table of 8 x 14 x 14 positions that the model was trained with, resized bicubic in space, then trilinear in
-    time, as VideoREPA's `VideoMAEv2.py` does. Computed in float64, like theirs.
+    The table of the grid that the model was trained with, resized bicubic in space, then trilinear in time, as
+    VideoREPA's `VideoMAEv2.py` does. Computed in float64, like theirs.
     """
-    position = np.arange(8 * 14 * 14)[:, None]
+    position = np.arange(np.prod(trained_grid))[:, None]
     angle = position / 10000 ** (2 * (np.arange(embed_dim) // 2) / embed_dim)
     table = np.where(np.arange(embed_dim) % 2 == 0, np.sin(angle), np.cos(angle))
-    table = torch.from_numpy(table).float().view(8, 14, 14, embed_dim).permute(0, 3, 1, 2)
-    table = F.interpolate(table, size=grid[1:], mode="bicubic", align_corners=False)  # [8, C, H, W]
-    table = table.transpose(0, 1)[None]  # [1, C, 8, H, W]
+    table = torch.from_numpy(table).float().view(*trained_grid, embed_dim).permute(0, 3, 1, 2)
+    table = F.interpolate(table, size=grid[1:], mode="bicubic", align_corners=False)  # [t, C, H, W]
+    table = table.transpose(0, 1)[None]  # [1, C, t, H, W]
     table = F.interpolate(table, size=grid, mode="trilinear", align_corners=False)  # [1, C, T, H, W]
     return table.flatten(2).transpose(1, 2).contiguous()
 
 
-def resize_learned_positions(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """DINOv2's position table [1, 1 + 37*37, C] -> [1, 1 + H*W, C], the way its authors resize it at inference.
+class VideoViT(nn.Module):
+    """The encoder of VideoMAE and V-JEPA 2: a pre-norm ViT over tubelets, of timm's blocks, without a final norm."""
 
-    Bicubic by the factor (size + 0.1) / 37, without antialiasing: facebookresearch/dinov2 `interpolate_pos_encoding`.
+    def __init__(self, vfm: VFM, device: str):
+        # takes seconds; --help and decoders do without it
+        from timm.models.vision_transformer import Block, init_weights_vit_timm
+
+        super().__init__()
+        self.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size, device)
+        norm = functools.partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(vfm.embed_dim, vfm.num_heads, vfm.mlp_ratio, qkv_bias=True, norm_layer=norm, device=device)
+            for _ in range(vfm.depth)
+        )
+        if vfm.position_encoding == "rotary 2.1":
+            self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, vfm.embed_dim, device=device))  # "this is no image"
+        self.apply(init_weights_vit_timm)
+
+    def set_positions(self, vfm: VFM, grid: tuple[int, int, int]) -> None:
+        if vfm.position_encoding == "sinusoid":
+            self.pos_embed = nn.Parameter(sinusoid_positions(grid, vfm.embed_dim, vfm.trained_grid))
+            return
+        is_2_1 = vfm.position_encoding == "rotary 2.1"
+        self.pos_embed = self.video_mod_embed if is_2_1 else None
+        rotary = RotaryPositions(grid, vfm.embed_dim // vfm.num_heads, is_2_1)
+        for block in self.blocks:  # timm's attention sends queries and keys through these two before it compares them
+            block.attn.q_norm = block.attn.k_norm = rotary
+
+    def forward(self, video: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+        """[B, 3, T, H, W] -> the outputs of the blocks `layers` (from 1), side by side: [B, N, C * len(layers)]."""
+        x = self.patch_embed(video)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        outputs = {}
+        for layer, block in enumerate(self.blocks[: max(layers)], 1):
+            x = block(x)
+            if layer in layers:
+                outputs[layer] = x
+        return torch.cat([outputs[layer] for layer in layers], dim=-1)
+
+
+class TimmModel(nn.Module):
+    """A model of timm. Its final norm, if it has one, is applied to the output of every block that is asked for."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+        """[B, 3, H, W] -> [B, N, C * len(layers)], prefix tokens left out."""
+        indices = sorted(layer - 1 for layer in layers)
+        maps = self.model.forward_intermediates(
+            images, indices=indices, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )  # of each block [B, C, h, w]
+        maps = dict(zip(indices, maps, strict=True))
+        return torch.cat([maps[layer - 1] for layer in layers], dim=1).flatten(2).transpose(1, 2)
+
+
+class TransformersModel(nn.Module):
+    """A ViT of transformers. The outputs are caught at the blocks, before any final norm.
+
+    `hidden_states[-1]` would be before the final norm in some models and after it in others.
     """
-    side = int((table.shape[1] - 1) ** 0.5)
-    if grid == (side, side):
-        return table
-    patches = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    scale = tuple((size + 0.1) / side for size in grid)
-    patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)
+
+    def __init__(self, model: nn.Module, depth: int):
+        super().__init__()
+        self.model = model
+        lists = (part for part in model.modules() if isinstance(part, nn.ModuleList))
+        self.blocks = next((part for part in lists if len(part) == depth), None)
+        if self.blocks is None:
+            raise UserError(f"transformers' {model.config.model_type} has no list of {depth} blocks")
+        resizes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self.arguments = {"interpolate_pos_encoding": True} if resizes else {}
+        self.num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)
+
+    def forward(self, images: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+        """[B, 3, H, W] -> [B, N, C * len(layers)], class and register tokens left out."""
+        outputs = {}
+
+        def keep(layer: int, block: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+            outputs[layer] = output[0] if isinstance(output, tuple) else output
+
+        hooks = [self.blocks[layer - 1].register_forward_hook(functools.partial(keep, layer)) for layer in layers]
+        try:
+            self.model(pixel_values=images, **self.arguments)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        tokens = torch.cat([outputs[layer] for layer in layers], dim=-1)
+        num_patches = images[0, 0].numel() // self.model.config.patch_size**2
+        return tokens[:, self.num_prefix :] if tokens.shape[1] == self.num_prefix + num_patches else tokens
 
 
 def build_vit(
     vfm: VFM, num_frames: int, size: tuple[int, int], weights: dict[str, torch.Tensor] | None = None
 ) -> nn.Module:
-    """timm's `VisionTransformer` for clips of `num_frames` frames of `size` = (height, width), in eval mode on the CPU.
+    """The model for clips of `num_frames` frames of `size` = (height, width), in eval mode on the CPU.
 
-    `weights`: a state dict in timm's names, from `read_weights`; without it they are random, the same every time.
-    Raises what `load_weights` raises.
+    Its forward takes [B, 3, T, H, W], or images [B, 3, H, W], and numbers of blocks from 1, and returns their outputs
+    for each token, [B, N, C * len(layers)]. `weights`: a state dict in timm's names, from `read_weights`; without it
+    they are random, the same every time. The attribute `weights_hash` tells which it has. Raises what `load_weights`
+    raises, and `UserError` where a model cannot take this size.
     """
-    from timm.models.vision_transformer import VisionTransformer  # takes seconds; --help and decoders do without it
-
-    is_video = vfm.tubelet_size > 1
     grid = (num_frames // vfm.tubelet_size, size[0] // vfm.patch_size, size[1] // vfm.patch_size)
-    device = "cpu" if weights is None else "meta"  # with weights to load, no initial values are drawn
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        vit = VisionTransformer(
-            img_size=size,
-            patch_size=vfm.patch_size,
-            embed_dim=vfm.embed_dim,
-            depth=vfm.depth,
-            num_heads=vfm.num_heads,
-            num_classes=0,
-            global_pool="",
-            class_token=not is_video,
-            pos_embed="learn" if vfm.position_encoding == "learned" else "none",
-            init_values=None if is_video else 1e-5,  # DINOv2's blocks have LayerScale
-            final_norm=not is_video,
-            device=device,
-        )
-        if is_video:
-            vit.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size, device)
-    if weights is not None:
-        load_weights(vit, vfm, weights, grid[1:])
-    if vfm.position_encoding == "sinusoid":
-        vit.pos_embed = nn.Parameter(sinusoid_positions(grid, vfm.embed_dim))
-    if vfm.position_encoding == "rotary":
-        rotary = RotaryPositions(grid, vfm.embed_dim // vfm.num_heads)
-        for block in vit.blocks:  # timm's attention sends queries and keys through these two before it compares them
-            block.attn.q_norm = block.attn.k_norm = rotary
+        if vfm.tubelet_size > 1:
+            # with weights to load, no initial values are drawn
+            vit = VideoViT(vfm, device="cpu" if weights is None else "meta")
+            vit.weights_hash = load_weights(vit, vfm, weights)
+            vit.set_positions(vfm, grid)
+        elif vfm.timm:
+            vit = build_timm_model(vfm, size, weights)
+        else:
+            vit = build_transformers_model(vfm, size, weights)
     return vit.eval().requires_grad_(False)
 
 
-def load_weights(vit: nn.Module, vfm: VFM, weights: dict[str, torch.Tensor], grid: tuple[int, int]) -> None:
-    """Put `weights` into `vit`, in float32.
+def build_timm_model(vfm: VFM, size: tuple[int, int], weights: dict[str, torch.Tensor] | None) -> TimmModel:
+    """timm's model, loaded at the size that it was trained with, then set to `size`."""
+    import timm
+
+    shape = {"embed_dim": vfm.embed_dim, "depth": vfm.depth, "num_heads": vfm.num_heads} if vfm.embed_dim else {}
+    make = functools.partial(timm.create_model, vfm.timm, num_classes=0, **shape, **vfm.timm_arguments)
+    with torch.device("cpu" if weights is None else "meta"):  # with weights to load, no initial values are drawn
+        model = make()
+    if any(buffer.is_meta for buffer in model.buffers()):  # such as rotary positions: they are not in the weights
+        model = make()
+    vit = TimmModel(model)
+    vit.weights_hash = load_weights(model, vfm, weights and to_timm_layout(weights, model))
+    name = model.pretrained_cfg["architecture"]
+    table = getattr(model, "pos_embed", None)
+    if "vit_pe_" in name:  # timm stretches every grid to the trained one; the authors count on (their `rope.py`)
+        model.rope.ref_feat_shape = None
+    if hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=size)
+    if "patch14_dinov2" in name or "vit_pe_" in name:
+        grid = (size[0] // vfm.patch_size, size[1] // vfm.patch_size)
+        model.pos_embed = nn.Parameter(resize_learned_positions(table, grid, name))
+    return vit
+
+
+def resize_learned_positions(table: torch.Tensor, grid: tuple[int, int], name: str) -> torch.Tensor:
+    """A position table [1, 1 + side*side, C] -> [1, 1 + H*W, C], where timm resizes it otherwise than its authors.
+
+    DINOv2 without registers: bicubic by the factor (size + 0.1) / side, without antialiasing: facebookresearch/dinov2
+    `interpolate_pos_encoding`. PE: bilinear: facebookresearch/perception_models `_sample_abs_posemb`. timm's own way,
+    bicubic with antialiasing, is that of DINOv2 with registers.
+    """
+    side = int((table.shape[1] - 1) ** 0.5)
+    if grid == (side, side):
+        return table
+    patches = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if "dinov2" in name:
+        scale = tuple((size + 0.1) / side for size in grid)
+        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
+    else:
+        patches = F.interpolate(patches, size=grid, mode="bilinear", align_corners=False)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+# transformers' models whose features were compared on grids that are not square. Others may take any for a square.
+RIGHT_ON_RECTANGLES = ("vit", "ijepa", "clip_vision_model", "siglip_vision_model", "dinov3_vit")
+
+
+def build_transformers_model(
+    vfm: VFM, size: tuple[int, int], weights: dict[str, torch.Tensor] | None
+) -> TransformersModel:
+    """transformers' own model, which reads its weights itself: `weights` are only what tells it from others."""
+    from transformers import AutoConfig, AutoModel, logging
+
+    logging.set_verbosity_error()  # it would print a table of unused weights, and its own progress
+    logging.disable_progress_bar()
+    if weights is None:
+        model = AutoModel.from_config(AutoConfig.from_pretrained(vfm.folder), trust_remote_code=False)
+    else:
+        model, loading = AutoModel.from_pretrained(
+            vfm.folder,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+        )
+        unfit = [str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]]]
+        unfit = sorted(key for key in unfit if "pooler." not in key)  # poolers come after the last block
+        if unfit:
+            raise ValueError(f"missing or of another shape: {', '.join(unfit[:4])}")
+    model = getattr(model, "vision_model", model)  # of CLIP and its like
+    if size[0] != size[1] and model.config.model_type not in RIGHT_ON_RECTANGLES:
+        raise UserError(
+            f"{vfm.folder}: transformers may take any grid of its {model.config.model_type} for a square; give it a "
+            f"square: --{vfm.size_flags[0]} {size[0]} --{vfm.size_flags[1]} {size[0]}"
+        )
+    vit = TransformersModel(model, vfm.depth)
+    vit.weights_hash = "random" if weights is None else weights_hash(weights)
+    return vit
+
+
+def load_weights(vit: nn.Module, vfm: VFM, weights: dict[str, torch.Tensor] | None) -> str:
+    """Put `weights` into `vit`, in float32, and return the hash of those that it has; `random` without weights.
 
     Raises `ValueError` that names weights that are missing, of another shape, or neither in the model nor `UNUSED`.
     """
-    expected = {name: list(parameter.shape) for name, parameter in vit.state_dict().items()}
-    if "pos_embed" in expected:
-        expected["pos_embed"][1] = 1 + 37 * 37  # the published table, before it is resized
+    if weights is None:
+        return "random"
+    expected = {name: list(value.shape) for name, value in vit.state_dict().items()}
     problems = [f"{name} is missing" for name in expected if name not in weights]
     for name, value in weights.items():
         if name not in expected:
@@ -279,34 +475,199 @@ def load_weights(vit: nn.Module, vfm: VFM, weights: dict[str, torch.Tensor], gri
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"{', '.join(problems[:4])}{more}")
     state = {name: weights[name].float() for name in expected}
-    if "pos_embed" in state:
-        state["pos_embed"] = resize_learned_positions(state["pos_embed"], grid)
     vit.load_state_dict(state, assign=True)
+    return weights_hash(state)
 
 
 @torch.inference_mode()
 def extract_features(
-    vit: nn.Module, vfm: VFM, clips: torch.Tensor, chunk: int = 128, precision: torch.dtype = torch.float32
+    vit: nn.Module,
+    vfm: VFM,
+    clips: torch.Tensor,
+    chunk: int = 128,
+    precision: torch.dtype = torch.float32,
+    layers: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Clips -> features: uint8 RGB [B, T, H, W, 3] -> float32 [B, T/t, H/p, W/p, C].
+    """Clips -> features: uint8 RGB [B, T, H, W, 3] -> float32 [B, T/t, H/p, W/p, C * len(layers)].
 
     `clips` are on `vit`'s device, of the frames and size that it was built for. `chunk`: frames in one forward pass of
-    an image model. `precision`: of the matrix products; the residual stream and the norms stay in float32.
+    an image model. `precision`: of the matrix products; the residual stream and the norms stay in float32. `layers`:
+    blocks, from 1, whose outputs are stacked along C; the last by default.
     """
-    mean = torch.tensor(IMAGENET_MEAN, device=clips.device)
-    std = torch.tensor(IMAGENET_STD, device=clips.device)
+    mean = torch.tensor(vfm.mean, device=clips.device)
+    std = torch.tensor(vfm.std, device=clips.device)
+    layers = layers or [vfm.depth]
     batch, frames, height, width, _ = clips.shape
     pixels = (clips / 255 - mean) / std
     with torch.autocast(clips.device.type, dtype=precision, enabled=precision != torch.float32):
         if vfm.tubelet_size > 1:
-            tokens = vit.forward_features(pixels.permute(0, 4, 1, 2, 3))
+            tokens = vit(pixels.permute(0, 4, 1, 2, 3), layers)
         else:
             images = pixels.flatten(0, 1).permute(0, 3, 1, 2).split(chunk)
-            tokens = torch.cat([vit.forward_features(image)[:, 1:] for image in images])  # [B*T, N, C], no class token
+            tokens = torch.cat([vit(image, layers) for image in images])  # [B*T, N, C]
     tokens = tokens.float()
-    return tokens.reshape(
-        batch, frames // vfm.tubelet_size, height // vfm.patch_size, width // vfm.patch_size, vfm.embed_dim
+    return tokens.reshape(batch, frames // vfm.tubelet_size, height // vfm.patch_size, width // vfm.patch_size, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models by name: timm:NAME and hf:REPO, or a folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def model_name(text: str) -> str:
+    """An argparse type: a name of `VFMS`, in any case, or one for `find_vfm`."""
+    names = {name.lower(): name for name in VFMS}
+    if text.lower() in names:
+        return names[text.lower()]
+    if re.match("(timm|hf):.", text):
+        return text
+    near = [names[name] for name in difflib.get_close_matches(text.lower(), names, 1)]
+    hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names.values())}, timm:NAME, hf:REPO"
+    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({hint})")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def find_vfm(name: str) -> VFM:
+    """What is known of the model before its weights are read.
+
+    Raises `UserError` where it is no model for features, `ImportError` or `FileNotFoundError` where a package or its
+    configuration is missing.
+    """
+    kind, _, rest = name.partition(":")
+    if name in VFMS:
+        return VFMS[name]
+    return find_timm(rest) if kind == "timm" else find_transformers(rest)
+
+
+def find_timm(name: str) -> VFM:
+    """Model `name` of timm, or that of a folder that timm saved."""
+    import timm
+
+    folder = Path(name) if Path(name).is_dir() else None
+    if not folder and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(pretrained=True), 1)
+        hint = f"did you mean {near[0]}?" if near else "timm.list_models() names them"
+        raise UserError(f"--models timm:{name}: timm has no such model, and there is no such folder; {hint}")
+    name = f"local-dir:{folder}" if folder else name
+    try:
+        with torch.device("meta"):  # no values are drawn
+            model = timm.create_model(name, num_classes=0)
+    except Exception as error:  # a folder that timm did not save, a tag that it does not know
+        raise UserError(f"--models timm:{folder or name}: {first_line(error)}") from error
+    if not hasattr(model, "forward_intermediates"):
+        raise UserError(f"--models timm:{name}: timm gives no outputs of its blocks")
+    about = model.pretrained_cfg
+    hub = (about["hf_hub_id"], about.get("hf_hub_filename") or "model.safetensors") if about.get("hf_hub_id") else None
+    classifiers = np.atleast_1d(about.get("classifier") or [])
+    return VFM(
+        hub=None if folder else hub,
+        embed_dim=0,
+        depth=len(model.feature_info),
+        patch_size=model.feature_info[-1]["reduction"],
+        tubelet_size=1,
+        timm=name,
+        folder=folder,
+        mean=tuple(about["mean"]),
+        std=tuple(about["std"]),
+        license=about.get("license") or "unknown",
+        unused=tuple(rf"{re.escape(classifier)}\." for classifier in classifiers),
     )
+
+
+def video_vit_of(config: Any) -> dict[str, Any]:
+    """`VFM`'s fields for transformers' configuration of VideoMAE or V-JEPA 2."""
+    if config.model_type == "vjepa2":
+        return {"tubelet_size": config.tubelet_size, "mlp_ratio": config.mlp_ratio, "position_encoding": "rotary"}
+    side = config.image_size // config.patch_size
+    return {
+        "tubelet_size": config.tubelet_size,
+        "mlp_ratio": config.intermediate_size / config.hidden_size,
+        "trained_grid": (config.num_frames // config.tubelet_size, side, side),
+    }
+
+
+def dinov2_of(config: Any) -> dict[str, Any]:
+    """`VFM`'s fields for transformers' configuration of DINOv2, with or without registers."""
+    from timm.layers import SwiGLUPacked
+
+    registers = getattr(config, "num_register_tokens", 0)
+    arguments = {"img_size": config.image_size, "patch_size": config.patch_size, "mlp_ratio": config.mlp_ratio}
+    if registers:
+        arguments["reg_tokens"] = registers
+    if config.use_swiglu_ffn:  # two thirds of the width, rounded up to a multiple of 8, for values and gates each
+        width = 2 * ((int(config.hidden_size * config.mlp_ratio * 2 / 3) + 7) // 8 * 8)
+        arguments["mlp_ratio"] = (width + 0.5) / config.hidden_size  # timm rounds down
+        arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+    return {
+        "tubelet_size": 1,
+        "timm": "vit_base_patch14_reg4_dinov2" if registers else "vit_base_patch14_dinov2",
+        "timm_arguments": arguments,
+    }
+
+
+def colours_of(folder: Path) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation from the preprocessor beside the model; empty where there is none."""
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            about = json.loads((folder / name).read_text(encoding="utf-8"))
+            about = about.get("image_processor", about)
+            if not about.get("do_normalize", True):
+                return {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+            if "image_mean" in about and "image_std" in about:
+                return {"mean": tuple(about["image_mean"]), "std": tuple(about["image_std"])}
+    say(f"warning: {folder} does not say its mean and standard deviation; ImageNet's are taken")
+    return {}
+
+
+OURS = {"videomae": video_vit_of, "vjepa2": video_vit_of, "dinov2": dinov2_of, "dinov2_with_registers": dinov2_of}
+
+
+def find_transformers(name: str) -> VFM:
+    """The model of a repository or folder of transformers: VideoMAE, V-JEPA 2 and DINOv2 as ours, others as its own."""
+    from huggingface_hub import ModelCard
+    from transformers import AutoConfig
+
+    folder = Path(name) if Path(name).is_dir() else download_folder(name, "*.json", "README.md")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        card = ModelCard.load(folder / "README.md").data.to_dict() if (folder / "README.md").is_file() else {}
+    except Exception as error:  # no configuration, an unknown kind, one that needs code of its own
+        raise UserError(f"--models hf:{name}: {first_line(error)}") from error
+    config = getattr(config, "vision_config", config)  # of CLIP and its like
+    if not all(isinstance(getattr(config, part, None), int) for part in ("patch_size", "hidden_size")):
+        raise UserError(f"--models hf:{name}: {config.model_type} is no ViT with square patches")
+    about = {
+        "hub": None if folder == Path(name) else (name, ""),
+        "folder": folder,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "patch_size": config.patch_size,
+        "license": card.get("license_name") or card.get("license") or "unknown",
+        **colours_of(folder),
+    }
+    if config.model_type in OURS:
+        if config.hidden_act != "gelu":
+            raise UserError(f"--models hf:{name}: a {config.model_type} with {config.hidden_act} for gelu is not known")
+        return VFM(**OURS[config.model_type](config), **about)
+    if any(hasattr(config, part) for part in ("num_frames", "tubelet_size", "frames_per_clip")):
+        raise UserError(f"--models hf:{name}: of video models only VideoMAE and V-JEPA 2, not {config.model_type}")
+    return VFM(tubelet_size=1, **about)
+
+
+def check_tokens(name: str, vit: nn.Module, vfm: VFM, size: tuple[int, int], layers: Sequence[int]) -> None:
+    """Raise `UserError` unless image model `name` gives a token for each patch of an image of `size`."""
+    height, width = size[0] // vfm.patch_size, size[1] // vfm.patch_size
+    try:
+        with torch.inference_mode():
+            num_tokens = vit(torch.zeros(1, 3, *size), layers).shape[1]
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # how the libraries say "not this size"
+        raise UserError(f"{name} cannot take images of {size[0]} x {size[1]}: {first_line(error)}") from error
+    if num_tokens != height * width:
+        raise UserError(f"{name} gives {num_tokens} tokens for a grid of {height} x {width} patches")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,25 +676,45 @@ def extract_features(
 
 # The authors' files and the hub's (transformers' names) -> timm's names. Applied in this order.
 RENAMES = [
-    (r"^(?:module\.|backbone\.|videomae\.|encoder\.(?!layer\.))+", ""),
+    (r"^(?:module\.|backbone\.|videomae\.|dinov2(?:_with_registers)?\.|encoder\.(?!layer\.))+", ""),
     (r"^embeddings\.patch_embeddings\.proj(?:ection)?\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
     (r"^encoder\.layer\.", "blocks."),
+    (r"^layernorm\.", "norm."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
     (r"\.attention\.(?:attention\.)?", ".attn."),
     (r"\.attn\.q_bias$", ".attn.query.bias"),
     (r"\.attn\.v_bias$", ".attn.value.bias"),
 ]
 
 
-def download_weights(name: str) -> Path:
-    """The hub's file of model `name`. Raises `FileNotFoundError` when the hub cannot be reached."""
+def weights_flag(name: str) -> str:
+    return f"--{name.lower()}_ckpt" if name in DEFAULT_MODELS else f"--weights {name}=FILE"
+
+
+def download_weights(name: str, vfm: VFM) -> Path:
+    """The published file, or folder, of model `name`. Raises `FileNotFoundError` where it cannot be had."""
     from huggingface_hub import hf_hub_download
 
-    repository, file = VFMS[name].hub
+    if vfm.hub is None and vfm.folder is None:
+        raise FileNotFoundError(f"timm knows no published weights; pass yours with {weights_flag(name)}")
+    if vfm.hub is None:
+        return vfm.folder
+    repository, file = vfm.hub
+    if not file:
+        return download_folder(repository, "model.safetensors", "model-*-of-*.safetensors")
+    if "://" in repository:
+        raise FileNotFoundError(
+            f"{file} of {repository} is in no hub; download it as they say there and pass it with {weights_flag(name)}"
+        )
     try:
         return Path(hf_hub_download(repository, file, local_files_only=not hub_answers()))
     except Exception as error:  # its own errors, those of its HTTP library, and the system's
@@ -341,7 +722,20 @@ def download_weights(name: str) -> Path:
         looked = f"no file at {default}, and " if default else ""
         raise FileNotFoundError(
             f"{looked}{file} of {repository} cannot be downloaded from the hub ({type(error).__name__}); "
-            f"download it elsewhere and pass it with --{name.lower()}_ckpt"
+            f"download it elsewhere and pass it with {weights_flag(name)}"
+        ) from error
+
+
+def download_folder(repository: str, *patterns: str) -> Path:
+    """The hub's repository with its files of these patterns. Raises `FileNotFoundError` where it cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=not hub_answers()))
+    except Exception as error:  # of the same kinds
+        raise FileNotFoundError(
+            f"there is no folder {repository}, and it cannot be downloaded from the hub ({type(error).__name__}); "
+            "download it elsewhere and pass its folder: hf:FOLDER"
         ) from error
 
 
@@ -357,24 +751,38 @@ def hub_answers() -> bool:
     return True
 
 
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, or of a folder's `model.safetensors` or its parts."""
+    from safetensors.torch import load_file
+
+    files = [path]
+    if path.is_dir():
+        whole = path / "model.safetensors"
+        files = [whole] if whole.is_file() else sorted(path.glob("model-*-of-*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"there is no model.safetensors in {path}")
+    state = {}
+    for file in files:
+        check_file(file)
+        try:
+            state |= load_file(file)
+        except Exception as error:  # a broken file can raise anything
+            raise UserError(f"{file} is damaged ({type(error).__name__}); download it again") from None
+    return state
+
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a published file (.pth, .pt, .bin, .safetensors), in timm's names.
+    """The state dict of a published file (.pth, .pt, .bin, .safetensors) or folder (of .safetensors), in timm's names.
 
     No code runs: tensors, plain values and `argparse.Namespace`, which VideoMAE's file holds, are all that is loaded.
-    Raises `UserError` for anything else.
+    Raises `UserError` for anything else, and `FileNotFoundError` for a folder without weights.
     """
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        check_file(path)
-        try:
-            state = load_file(path)
-        except Exception as error:  # a broken file can raise anything
-            raise UserError(f"{path} is damaged ({type(error).__name__}); download it again") from None
+    if path.suffix == ".safetensors" or path.is_dir():
+        state = read_safetensors(path)
     else:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = load_checked(path, mmap=True)  # V-JEPA 2's file holds five times as much as is needed
-    for key in ("module", "model", "encoder"):
+    for key in ("module", "model", "ema_encoder", "encoder"):  # ema_encoder: the averaged one of V-JEPA 2.1
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
@@ -394,6 +802,26 @@ def to_timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if key in state and value in state:
             state[joint] = torch.cat([state.pop(query), state.pop(key), state.pop(value)])
     return state
+
+
+def to_timm_layout(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The authors' state dict of an image model -> that of timm's `model`, by timm's own table.
+
+    What that table does not know stays as it is, and `load_weights` names it. Raises `ValueError` for biases that
+    timm's model does without.
+    """
+    expected = model.state_dict().keys()
+    if weights.keys() >= expected:
+        return weights
+    zeros = [name for name in weights if name.endswith("attn.qkv.bias") and name not in expected]
+    if any(weights[name].any() for name in zeros):
+        raise ValueError(f"{zeros[0]} is not zero")
+    # DINOv3's authors keep biases of zero that timm's model does without
+    weights = {name: value for name, value in weights.items() if name not in zeros}
+    try:
+        return sys.modules[type(model).__module__].checkpoint_filter_fn(dict(weights), model)
+    except Exception:  # it expects certain files, and fails in its own ways on others
+        return weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -765,6 +1193,18 @@ DEFAULT_PATHS = {
 }
 
 
+class Default(int):
+    """A size that nobody gave: it is rounded to what a model's patch divides."""
+
+
+def model_and_path(text: str) -> tuple[str, Path]:
+    """An argparse type: MODEL=FILE."""
+    name, equals, path = text.partition("=")
+    if not equals or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MODEL=FILE")
+    return model_name(name), Path(path)
+
+
 def default_num_workers() -> int:
     """Half of the cores that this process may use, at most 8: the models need the rest, and a disk feeds no more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -772,7 +1212,10 @@ def default_num_workers() -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. A `csv_path` of None means no captions, a checkpoint of None the hub's weights."""
+    """The flags. A `csv_path` of None means no captions, a checkpoint of None the hub's weights.
+
+    Beside them: `vfms`, name -> `VFM` of the models, and `left_out`, why others are left out.
+    """
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
 
@@ -786,19 +1229,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--models",
         nargs="+",
-        choices=list(VFMS),
-        default=list(VFMS),
+        type=model_name,
+        default=DEFAULT_MODELS,
         metavar="MODEL",
-        help=f"some of {', '.join(VFMS)}",
+        help=f"some of {', '.join(VFMS)}; timm:NAME or hf:REPO for others, or a folder in place of NAME or REPO",
+    )
+    add(
+        "--weights",
+        nargs="+",
+        type=model_and_path,
+        default=[],
+        metavar="MODEL=FILE",
+        help="published weights of any model, if not the hub's",
+    )
+    add(
+        "--layers",
+        nargs="+",
+        type=number(int, 1),
+        metavar="N",
+        help="blocks, from 1, whose outputs are stacked along C; without it the last of each model",
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the models run")
     add("--num_frames", type=number(int, 1), default=48, help="frames sampled per video")
-    add("--videomae_resize_h", type=number(int, 1), default=160, help="input height of VideoMAE, VideoMAEv2 and VJEPA2")
-    add("--videomae_resize_w", type=number(int, 1), default=240, help="input width of VideoMAE, VideoMAEv2 and VJEPA2")
-    add("--dinov2_resize_h", type=number(int, 1), default=420, help="input height of DINOv2")
-    add("--dinov2_resize_w", type=number(int, 1), default=630, help="input width of DINOv2")
-    add("--dinov2_chunk", type=number(int, 1), default=128, help="frames per DINOv2 forward pass")
-    for name in VFMS:
+    add("--videomae_resize_h", type=number(int, 1), default=Default(160), help="input height of video models")
+    add("--videomae_resize_w", type=number(int, 1), default=Default(240), help="input width of video models")
+    add("--dinov2_resize_h", type=number(int, 1), default=Default(420), help="input height of image models")
+    add("--dinov2_resize_w", type=number(int, 1), default=Default(630), help="input width of image models")
+    add("--dinov2_chunk", type=number(int, 1), default=128, help="frames per forward pass of an image model")
+    for name in DEFAULT_MODELS:
         add_path(f"{name.lower()}_ckpt", f"published weights of {name}, if not the hub's")
     add("--allow_skip_missing", action="store_true", help="go on without models whose weights or packages are missing")
     add("--random_weights", action="store_true", help="a dry run without weights: the features mean nothing")
@@ -825,9 +1283,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(
             "--motion_checkpoint encodes the features of one model; say with --models which one it was trained on"
         )
-    for name in args.models:
-        input_size(name, args)
     resolve_paths(args)
+    args.vfms, args.left_out = find_models(args)
     return args
 
 
@@ -835,7 +1292,9 @@ def resolve_paths(args: argparse.Namespace) -> None:
     """Fill in the paths that were not given. Raises `UserError` where a file that was given does not exist."""
     for flag in ("video_dir", "output_root"):
         setattr(args, flag, getattr(args, flag, REPOSITORY / DEFAULT_PATHS[flag]))
-    needed = ["csv_path", *([] if args.random_weights else [f"{name.lower()}_ckpt" for name in args.models])]
+    needed = ["csv_path"]
+    if not args.random_weights:
+        needed += [f"{name.lower()}_ckpt" for name in args.models if name in DEFAULT_MODELS]
     for flag in needed:
         if hasattr(args, flag):
             if not getattr(args, flag).is_file():
@@ -844,18 +1303,62 @@ def resolve_paths(args: argparse.Namespace) -> None:
         folders = [REPOSITORY] if flag == "csv_path" else [REPOSITORY, REPOSITORY.parent]
         places = [folder / DEFAULT_PATHS[flag] for folder in folders if flag in DEFAULT_PATHS]
         setattr(args, flag, next((place for place in places if place.is_file()), None))
+    args.weights = dict(args.weights)
+    for name, path in args.weights.items():
+        if name not in args.models or name.startswith("hf:"):
+            raise UserError(f"--weights {name}: not one of --models, or one whose folder holds the weights (hf:FOLDER)")
+        if not path.is_file():
+            raise UserError(f"--weights {name}={path}: no such file")
 
 
-def input_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
-    """The (height, width) of model `name`'s input. Raises `UserError` where patches or tubelets do not divide it."""
-    vfm = VFMS[name]
-    flags = [f"{vfm.size_flags}_resize_h", f"{vfm.size_flags}_resize_w"]
-    for flag, step in [("num_frames", vfm.tubelet_size), *((flag, vfm.patch_size) for flag in flags)]:
+def missing(name: str, error: ImportError | FileNotFoundError, args: argparse.Namespace) -> str:
+    """Why model `name` is left out. Raises `UserError` that says it, without `--allow_skip_missing`."""
+    reason = f"{name}: {error}"
+    if isinstance(error, ImportError):
+        reason = f"{name}: the package {error.name} is missing; install envs/environment.vfm_feature.yaml"
+    if not args.allow_skip_missing:
+        raise UserError(f"{reason}, or skip such models with --allow_skip_missing") from error
+    say(f"warning: {reason}")
+    return reason
+
+
+def find_models(args: argparse.Namespace) -> tuple[dict[str, VFM], list[str]]:
+    """The models by name, and why some are left out. Raises `UserError` where the flags do not fit them."""
+    for one, other in combinations(args.models, 2):
+        if folder_name(one) == folder_name(other):
+            raise UserError(f"--models: {one} and {other} would both write into {folder_name(one)}")
+    vfms, left_out = {}, []
+    for name in args.models:
+        try:
+            vfm = find_vfm(name)
+        except (ImportError, FileNotFoundError) as error:
+            left_out.append(missing(name, error, args))
+            continue
+        input_size(name, vfm, args)
+        if max(args.layers or [1]) > vfm.depth:
+            raise UserError(f"--layers {max(args.layers)}: {name} has {vfm.depth} blocks")
+        vfms[name] = vfm
+    return vfms, left_out
+
+
+def folder_name(name: str) -> str:
+    """Of model `name` in the output: `timm:a/b` is `timm_a_b`."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def input_size(name: str, vfm: VFM, args: argparse.Namespace) -> tuple[int, int]:
+    """The (height, width) of model `name`'s input; sizes that nobody gave are rounded to what its patch divides.
+
+    Raises `UserError` where patches or tubelets do not divide what was given.
+    """
+    sizes = []
+    for flag, step in [("num_frames", vfm.tubelet_size), *((flag, vfm.patch_size) for flag in vfm.size_flags)]:
         value = getattr(args, flag)
-        if value % step:
-            nearest = max(step, round(value / step) * step)
+        nearest = max(step, round(value / step) * step)
+        if value % step and not isinstance(value, Default):
             raise UserError(f"--{flag} {value}: {name} needs a multiple of {step}; try --{flag} {nearest}")
-    return getattr(args, flags[0]), getattr(args, flags[1])
+        sizes.append(nearest)
+    return sizes[1], sizes[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -877,8 +1380,9 @@ class ModelRun:
     """One model's part of a run."""
 
     name: str
+    vfm: VFM
     vit: nn.Module
-    settings: dict[str, int | str]  # all that its features depend on, except the clip
+    settings: dict[str, int | str | list[int]]  # all that its features depend on, except the clip
     folder: Path
     todo: set[Clip] = field(default_factory=set)
     count: Counter = field(default_factory=Counter)  # of features written and skipped
@@ -899,7 +1403,7 @@ class ModelRun:
     def path(self, clip: Clip) -> Path:
         return self.folder / f"{clip.video.stem}.pt"
 
-    def clip_settings(self, clip: Clip) -> dict[str, int | str | None]:
+    def clip_settings(self, clip: Clip) -> dict[str, int | str | list[int] | None]:
         """What the file records; a finished feature is skipped if these are the same."""
         return {**self.settings, "video": clip.video.name, "video_fingerprint": clip.fingerprint}
 
@@ -927,12 +1431,12 @@ def list_clips(args: argparse.Namespace) -> list[Clip]:
 
 def output_folder(name: str, args: argparse.Namespace) -> Path:
     """Where model `name` writes: latents not among the features that they are made of."""
-    return args.output_root / (f"{name}_motion" if args.motion_checkpoint else name)
+    return args.output_root / (folder_name(name) + ("_motion" if args.motion_checkpoint else ""))
 
 
 def make_folders(args: argparse.Namespace) -> None:
     """Make the models' folders. Raises `UserError` where one cannot be made or written into."""
-    for name in args.models:
+    for name in args.vfms:
         folder = output_folder(name, args)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -945,42 +1449,49 @@ def make_folders(args: argparse.Namespace) -> None:
         remove_leftovers(folder)
 
 
-def load_model(name: str, args: argparse.Namespace) -> ModelRun:
+def load_model(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
     """Load a model onto the device. Raises `ImportError` or `FileNotFoundError` if a package or weights are missing."""
-    size = input_size(name, args)
-    if args.random_weights:
-        vit, made_by = build_vit(VFMS[name], args.num_frames, size), "random"
-    else:
-        path = getattr(args, f"{name.lower()}_ckpt") or download_weights(name)
+    size = input_size(name, vfm, args)
+    asked = tuple(getattr(args, flag) for flag in vfm.size_flags)
+    if size != asked:
+        say(f"{name}: input size {size}, as {asked} does not divide by its patch of {vfm.patch_size}")
+    path, weights = None, None
+    if not args.random_weights:
+        given = args.weights.get(name) or getattr(args, f"{name.lower()}_ckpt", None)
+        path = given or download_weights(name, vfm)
         weights = read_weights(path)
-        try:
-            vit = build_vit(VFMS[name], args.num_frames, size, weights)
-        except ValueError as error:
-            raise UserError(f"{path}: not the weights of {name}: {error}") from error
-        used = vit.state_dict().keys()
-        made_by = weights_hash({key: value.float() for key, value in weights.items() if key in used})
-        say(f"{name}: weights {made_by} from {path}")
+    try:
+        vit = build_vit(vfm, args.num_frames, size, weights)
+    except ValueError as error:
+        raise UserError(f"{path}: not the weights of {name}: {error}") from error
+    if ":" in name and vfm.tubelet_size == 1:
+        check_tokens(name, vit, vfm, size, args.layers or [vfm.depth])
+    if path:
+        say(f"{name}: weights {vit.weights_hash} from {path}, licence {vfm.license}")
     settings = {
         "num_frames": args.num_frames,
         "height": size[0],
         "width": size[1],
         "precision": args.precision,
         "save_dtype": args.save_dtype,
-        "weights": made_by,
+        "weights": vit.weights_hash,
     }
-    return ModelRun(name, vit.to(args.device), settings, output_folder(name, args))
+    if args.layers:
+        settings["layers"] = args.layers
+    return ModelRun(name, vfm, vit.to(args.device), settings, output_folder(name, args))
 
 
 def load_autoencoder(args: argparse.Namespace) -> MotionFeatureAutoencoder:
     """The model of --motion_checkpoint. Raises `UserError` where it cannot be loaded or takes features of another C."""
     autoencoder = MotionFeatureAutoencoder.from_checkpoint(args.motion_checkpoint)
-    [name] = args.models
-    channels, wanted = VFMS[name].embed_dim, autoencoder.config["input_dim"]
-    if channels != wanted:
-        raise UserError(
-            f"--motion_checkpoint {args.motion_checkpoint} was trained on features of C = {wanted}, but {name}'s have "
-            f"{channels}; give a checkpoint that was trained on these, or another model with --models"
-        )
+    wanted = autoencoder.config["input_dim"]
+    for name, vfm in args.vfms.items():
+        channels = vfm.embed_dim * len(args.layers or [1])
+        if channels != wanted:
+            raise UserError(
+                f"--motion_checkpoint {args.motion_checkpoint} was trained on features of C = {wanted}, but {name}'s "
+                f"have {channels}; give a checkpoint that was trained on these, or another model with --models"
+            )
     return autoencoder
 
 
@@ -992,18 +1503,12 @@ def encode_with(autoencoder: MotionFeatureAutoencoder, run: ModelRun, device: to
 
 def load_models(args: argparse.Namespace) -> tuple[list[ModelRun], list[str]]:
     """The models, and why some are left out, which `--allow_skip_missing` permits."""
-    runs, left_out = [], []
-    for name in args.models:
+    runs, left_out = [], [*args.left_out]
+    for name, vfm in args.vfms.items():
         try:
-            runs.append(load_model(name, args))
+            runs.append(load_model(name, vfm, args))
         except (ImportError, FileNotFoundError) as error:
-            reason = f"{name}: {error}"
-            if isinstance(error, ImportError):
-                reason = f"{name}: the package {error.name} is missing; install envs/environment.vfm_feature.yaml"
-            if not args.allow_skip_missing:
-                raise UserError(f"{reason}, or skip such models with --allow_skip_missing") from error
-            left_out.append(reason)
-            say(f"warning: {reason}")
+            left_out.append(missing(name, error, args))
     return runs, left_out
 
 
@@ -1049,7 +1554,8 @@ def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) ->
     if args.device.type == "cuda":
         batch = batch.pin_memory()  # else the copy waits for the forward pass before it
     batch = batch.to(args.device, non_blocking=True)
-    return extract_features(run.vit, VFMS[run.name], batch, args.dinov2_chunk, getattr(torch, args.precision))
+    precision = getattr(torch, args.precision)
+    return extract_features(run.vit, run.vfm, batch, args.dinov2_chunk, precision, args.layers)
 
 
 def contents(run: ModelRun, feature: torch.Tensor) -> dict[str, Any]:
@@ -1076,6 +1582,7 @@ def save_feature(run: ModelRun, clip: Clip, feature: torch.Tensor, frames: np.nd
         "video": clip.video.name,
         "model": run.name,
         "weights": run.settings["weights"],
+        "license": run.vfm.license,
         "settings": run.clip_settings(clip),
     }
     pictures = thumbnails(frames) if preview else None

@@ -152,7 +152,8 @@ def row_decode(clip: Path) -> None:
 
 
 def row_flops(clip: Path) -> None:
-    for name, spec in vfm.VFMS.items():
+    for name in vfm.DEFAULT_MODELS:
+        spec = vfm.VFMS[name]
         frames = 8 if name == "DINOv2" else 48
         vit, pixels = model_and_clip(name, frames)
         value = ratio(

@@ -16,7 +16,7 @@ from model import run_script
 
 @pytest.fixture
 def small_models(monkeypatch):
-    """The four models with two blocks of 24 channels: quick, and files of their weights are small."""
+    """The models with two blocks of 24 channels: quick, and files of their weights are small."""
     for name, spec in vfm_feature.VFMS.items():
         monkeypatch.setitem(vfm_feature.VFMS, name, replace(spec, embed_dim=24, depth=2, num_heads=2))
 

@@ -275,7 +275,7 @@ def test_weights_that_the_model_has_no_place_for_are_refused(model, name, clips,
     assert_one_line(result, f"{path}: not the weights of {model}: {name} has no place in it")
 
 
-@pytest.mark.parametrize("model", vfm.VFMS)
+@pytest.mark.parametrize("model", vfm.DEFAULT_MODELS)
 def test_published_files_are_taken_with_what_no_feature_needs(model, tmp_path, small_models):
     weights = vfm.read_weights(published_file(model, tmp_path / "weights.pth"))
     used = vfm.build_vit(vfm.VFMS[model], 4, (112, 112), weights).state_dict()
