@@ -38,6 +38,8 @@ RELATION_TARGET = 0.81  # of PCA's error of these cosines, on training clips; on
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
+CONTENT = 1 / 20  # scale of the embedding's channels of content
+FARTHEST = 0.5  # cells a step beside the camera's movement: what seems to go farther has changed its look
 REST = 0.01  # cells a step: movement below it counts as rest
 OVER_TIME = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)  # weights of five steps: aliasing alternates, motion does not
 TOKENS = 2**14  # tokens that `encode_long` takes at once
@@ -69,7 +71,7 @@ FINGERPRINT_BYTES = 2**16
 #    |       +--> [S, T, 768] --> convolution, 2 transformer layers over T --> refinement [S, T, 768], S = B * H * W
 #    |    reconstruction = (linear + trust * refinement) * scale + mean, trust in [0, 1] measured on held-out clips
 #    |
-#    +--> leading channels: their mean over H, W [B, T, 168], and how the picture moves [B, T, 24]: right, down, turn...
+#    +--> leading channels: their mean over H, W [B, T, 170], and how the picture moves [B, T, 22]: right, down, turn...
 #         --> motion_embedding [B, T, 192]
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -526,11 +528,19 @@ REGION_MOTION = tuple(
 )
 
 
+def motion_names(latent_dim: int) -> tuple[str, ...]:
+    """The embedding's channels of motion, at most an eighth of all: the regions' only where all of them fit."""
+    names = FRAME_MOTION + REGION_MOTION
+    room = max(1, latent_dim // 8)
+    return names if room >= len(names) else FRAME_MOTION[:room]
+
+
 def describe_motion_embedding(config: dict[str, Any]) -> list[str]:
     """The name of each channel of the motion embedding of a model with this `config`, in order.
 
-    The first 7/8 are the means over space of the leading latent channels. The last 1/8 is how the picture moves since
-    the time step before, 0 at t = 0 and at rest; the most important come first, as many as there is room for:
+    First the means over space of the leading latent channels, divided by 20: the distance between two embeddings then
+    says how alike their motion is, whatever is seen. The last, at most 1/8, are how the picture moves since the time
+    step before, 0 at t = 0 and at rest; the most important come first, as many as there is room for:
     - right, down: the mean movement of the frame, or of one of 2 x 3 regions, in grid cells a step
     - turn: clockwise, in radians a step; zoom: the log of the factor a step, positive where things become larger
     - camera right, camera down: the movement at the frame's centre, apart from turn, zoom and objects on their own way
@@ -538,10 +548,9 @@ def describe_motion_embedding(config: dict[str, Any]) -> list[str]:
       beside the camera's; log change: of the movement there would be if all change were due to it
     - fit: the share of the change that the motion explains, 0 to 1
     """
-    motion_dim = max(1, config["latent_dim"] // 8)
-    content = [f"mean of latent channel {index + 1}" for index in range(config["latent_dim"] - motion_dim)]
-    motion = (FRAME_MOTION + REGION_MOTION)[:motion_dim]
-    return [*content, *motion, *["unused"] * (motion_dim - len(motion))]
+    motion = motion_names(config["latent_dim"])
+    content = [f"mean of latent channel {index + 1}" for index in range(config["latent_dim"] - len(motion))]
+    return [*content, *motion]
 
 
 def inner(x: Tensor) -> Tensor:
@@ -614,6 +623,7 @@ def motion_between(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     texture = matrix.diagonal(dim1=1, dim2=2).sum(dim=-1)  # [N, h, w]
     damping = (0.015 * texture.mean(dim=(1, 2)) + floor)[:, None, None, None].expand(-1, 1, 1, 2).diag_embed()
     own = torch.linalg.solve(near[..., :4].unflatten(-1, (2, 2)) + damping, near[..., 4:])  # [N, h, w, 2]
+    own = own / (own.norm(dim=-1, keepdim=True) / FARTHEST).clamp_min(1)
     further = further + own.permute(0, 3, 1, 2)
     saved = further * (2 * vector - torch.einsum("nijhw,njhw->nihw", matrix, further))
     return camera, inner(known) + further, (left - saved.sum(dim=1)).clamp_min(0), texture
@@ -764,8 +774,8 @@ class MotionFeatureAutoencoder(nn.Module):
         since the time step before, which is 0 for [B, T, N, D], where it is not known which cells are neighbours.
         """
         latent_dim = self.config["latent_dim"]
-        motion_dim = max(1, latent_dim // 8)
-        embedding = latent[..., : latent_dim - motion_dim].float().flatten(2, -2).mean(dim=2)
+        motion_dim = len(motion_names(latent_dim))
+        embedding = CONTENT * latent[..., : latent_dim - motion_dim].float().flatten(2, -2).mean(dim=2)
         if latent.ndim == 5:
             motion = motion_channels(latent[..., : self.code.pca_dim])[..., :motion_dim]
             embedding = torch.cat([embedding, motion], dim=2)
