@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import vfm_feature as vfm
+
 ROOT = Path(__file__).resolve().parents[1]
 # vfm_feature.py without weights, on clips of two tubelets and six patches
 SMALL = ["--random_weights", "--num_frames", "4", "--videomae_resize_h", "32", "--videomae_resize_w", "48"]
@@ -26,6 +28,13 @@ def run(script, *arguments, cwd=ROOT):
     """The script as a user runs it."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments), "--device", "cpu"]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def decode_clip(path, num_frames, sizes, backend="pyav", **sampling):
+    """{size: frames} of a whole video, in this process."""
+    sampling = vfm.Sampling(num_frames, tuple(sizes), **sampling)
+    (decoded,) = vfm.decode_windows(vfm.Job(0, str(path)), sampling, backend, set())
+    return decoded.frames
 
 
 @contextmanager
