@@ -465,7 +465,8 @@ def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, list[int]
         folders.setdefault(video.stem, set()).add(video.parent)
     rows = {}
     for video in videos:
-        found = by_name.get(video.as_posix()) or by_stem.get((video.parent / video.stem).as_posix())
+        stem = (video.parent / video.stem).as_posix()
+        found = by_name.get(video.as_posix(), []) + by_name.get(stem, []) or by_stem.get(stem)
         if not found and len(folders[video.name]) == 1:
             found = by_name.get(video.name)
         if not found and len(folders[video.stem]) == 1:
@@ -531,16 +532,18 @@ def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, list[Part]]:
     best = max(matches, key=lambda column: len(matches[column]), default=None)
     if best is not None and matches[best]:
         rows_of = matches[best]
-        say(f"captions: column {best!r} of {csv_path} names {len(rows_of)} of {len(videos)} videos")
+        found = f"column {best!r} of {csv_path} names {len(rows_of)} of {len(videos)} videos"
     else:
         rows_of = match_rows((f"{row:04d}" for row in range(len(table))), videos)
-        say(f"captions: no column of {csv_path} names the videos; row 0 belongs to 0000, row 1 to 0001, and so on")
+        found = f"no column of {csv_path} names the videos; row 0 belongs to 0000, row 1 to 0001, and so on"
     if "start" in table or "end" in table:
         parts = {video: read_parts(table, video, rows_of.get(video, []), csv_path) for video in videos}
-        say(f"parts: columns start and end of {csv_path} make {sum(map(len, parts.values()))} clips of these videos")
-        return parts
-    captions = table["caption"].tolist()
-    return {video: [Part(captions[rows_of[video][0]] if video in rows_of else "")] for video in videos}
+        found += f"; its columns start and end cut them into {sum(map(len, parts.values()))} clips"
+    else:
+        captions = table["caption"].tolist()
+        parts = {video: [Part(captions[rows_of[video][0]] if video in rows_of else "")] for video in videos}
+    say(f"captions: {found}")
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -887,7 +890,9 @@ class OpenWindows:
     def take(self, window: Window) -> Clips | str:
         """Its frames, or why it has none."""
         if not window.frame_indices:
-            return f"the video shows no frame from {window.start:g} to {window.end:g} s"
+            if window.start >= window.end:
+                return f"the video ends before, at {window.end:g} s"
+            return f"no frame is shown from {window.start:g} to {window.end:g} s"
         clips = {
             size: np.stack([self.kept[index][size] for index in window.frame_indices]) for size in self.sampling.sizes
         }
@@ -1120,7 +1125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     ways.add_argument("--fps", type=number(float, 0.001), help="instead: frames sampled per second of the clip")
     add("--window", type=number(float, 0.001), help="cut each clip into windows of so many seconds, a file each")
-    add("--hop", type=number(float, 0.001), help="seconds from window to window; by default they do not overlap")
+    add("--hop", type=number(float, 0.001), help="seconds from the start of a window to the next; without it --window")
     add("--fit", choices=["squash", "crop"], default="squash", help="to the input size: whole, or the centre")
     add("--recipe", choices=["videorepa"], help="frames and sizes exactly as VideoREPA's trainer takes them")
     add("--videomae_resize_h", type=number(int, 1), default=160, help="input height of VideoMAE, VideoMAEv2 and VJEPA2")
