@@ -1,12 +1,14 @@
 """Turn a folder of videos into features of video foundation models (VFMs).
 
 In:  a folder of videos and, if there is one, a CSV of captions.
-Out: `<output_root>/<model>/<video's stem>.pt`, a dict with `feature` [T, H, W, C], `caption`, `video`, `model`,
-     `weights` and `settings`, with --preview also `thumbnails`, small frames, and pictures beside it;
-     `<output_root>/vfm_dimensions.txt`; where videos failed, `<output_root>/<model>/failed_videos.txt`.
+Out: `<output_root>/<model>/<video's stem>.pt`, or `<stem>_000.pt`, `<stem>_001.pt`, ... of its parts or windows: a dict
+     with `feature` [T, H, W, C], `caption`, `video`, `model`, `weights`, `settings`, and what the model saw:
+     `frame_indices`, `fps`, `start`, `end`, `windows`; with --preview also `thumbnails`, small frames, and pictures
+     beside it; `<output_root>/vfm_dimensions.txt`; where videos failed, `<output_root>/<model>/failed_videos.txt`.
 
     python vfm_feature.py --video_dir clips --csv_path clips.csv --output_root features
     python vfm_feature.py --video_dir clips --models VideoMAEv2 DINOv2 --allow_skip_missing
+    python vfm_feature.py --video_dir films --window 2 --fps 8         # a file for every two seconds
     python vfm_feature.py --video_dir clips --random_weights          # a dry run: no weights needed
     torchrun --nproc_per_node=4 vfm_feature.py --video_dir clips      # four GPUs share the videos
 
