@@ -1,14 +1,16 @@
 """Turn a folder of videos into features of video foundation models (VFMs).
 
 In:  a folder of videos and, if there is one, a CSV of captions.
-Out: `<output_root>/<model>/<video's stem>.pt`, a dict with `feature` [T, H, W, C], `caption`, `video`, `model`,
-     `weights`, `license` and `settings`, with --preview also `thumbnails`, small frames, and pictures beside it;
-     `<output_root>/vfm_dimensions.txt`; where videos failed, `<output_root>/<model>/failed_videos.txt`.
+Out: `<output_root>/<model>/<video's stem>.pt`, or `<stem>_000.pt`, `<stem>_001.pt`, ... of its parts or windows: a dict
+     with `feature` [T, H, W, C], `caption`, `video`, `model`, `weights`, `license`, `settings`, and what the model saw:
+     `frame_indices`, `fps`, `start`, `end`, `windows`; with --preview also `thumbnails`, small frames, and pictures
+     beside it; `<output_root>/vfm_dimensions.txt`; where videos failed, `<output_root>/<model>/failed_videos.txt`.
      With --motion_checkpoint the feature stays in memory: `<output_root>/<model>_motion/` gets what encode.py would
      make of it, and `encode_report.csv`.
 
     python vfm_feature.py --video_dir clips --csv_path clips.csv --output_root features
     python vfm_feature.py --video_dir clips --models VideoMAEv2 DINOv2 --allow_skip_missing
+    python vfm_feature.py --video_dir films --window 2 --fps 8         # a file for every two seconds
     python vfm_feature.py --video_dir clips --models DINOv2 --motion_checkpoint checkpoints/motion_ae_best.pt
     python vfm_feature.py --video_dir clips --random_weights          # a dry run: no weights needed
     torchrun --nproc_per_node=4 vfm_feature.py --video_dir clips      # four GPUs share the videos
@@ -28,6 +30,7 @@ import functools
 import inspect
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -40,11 +43,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import combinations, islice
+from itertools import combinations, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -54,7 +57,7 @@ import torch.distributed as dist
 from av.container import InputContainer
 from av.video.reformatter import ColorPrimaries
 from av.video.stream import VideoStream
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import ProcessExpired, ProcessPool
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -488,17 +491,18 @@ def extract_features(
     precision: torch.dtype = torch.float32,
     layers: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Clips -> features: uint8 RGB [B, T, H, W, 3] -> float32 [B, T/t, H/p, W/p, C * len(layers)].
+    """Clips -> features: RGB [B, T, H, W, 3] -> float32 [B, T/t, H/p, W/p, C * len(layers)].
 
-    `clips` are on `vit`'s device, of the frames and size that it was built for. `chunk`: frames in one forward pass of
-    an image model. `precision`: of the matrix products; the residual stream and the norms stay in float32. `layers`:
-    blocks, from 1, whose outputs are stacked along C; the last by default.
+    `clips` have levels of 0 to 255, in uint8 or a floating-point dtype. They are on `vit`'s device, of the frames and
+    size that it was built for. `chunk`: frames in one forward pass of an image model. `precision`: of the matrix
+    products; the residual stream and the norms stay in float32. `layers`: blocks, from 1, whose outputs are stacked
+    along C; the last by default.
     """
     mean = torch.tensor(vfm.mean, device=clips.device)
     std = torch.tensor(vfm.std, device=clips.device)
     layers = layers or [vfm.depth]
     batch, frames, height, width, _ = clips.shape
-    pixels = (clips / 255 - mean) / std
+    pixels = (clips.float() / 255 - mean) / std
     with torch.autocast(clips.device.type, dtype=precision, enabled=precision != torch.float32):
         if vfm.tubelet_size > 1:
             tokens = vit(pixels.permute(0, 4, 1, 2, 3), layers)
@@ -829,22 +833,25 @@ def to_timm_layout(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[s
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def list_videos(folder: Path) -> list[Path]:
-    """The videos of `folder`, sorted by name, hidden files left out.
+def list_videos(folder: Path, recursive: bool = False) -> list[Path]:
+    """The videos of `folder`, relative to it, sorted; hidden files are left out, and hidden folders if `recursive`.
 
     Raises `UserError` if there is none, or if two of them would write the same file.
     """
     if not folder.is_dir():
         raise UserError(f"--video_dir {folder}: no such folder")
-    by_stem: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file():
-            other = by_stem.setdefault(path.stem, path)
-            if other is not path:
-                raise UserError(f"{other.name} and {path.name} would both write {path.stem}.pt; rename one")
+    by_stem: dict[Path, Path] = {}
+    for path in sorted(folder.rglob("*") if recursive else folder.iterdir()):
+        video = path.relative_to(folder)
+        is_hidden = any(part.startswith(".") for part in video.parts)
+        if path.suffix.lower() in VIDEO_SUFFIXES and not is_hidden and path.is_file():
+            output = video.parent / video.stem
+            other = by_stem.setdefault(output, video)
+            if other is not video:
+                raise UserError(f"{other} and {video} would both write {output}.pt; rename one")
     if not by_stem:
-        suffixes = " ".join(VIDEO_SUFFIXES)
-        raise UserError(f"--video_dir {folder}: no videos in it ({suffixes}; subfolders are not searched)")
+        hint = "" if recursive else "; --recursive searches subfolders"
+        raise UserError(f"--video_dir {folder}: no videos in it ({' '.join(VIDEO_SUFFIXES)}{hint})")
     return list(by_stem.values())
 
 
@@ -876,39 +883,107 @@ def read_table(csv_path: Path) -> pd.DataFrame:
     return table.loc[:, ~table.columns.duplicated()]
 
 
-def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, int]:
-    """Which row names which video, by its file name, path or stem. If several do, the first."""
-    by_name: dict[str, int] = {}
-    by_stem: dict[str, int] = {}
+def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, list[int]]:
+    """Which rows name which video, by its path, file name or stem.
+
+    A row may say more or less of the path than `videos`, which are relative to one folder; a file name or stem alone
+    counts only where no other folder has it too.
+    """
+    depth = max(len(video.parts) for video in videos)
+    by_name: dict[str, list[int]] = {}
+    by_stem: dict[str, list[int]] = {}
     for row, text in enumerate(names):
-        name = text.strip().replace("\\", "/").split("/")[-1]
-        by_name.setdefault(name, row)
-        by_stem.setdefault(os.path.splitext(name)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name, row)
-    rows = {video: by_name.get(video.name, by_stem.get(video.stem)) for video in videos}
-    return {video: row for video, row in rows.items() if row is not None}
+        parts = text.strip().replace("\\", "/").split("/")[-depth:]
+        for first in range(len(parts)):
+            name = "/".join(parts[first:])
+            by_name.setdefault(name, []).append(row)
+            stem = os.path.splitext(name)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name
+            by_stem.setdefault(stem, []).append(row)
+    folders: dict[str, set[Path]] = {}
+    for video in videos:
+        folders.setdefault(video.name, set()).add(video.parent)
+        folders.setdefault(video.stem, set()).add(video.parent)
+    rows = {}
+    for video in videos:
+        stem = (video.parent / video.stem).as_posix()
+        found = by_name.get(video.as_posix(), []) + by_name.get(stem, []) or by_stem.get(stem)
+        if not found and len(folders[video.name]) == 1:
+            found = by_name.get(video.name)
+        if not found and len(folders[video.stem]) == 1:
+            found = by_stem.get(video.stem)
+        if found:
+            rows[video] = found
+    return rows
 
 
-def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, str]:
-    """The captions of `videos` in the column `caption` of a CSV file; empty for videos that it does not name.
+class Part(NamedTuple):
+    """What a CSV says of a video, or of one of its parts."""
+
+    caption: str | None = ""  # None: no CSV was read
+    suffix: str = ""  # of the output's stem: _000, _001, ... where the CSV has parts
+    start: float | None = None  # seconds; None: the video's beginning
+    end: float | None = None  # None: its end
+
+
+def read_seconds(text: str, where: str) -> float | None:
+    """A cell of the columns start and end; empty: None. Raises `UserError`."""
+    try:
+        seconds = float(text) if text.strip() else None
+    except ValueError:
+        seconds = math.nan
+    if seconds is not None and not 0 <= seconds < math.inf:
+        raise UserError(f"{where} is {text!r}; give seconds from the video's first frame, or nothing")
+    return seconds
+
+
+def read_parts(table: pd.DataFrame, video: Path, rows: list[int], csv_path: Path) -> list[Part]:
+    """The parts of a video that the `rows` of a table with the columns start or end say, in their order.
+
+    Raises `UserError` where a cell is no time, or a part ends before it starts.
+    """
+    parts = []
+    for index, row in enumerate(rows):
+        start, end = (
+            read_seconds(table[column][row], f"--csv_path {csv_path}: {column} of {video}") if column in table else None
+            for column in ("start", "end")
+        )
+        if end is not None and end <= (start or 0):
+            raise UserError(
+                f"--csv_path {csv_path}: a part of {video} ends at {end:g} s, but starts at {start or 0:g} s"
+            )
+        parts.append(Part(table["caption"][row], f"_{index:03d}", start, end))
+    return parts or [Part(suffix="_000")]
+
+
+def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, list[Part]]:
+    """What a CSV file says of `videos`: their captions, empty for videos that it does not name, and their parts.
 
     The column that names most of the videos, whatever its title, says whose caption a row is. If no column names any,
-    row i belongs to the video whose stem is i in four digits. Raises `UserError` where the file cannot be read or has
-    no column `caption`.
+    row i belongs to the video whose stem is i in four digits. Without the columns `start` and `end` the first row of a
+    video counts; with one of them each row is a part. Raises `UserError` where the file cannot be read, has no column
+    `caption`, and what `read_parts` refuses.
     """
     table = read_table(csv_path)
     if "caption" not in table:
         found = ", ".join(map(repr, table.columns))[:300] or "nothing"
         raise UserError(f"--csv_path {csv_path}: no column named caption; it has {found}")
-    matches = {column: match_rows(table[column], videos) for column in table.columns.drop("caption")}
+    naming = [column for column in table.columns if column not in ("caption", "start", "end")]
+    matches = {column: match_rows(table[column], videos) for column in naming}
     best = max(matches, key=lambda column: len(matches[column]), default=None)
     if best is not None and matches[best]:
-        row_of = matches[best]
-        say(f"captions: column {best!r} of {csv_path} names {len(row_of)} of {len(videos)} videos")
+        rows_of = matches[best]
+        found = f"column {best!r} of {csv_path} names {len(rows_of)} of {len(videos)} videos"
     else:
-        row_of = match_rows((f"{row:04d}" for row in range(len(table))), videos)
-        say(f"captions: no column of {csv_path} names the videos; row 0 belongs to 0000, row 1 to 0001, and so on")
-    captions = table["caption"].tolist()
-    return {video: captions[row_of[video]] if video in row_of else "" for video in videos}
+        rows_of = match_rows((f"{row:04d}" for row in range(len(table))), videos)
+        found = f"no column of {csv_path} names the videos; row 0 belongs to 0000, row 1 to 0001, and so on"
+    if "start" in table or "end" in table:
+        parts = {video: read_parts(table, video, rows_of.get(video, []), csv_path) for video in videos}
+        found += f"; its columns start and end cut them into {sum(map(len, parts.values()))} clips"
+    else:
+        captions = table["caption"].tolist()
+        parts = {video: [Part(captions[rows_of[video][0]] if video in rows_of else "")] for video in videos}
+    say(f"captions: {found}")
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -916,8 +991,27 @@ def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def frame_indices(num_available: int, num_frames: int) -> np.ndarray:
-    """`num_frames` indices spread evenly over 0 .. num_available - 1; when there are too few frames, some repeat."""
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames decoders take of each clip, and how they bring them to the models' sizes."""
+
+    num_frames: int
+    sizes: tuple[tuple[int, int], ...]  # (height, width)
+    way: str = "spread"  # or "stride": see `frame_indices`
+    fps: float | None = None  # instead: frames a second
+    window: float | None = None  # seconds: cut clips into windows that start every `hop` seconds
+    hop: float | None = None
+    fit: str = "squash"  # a key of `FITS`
+
+
+def frame_indices(num_available: int, num_frames: int, way: str = "spread") -> np.ndarray:
+    """`num_frames` of the indices 0 .. num_available - 1; when there are too few frames, some repeat.
+
+    "spread": evenly from the first to the last. "stride": at the largest whole stride from the first, as VideoREPA's
+    `finetune/datasets/utils.py` does; the last one repeats.
+    """
+    if way == "stride":
+        return np.minimum(np.arange(num_frames) * max(num_available // num_frames, 1), num_available - 1)
     return np.linspace(0, num_available - 1, num_frames).round().astype(int)
 
 
@@ -931,6 +1025,39 @@ def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     image = torch.from_numpy(frame)[None].permute(0, 3, 1, 2)  # [1, 3, H, W], by its strides channels last
     image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
     return image[0].permute(1, 2, 0).numpy()
+
+
+def crop_centre(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[H, W, 3] -> its largest centred part at the aspect ratio of `size`, by VideoREPA's rounding."""
+    height, width, _ = frame.shape
+    ratio = size[0] / size[1]
+    if height / width > ratio:
+        cut_height, cut_width = max(1, int(width * ratio)), width
+    else:
+        cut_height, cut_width = height, max(1, int(height / ratio))
+    top, left = round((height - cut_height) / 2), round((width - cut_width) / 2)
+    return frame[top : top + cut_height, left : left + cut_width]
+
+
+def crop_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [height, width, 3]: the centre at the aspect ratio of `size`, then `resize_frame`."""
+    return resize_frame(crop_centre(frame, size), size)
+
+
+def fit_like_videorepa(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W, 3] -> float16 [height, width, 3], levels from 0 to 255 and, where bicubic overshoots, beyond.
+
+    As VideoREPA's trainer does it: the centre at the aspect ratio of CogVideoX's 480 x 720, resized to that
+    (`finetune/datasets/data_transform.py`), then to the model's size (`compute_loss` of its `lora_trainer.py`).
+    """
+    image = torch.from_numpy(crop_centre(frame, VIDEOREPA_SIZE)).permute(2, 0, 1)[None].float()  # [1, 3, H, W]
+    image = F.interpolate(image, VIDEOREPA_SIZE, mode="bilinear", align_corners=True, antialias=True)
+    image = F.interpolate(image, size, mode="bicubic", align_corners=False)
+    return image[0].permute(1, 2, 0).half().numpy()
+
+
+VIDEOREPA_SIZE = (480, 720)
+FITS = {"squash": resize_frame, "crop": crop_frame, "videorepa": fit_like_videorepa}
 
 
 @contextmanager
@@ -956,18 +1083,27 @@ def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
             raise ValueError(f"cannot be read: {said}") from None
 
 
-def count_packets(path: str) -> int:
-    """How many packets of a video are shown: as many as it has frames, unless some packets hold none. Decodes nothing.
+class Packets(NamedTuple):
+    """What a video's container says of its frames."""
+
+    times: list[int | None]  # of the frames that are shown, in the order in which they are shown, in ticks
+    tick: float  # seconds
+    rate: float  # frames a second, on average
+
+
+def read_packets(path: str) -> Packets:
+    """The packets of a video that are shown: as many as it has frames, unless some packets hold none. Decodes nothing.
 
     Raises `ValueError` if the video is empty, encrypted or cut short, as far as its container can tell.
     """
     with open_track(path) as (container, stream, messages):
-        num_shown, times = 0, []
+        shown, times = [], []
         for packet in container.demux(stream):
             if packet.size:
                 if packet.has_sidedata("encryption_info") or "enc_key_id" in stream.metadata:
                     raise ValueError("encrypted")
-                num_shown += not packet.is_discard
+                if not packet.is_discard:
+                    shown.append(packet.pts)
                 times.append(packet.dts or 0)
         promised = stream.frames or round((container.duration or 0) / av.time_base * float(stream.average_rate or 0))
         missing = promised - len(times)
@@ -979,14 +1115,88 @@ def count_packets(path: str) -> int:
             missing = 0  # the container's reader saw no fault; its duration can be that of a longer sound track
         if missing > 0.5:
             raise ValueError(f"cut short: {len(times)} of {promised} frames are there")
-    if not num_shown:
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+    if not shown:
         raise ValueError("no frames")
-    return num_shown
+    return Packets(shown if None in shown else sorted(shown), float(stream.time_base), rate)
 
 
-# A decoder yields every frame that the video shows, in order, as a function that returns uint8 RGB [H, W, 3]: only the
-# frames that are wanted are converted.
-Frames = Iterator[Callable[[], np.ndarray]]
+def presentation_times(packets: Packets) -> np.ndarray:
+    """When each frame is shown, in seconds from the first; by the average rate where they do not rise."""
+    ticks = packets.times
+    if None in ticks or any(later <= earlier for earlier, later in pairwise(ticks)):
+        return np.arange(len(ticks)) / packets.rate
+    return (np.array(ticks) - ticks[0]) * packets.tick
+
+
+@dataclass(frozen=True)
+class Job:
+    """A video that is decoded once for all of its clips."""
+
+    number: int
+    path: str
+    # start and end of each clip in seconds (None: the video's), and which of its windows are wanted (None: all)
+    clips: tuple[tuple[float | None, float | None, frozenset[int] | None], ...] = ((None, None, None),)
+    failures: tuple[str, ...] = ()  # of decoders that hung or died on it
+    delivered: frozenset[Window] = frozenset()
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one feature file is made of: a clip, or the windows that it is cut into."""
+
+    clip: int  # which of its job's
+    index: int  # which of that clip's windows
+    count: int  # how many windows that clip has
+    start: float  # seconds from the video's first frame
+    end: float
+    frame_indices: tuple[int, ...]  # of the frames that the video shows; empty if it shows none in this time
+    stop: int  # the first frame behind the window
+    fps: float  # the video's average rate
+
+
+def plan_windows(job: Job, packets: Packets, sampling: Sampling) -> list[Window]:
+    """The windows of a job's clips that are wanted, in the order in which decoding completes them.
+
+    A frame belongs to a window if its time is in [start, end). Only whole windows count, but a clip shorter than one
+    is a window of its own.
+    """
+    times = presentation_times(packets)
+    video_end = times[-1] + 1 / packets.rate
+    windows = []
+    for clip, (start, end, wanted) in enumerate(job.clips):
+        start, end, count = start or 0.0, min(end or video_end, video_end), 1
+        if sampling.window:
+            count = max(1, 1 + math.floor((end - start - sampling.window + TIME_TOLERANCE) / sampling.hop))
+        for index in range(count) if wanted is None else sorted(wanted & set(range(count))):
+            begin, until = start, end
+            if sampling.window:
+                begin = start + index * sampling.hop
+                until = min(begin + sampling.window, end)
+            first, stop = np.searchsorted(times, [begin - TIME_TOLERANCE, until - TIME_TOLERANCE])
+            if until == video_end:
+                stop = len(times)
+            indices = np.array([], int)
+            if sampling.fps and first < stop:  # of each moment the frame that is shown then
+                moments = begin + np.arange(sampling.num_frames) / sampling.fps + TIME_TOLERANCE
+                indices = (np.searchsorted(times, moments, side="right") - 1).clip(first, stop - 1)
+            elif first < stop:
+                indices = first + frame_indices(stop - first, sampling.num_frames, sampling.way)
+            stop = stop if len(indices) else len(times)  # only the video's end tells that there is none
+            span = float(begin), float(until)
+            windows.append(Window(clip, index, count, *span, tuple(indices.tolist()), int(stop), packets.rate))
+    return sorted(windows, key=lambda window: window.stop)
+
+
+TIME_TOLERANCE = 1e-3  # seconds: containers such as Matroska round times to milliseconds
+
+
+class ShownFrame(NamedTuple):
+    """A frame as a decoder yields it, in the order in which the video shows them."""
+
+    to_rgb: Callable[[], np.ndarray]  # uint8 [H, W, 3]: only the frames that are wanted are converted
+    time: int | None = None  # in the container's ticks
+    is_whole: bool = True  # no damage was found up to here
 
 
 def make_converter(width: int, height: int, pixel_format: str, *colours: int) -> av.filter.Graph:
@@ -1016,7 +1226,7 @@ def to_rgb(frame: av.VideoFrame, converter: Callable[..., av.filter.Graph]) -> n
     return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def read_with_pyav(path: str) -> Frames:
+def read_with_pyav(path: str) -> Iterator[ShownFrame]:
     """Raises `ValueError` after the last frame if FFmpeg's decoder found damage.
 
     Its log counts only while all packets are keyframes: after others it also reports references that a cut removed and
@@ -1042,7 +1252,8 @@ def read_with_pyav(path: str) -> Frames:
             for frame in frames:
                 num_shown += 1
                 num_whole += not frame.is_corrupt
-                yield functools.partial(to_rgb, frame, converter)
+                is_whole = not errors and num_whole == num_shown
+                yield ShownFrame(functools.partial(to_rgb, frame, converter), frame.pts, is_whole)
             if not num_shown and not starts_whole:
                 errors.clear()
     if errors or num_whole < num_shown:
@@ -1061,7 +1272,7 @@ def check_plain(path: str) -> None:
             raise RuntimeError("not for HDR, wide gamut, display matrices, interlaced video or several tracks")
 
 
-def read_with_decord(path: str) -> Frames:
+def read_with_decord(path: str) -> Iterator[ShownFrame]:
     import decord
 
     check_plain(path)
@@ -1072,49 +1283,143 @@ def read_with_decord(path: str) -> Frames:
         frame = torch.from_dlpack(reader.next().to_dlpack()).numpy()  # without a copy
         if frame.shape[-1] != 3:  # dmlc/decord issue 336: garbled frames of some narrow videos
             raise RuntimeError(f"a frame of shape {list(frame.shape)} instead of [height, width, 3]")
-        yield lambda frame=frame: frame
+        yield ShownFrame(lambda frame=frame: frame)
 
 
-def read_with_opencv(path: str) -> Frames:
+def read_with_opencv(path: str) -> Iterator[ShownFrame]:
     import cv2
 
     check_plain(path)
     capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # else a name with % stands for numbered images
     while capture.grab():
-        yield lambda: cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
+        yield ShownFrame(lambda: cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB))
 
 
 BACKENDS = {"pyav": read_with_pyav, "decord": read_with_decord, "opencv": read_with_opencv}  # tried in this order
 
 
-def decode_clip(
-    path: str, num_frames: int, sizes: Iterable[tuple[int, int]], backend: str
-) -> dict[tuple[int, int], np.ndarray]:
-    """Sample `num_frames` frames of a video and resize them: {size: uint8 RGB [num_frames, height, width, 3]}.
+# {size: RGB [num_frames, height, width, 3]}, uint8, or float16 in VideoREPA's recipe
+Clips = dict[tuple[int, int], np.ndarray]
 
-    The video is read from its start to its end, and a second time if it shows more or fewer frames than it has packets.
-    Raises `ValueError` if the video is to blame, anything else if the decoder is.
+
+class Decoded(NamedTuple):
+    """What a decoder has of a job: a window and its frames, or why it has none; without a window, why the rest of the
+    job failed, or why a decoder gave up and the next one goes on; nothing of these: it is still at work."""
+
+    job: int
+    window: Window | None = None
+    frames: Clips | str | None = None
+    failure: str | None = None  # of one decoder
+    is_last: bool = False  # of the job
+
+
+class OpenWindows:
+    """The windows that a pass over a video has yet to deliver, and the resized frames that they share."""
+
+    def __init__(self, job: Job, windows: Iterable[Window], sampling: Sampling):
+        self.job, self.sampling = job, sampling
+        self.waiting = deque(windows)
+        self.uses = Counter(index for window in self.waiting for index in set(window.frame_indices))
+        self.kept: dict[int, dict[tuple[int, int], np.ndarray]] = {}  # by index and size
+
+    def add(self, index: int, frame: ShownFrame) -> None:
+        if index in self.uses:
+            rgb, fit = frame.to_rgb(), FITS[self.sampling.fit]
+            self.kept[index] = {size: fit(rgb, size) for size in self.sampling.sizes}
+
+    def take(self, window: Window) -> Clips | str:
+        """Its frames, or why it has none."""
+        if not window.frame_indices:
+            if window.start >= window.end:
+                return f"the video ends before, at {window.end:g} s"
+            return f"no frame is shown from {window.start:g} to {window.end:g} s"
+        clips = {
+            size: np.stack([self.kept[index][size] for index in window.frame_indices]) for size in self.sampling.sizes
+        }
+        for index in set(window.frame_indices):
+            self.uses[index] -= 1
+            if not self.uses[index]:
+                del self.kept[index]
+        return clips
+
+    def deliver(self, num_shown: int, delivered: set[Window]) -> Iterator[Decoded]:
+        """Those that are complete after `num_shown` frames; adds them to `delivered`."""
+        while self.waiting and self.waiting[0].stop <= num_shown:
+            window = self.waiting.popleft()
+            delivered.add(window)
+            yield Decoded(self.job.number, window, self.take(window), is_last=not self.waiting)
+
+
+def decode_windows(job: Job, sampling: Sampling, backend: str, delivered: set[Window]) -> Iterator[Decoded]:
+    """Decode a video, and yield its windows as they are complete; those in `delivered`, to which it adds, are left out.
+
+    The video is read from its start to the end of its last window, once, unless it shows other frames than its packets
+    say: their number counts, and their times where any clip depends on these. Then the rest of the first pass finds the
+    true ones. Raises `ValueError` if the video is to blame, anything else if the decoder is.
     """
-    path = os.path.abspath(path)  # without a folder FFmpeg would take a name such as pipe:0 for a protocol
+    path = os.path.abspath(job.path)  # without a folder FFmpeg would take a name such as pipe:0 for a protocol
     if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
         raise ValueError("its name is not in UTF-8; rename it")
-    num_available = count_packets(path)
+    packets = read_packets(path)
+    if backend != "pyav":  # the others do not tell times; without the right number of frames no window is right
+        num_shown = sum(1 for _ in BACKENDS[backend](path))
+        if num_shown != len(packets.times):
+            raise RuntimeError(f"{num_shown} frames, where the container has {len(packets.times)}")
+    has_parts = bool(sampling.window) or any(start or end for start, end, _ in job.clips)
+    times_count = backend == "pyav" and (has_parts or sampling.fps)
     while True:
-        indices, position = np.unique(frame_indices(num_available, num_frames), return_inverse=True)
-        clips: dict[tuple[int, int], list[np.ndarray]] = {size: [] for size in sizes}
-        num_shown = 0
-        for num_shown, frame in enumerate(BACKENDS[backend](path), start=1):
-            if num_shown - 1 in indices:
-                rgb = frame()
-                for size, clip in clips.items():
-                    clip.append(resize_frame(rgb, size))
-        if num_shown == num_available:
-            return {size: np.stack(clip)[position] for size, clip in clips.items()}
-        if backend != "pyav":
-            raise RuntimeError(f"{num_shown} frames, where the container has {num_available}")
-        if not num_shown:
+        planned = plan_windows(job, packets, sampling)
+        windows = OpenWindows(job, [window for window in planned if window not in delivered], sampling)
+        times: list[int | None] = []
+        as_planned = True
+        for index, frame in enumerate(BACKENDS[backend](path)):
+            times.append(frame.time)
+            is_right = index < len(packets.times) and (not times_count or frame.time == packets.times[index])
+            as_planned = as_planned and is_right and frame.is_whole
+            if has_parts and index % 1000 == 999:  # a long way to the next window is no reason to give up
+                yield Decoded(job.number)
+            if as_planned:
+                yield from windows.deliver(index, delivered)
+                if not windows.waiting:
+                    return
+                windows.add(index, frame)
+        if as_planned and len(times) == len(packets.times):
+            yield from windows.deliver(len(times), delivered)
+            return
+        if not times:
             raise ValueError("no frames: none can be decoded")
-        num_available = num_shown
+        packets = packets._replace(times=times)
+
+
+def decode_clip(
+    path: str, num_frames: int, sizes: Iterable[tuple[int, int]], backend: str = "pyav", **sampling: Any
+) -> Clips:
+    """A whole video as one clip, decoded in this process: {(height, width): RGB [num_frames, height, width, 3]}.
+
+    `sampling`: `way`, `fps`, `fit` of `Sampling`. Raises `ValueError` if the video is to blame, anything else if the
+    decoder is.
+    """
+    job = Job(0, str(path))
+    (decoded,) = decode_windows(job, Sampling(num_frames, tuple(sizes), **sampling), backend, set())
+    return decoded.frames
+
+
+def decode_jobs(jobs: Iterable[Job], sampling: Sampling) -> Iterator[Decoded]:
+    """Decode videos one after the other. Where a decoder fails, the next one goes on, unless the video is to blame."""
+    for job in jobs:
+        failures, delivered = list(job.failures), set(job.delivered)
+        for backend in list(BACKENDS)[len(failures) :]:
+            try:
+                yield from decode_windows(job, sampling, backend, delivered)
+                break
+            except ValueError as error:
+                yield Decoded(job.number, frames=" ".join(str(error).split()), is_last=True)
+                break
+            except Exception as error:  # decoders raise their own kinds
+                failures.append(f"{backend}: {' '.join(str(error).split()) or type(error).__name__}"[:300])
+                yield Decoded(job.number, failure=failures[-1])
+        else:
+            yield Decoded(job.number, frames="; ".join(failures), is_last=True)
 
 
 def start_decoder() -> None:
@@ -1133,48 +1438,93 @@ def start_decoder() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def decode_ahead(
-    videos: Iterable[Path], num_frames: int, sizes: list[tuple[int, int]], num_workers: int, timeout: float
-) -> Iterator[tuple[Path, dict[tuple[int, int], np.ndarray] | str]]:
-    """Decode videos in processes, a few ahead of the caller. Yields (video, clips by size) or (video, why it failed).
+stream: Iterator[Decoded]  # of this process
 
-    A decoder that fails, dies, or takes longer than `timeout` seconds costs only its process. Then the next decoder
-    tries, unless the video is to blame.
+
+def start_stream(jobs: list[Job], sampling: Sampling) -> None:
+    """What the process of a `Decoder` does first."""
+    global stream
+    start_decoder()
+    stream = decode_jobs(jobs, sampling)
+
+
+def decode_next() -> Decoded | None:
+    """The next of this process's `stream`; None: there is no more."""
+    return next(stream, None)
+
+
+class Decoder:
+    """A process that decodes videos one after the other, ahead of its caller; a new one where it hangs or dies."""
+
+    def __init__(
+        self, jobs: list[Job], sampling: Sampling, timeout: float, context: multiprocessing.context.BaseContext
+    ):
+        self.jobs = {job.number: job for job in jobs}  # not finished, in order
+        self.sampling, self.timeout, self.context = sampling, timeout, context
+        self.start()
+
+    def start(self) -> None:
+        self.pool = ProcessPool(1, 0, start_stream, [list(self.jobs.values()), self.sampling], self.context)
+        # one to take, one in the making
+        self.coming = deque(self.pool.schedule(decode_next, timeout=self.timeout) for _ in range(2))
+
+    def stop(self) -> None:
+        self.pool.stop()  # else the end of the program would wait for what is being decoded
+        self.pool.join()
+
+    def take(self) -> Decoded | None:
+        """What comes next; None after all."""
+        if not self.jobs:
+            return None
+        try:
+            item = self.coming.popleft().result()
+            self.coming.append(self.pool.schedule(decode_next, timeout=self.timeout))
+        except (DecodeTimeoutError, ProcessExpired) as error:
+            job = next(iter(self.jobs.values()))
+            reason = f"no end after {self.timeout:g} s (--decode_timeout)"
+            if isinstance(error, ProcessExpired):
+                reason = f"the process died ({error.exitcode})"
+            failure = f"{list(BACKENDS)[len(job.failures)]}: {reason}"
+            self.stop()
+            self.jobs[job.number] = replace(job, failures=(*job.failures, failure))
+            self.start()
+            return Decoded(job.number)
+        job = self.jobs.get(item.job)
+        if job is None or item.window in job.delivered:  # the process died between two tasks and began anew
+            return Decoded(item.job)
+        if item.failure:
+            self.jobs[item.job] = replace(job, failures=(*job.failures, item.failure))
+        if item.window:
+            self.jobs[item.job] = replace(job, delivered=job.delivered | {item.window})
+        if item.is_last:
+            del self.jobs[item.job]
+        return item
+
+
+def decode_ahead(jobs: Iterable[Job], sampling: Sampling, num_workers: int, timeout: float) -> Iterator[Decoded]:
+    """Decode videos in processes, ahead of the caller. Yields every window of each, or why it, or the job, failed.
+
+    The processes share the jobs, and the caller takes from them in turn. A decoder that fails, dies, or yields nothing
+    for `timeout` seconds costs only its process. Then the next decoder goes on, unless the video is to blame.
     """
     context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
     context.set_forkserver_preload(["torch", "av", "pandas"])  # imported once, not by each worker
-    with ProcessPool(max_workers=num_workers, initializer=start_decoder, context=context) as pool:
-
-        def schedule(video: Path, backend: str) -> ProcessFuture:
-            return pool.schedule(decode_clip, args=(str(video), num_frames, sizes, backend), timeout=timeout)
-
-        def result(video: Path, future: ProcessFuture) -> dict[tuple[int, int], np.ndarray] | str:
-            reasons = []
-            for backend in BACKENDS:
-                try:
-                    return (schedule(video, backend) if reasons else future).result()
-                except DecodeTimeoutError:
-                    reasons.append(f"{backend}: no end after {timeout:g} s (--decode_timeout)")
-                except ProcessExpired as error:
-                    reasons.append(f"{backend}: the process died ({error.exitcode})")
-                except ValueError as error:
-                    return " ".join(str(error).split())
-                except Exception as error:  # decoders raise their own kinds
-                    reasons.append(f"{backend}: {' '.join(str(error).split()) or type(error).__name__}"[:300])
-            return "; ".join(reasons)
-
-        waiting = deque()
-        videos = iter(videos)
-        try:
-            while True:
-                while len(waiting) < num_workers + 1 and (video := next(videos, None)) is not None:
-                    waiting.append((video, schedule(video, next(iter(BACKENDS)))))
-                if not waiting:
-                    return
-                video, future = waiting.popleft()
-                yield video, result(video, future)
-        finally:
-            pool.stop()  # else a caller who leaves early would wait for the clips that are being decoded
+    jobs = list(jobs)
+    decoders = deque(
+        Decoder(jobs[first::num_workers], sampling, timeout, context) for first in range(min(num_workers, len(jobs)))
+    )
+    try:
+        while decoders:
+            item = decoders[0].take()
+            if item is None:
+                decoders.popleft().stop()
+                continue
+            decoders.rotate(-1)
+            if item.frames is not None:
+                yield item
+    finally:
+        for decoder in decoders:
+            decoder.stop()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1250,7 +1600,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="blocks, from 1, whose outputs are stacked along C; without it the last of each model",
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the models run")
-    add("--num_frames", type=number(int, 1), default=48, help="frames sampled per video")
+    add("--recursive", action="store_true", help="search subfolders of --video_dir too; outputs mirror them")
+    add("--num_frames", type=number(int, 1), default=48, help="frames sampled per clip")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--sampling", choices=["spread", "stride"], default="spread", help="evenly, or at the largest whole stride"
+    )
+    ways.add_argument("--fps", type=number(float, 0.001), help="instead: frames sampled per second of the clip")
+    add("--window", type=number(float, 0.001), help="cut each clip into windows of so many seconds, a file each")
+    add("--hop", type=number(float, 0.001), help="seconds from the start of a window to the next; without it --window")
+    add("--fit", choices=["squash", "crop"], default="squash", help="to the input size: whole, or the centre")
+    add("--recipe", choices=["videorepa"], help="frames and sizes exactly as VideoREPA's trainer takes them")
     add("--videomae_resize_h", type=number(int, 1), default=Default(160), help="input height of video models")
     add("--videomae_resize_w", type=number(int, 1), default=Default(240), help="input width of video models")
     add("--dinov2_resize_h", type=number(int, 1), default=Default(420), help="input height of image models")
@@ -1283,9 +1643,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(
             "--motion_checkpoint encodes the features of one model; say with --models which one it was trained on"
         )
+    if args.hop and not args.window:
+        raise UserError(f"--hop {args.hop:g} is the distance of windows; give --window too")
+    args.hop = args.hop or args.window
+    if args.recipe:
+        given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(SET_BY_RECIPE)))
+        for flag in SET_BY_RECIPE:
+            if getattr(given, flag) is not None:
+                raise UserError(f"--recipe {args.recipe} sets --{flag}; leave one of them out")
+        args.num_frames, args.sampling, args.fit = 49, "stride", args.recipe
     resolve_paths(args)
     args.vfms, args.left_out = find_models(args)
     return args
+
+
+# What --recipe decides.
+SET_BY_RECIPE = ("num_frames", "sampling", "fps", "fit")
+SET_BY_RECIPE += ("videomae_resize_h", "videomae_resize_w", "dinov2_resize_h", "dinov2_resize_w")
 
 
 def resolve_paths(args: argparse.Namespace) -> None:
@@ -1346,14 +1720,20 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
+def frames_seen(vfm: VFM, args: argparse.Namespace) -> int:
+    """How many of a clip's frames a model sees. VideoREPA's video models do without the first."""
+    return args.num_frames - 1 if args.recipe and vfm.tubelet_size > 1 else args.num_frames
+
+
 def input_size(name: str, vfm: VFM, args: argparse.Namespace) -> tuple[int, int]:
     """The (height, width) of model `name`'s input; sizes that nobody gave are rounded to what its patch divides.
 
     Raises `UserError` where patches or tubelets do not divide what was given.
     """
     sizes = []
-    for flag, step in [("num_frames", vfm.tubelet_size), *((flag, vfm.patch_size) for flag in vfm.size_flags)]:
-        value = getattr(args, flag)
+    values = {"num_frames": frames_seen(vfm, args), **{flag: getattr(args, flag) for flag in vfm.size_flags}}
+    for flag, value in values.items():
+        step = vfm.tubelet_size if flag == "num_frames" else vfm.patch_size
         nearest = max(step, round(value / step) * step)
         if value % step and not isinstance(value, Default):
             raise UserError(f"--{flag} {value}: {name} needs a multiple of {step}; try --{flag} {nearest}")
@@ -1368,11 +1748,18 @@ def input_size(name: str, vfm: VFM, args: argparse.Namespace) -> tuple[int, int]
 
 @dataclass(frozen=True)
 class Clip:
-    """What each model makes one feature file of."""
+    """What each model makes a feature file of, or with --window a file of each window."""
 
     video: Path
-    caption: str | None  # None: no CSV was read
+    name: str  # the video's path in --video_dir
+    output: str  # the feature file's path in the model's folder, without .pt and the window's number
+    part: Part
     fingerprint: str | None  # of the video; None: it cannot be read
+
+    def describe(self, start: float | None, end: float | None) -> str:
+        """The video's name, and of which part of it something is said."""
+        bounds = [f"{word} {bound:g} s" for word, bound in (("from", start), ("to", end)) if bound is not None]
+        return " ".join([self.name, *bounds])
 
 
 @dataclass
@@ -1382,11 +1769,11 @@ class ModelRun:
     name: str
     vfm: VFM
     vit: nn.Module
-    settings: dict[str, int | str | list[int]]  # all that its features depend on, except the clip
+    settings: dict[str, Any]  # all that its features depend on, except the clip
     folder: Path
-    todo: set[Clip] = field(default_factory=set)
+    todo: dict[Clip, frozenset[int] | None] = field(default_factory=dict)  # clip -> its windows; None: all
     count: Counter = field(default_factory=Counter)  # of features written and skipped
-    failed: dict[str, str] = field(default_factory=dict)  # video's name -> reason
+    failed: dict[str, str] = field(default_factory=dict)  # what `Clip.describe` says -> reason
     shape: list[int] | None = None  # of a feature, or latent
     autoencoder: MotionFeatureAutoencoder | None = None  # encodes the features; its latents are written instead
     rows: list[dict] = field(default_factory=list)  # of the latents' report
@@ -1400,32 +1787,40 @@ class ModelRun:
     def size(self) -> tuple[int, int]:
         return self.settings["height"], self.settings["width"]
 
-    def path(self, clip: Clip) -> Path:
-        return self.folder / f"{clip.video.stem}.pt"
+    def path(self, clip: Clip, window: int) -> Path:
+        number = f"_{window:03d}" if self.settings["window"] else ""
+        return self.folder / f"{clip.output}{number}.pt"
 
-    def clip_settings(self, clip: Clip) -> dict[str, int | str | list[int] | None]:
+    def needs(self, clip: Clip, window: int) -> bool:
+        return clip in self.todo and (self.todo[clip] is None or window in self.todo[clip])
+
+    def clip_settings(self, clip: Clip) -> dict[str, Any]:
         """What the file records; a finished feature is skipped if these are the same."""
-        return {**self.settings, "video": clip.video.name, "video_fingerprint": clip.fingerprint}
+        bounds = {"start": clip.part.start, "end": clip.part.end}
+        return {**self.settings, **bounds, "video": clip.name, "video_fingerprint": clip.fingerprint}
 
 
 def list_clips(args: argparse.Namespace) -> list[Clip]:
-    """This rank's share of the clips, with their captions."""
-    videos = list_videos(args.video_dir)
-    captions: dict[Path, str] = {}
+    """The clips of this rank's share of the videos, with their captions."""
+    videos = list_videos(args.video_dir, args.recursive)
+    parts: dict[Path, list[Part]] = {}
     if args.csv_path is None:
         say(f"warning: no captions: {DEFAULT_PATHS['csv_path']} does not exist; --csv_path names another file")
     else:
-        captions = read_captions(args.csv_path, videos)
-        without = sum(not caption for caption in captions.values())
+        parts = read_captions(args.csv_path, videos)
+        without = sum(not part.caption for group in parts.values() for part in group)
         if without:
-            say(f"warning: {without} of {len(videos)} videos have no caption in {args.csv_path}")
+            total = sum(map(len, parts.values()))
+            say(f"warning: {without} of {total} videos have no caption in {args.csv_path}")
     clips = []
     for video in tqdm(videos[rank() :: num_ranks()], "looking at videos", leave=False, delay=1, disable=rank() > 0):
         try:
-            fingerprint = file_fingerprint(video)
+            fingerprint = file_fingerprint(args.video_dir / video)
         except OSError:  # decoding will say why
             fingerprint = None
-        clips.append(Clip(video, captions.get(video), fingerprint))
+        for part in parts.get(video, [Part(caption=None)]):
+            output = str(video.parent / f"{video.stem}{part.suffix}")
+            clips.append(Clip(args.video_dir / video, video.as_posix(), output, part, fingerprint))
     return clips
 
 
@@ -1434,7 +1829,7 @@ def output_folder(name: str, args: argparse.Namespace) -> Path:
     return args.output_root / (folder_name(name) + ("_motion" if args.motion_checkpoint else ""))
 
 
-def make_folders(args: argparse.Namespace) -> None:
+def make_folders(args: argparse.Namespace, clips: list[Clip]) -> None:
     """Make the models' folders. Raises `UserError` where one cannot be made or written into."""
     for name in args.vfms:
         folder = output_folder(name, args)
@@ -1446,12 +1841,13 @@ def make_folders(args: argparse.Namespace) -> None:
                 f"--output_root {args.output_root}: {folder} is no folder that can be written into "
                 f"({error.strerror}); give another folder"
             ) from error
-        remove_leftovers(folder)
+        for subfolder in {(folder / clip.output).parent for clip in clips}:
+            remove_leftovers(subfolder)
 
 
 def load_model(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
     """Load a model onto the device. Raises `ImportError` or `FileNotFoundError` if a package or weights are missing."""
-    size = input_size(name, vfm, args)
+    size, num_frames = input_size(name, vfm, args), frames_seen(vfm, args)
     asked = tuple(getattr(args, flag) for flag in vfm.size_flags)
     if size != asked:
         say(f"{name}: input size {size}, as {asked} does not divide by its patch of {vfm.patch_size}")
@@ -1461,7 +1857,7 @@ def load_model(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
         path = given or download_weights(name, vfm)
         weights = read_weights(path)
     try:
-        vit = build_vit(vfm, args.num_frames, size, weights)
+        vit = build_vit(vfm, num_frames, size, weights)
     except ValueError as error:
         raise UserError(f"{path}: not the weights of {name}: {error}") from error
     if ":" in name and vfm.tubelet_size == 1:
@@ -1469,9 +1865,14 @@ def load_model(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
     if path:
         say(f"{name}: weights {vit.weights_hash} from {path}, licence {vfm.license}")
     settings = {
-        "num_frames": args.num_frames,
+        "num_frames": num_frames,
         "height": size[0],
         "width": size[1],
+        "sampling": args.sampling,
+        "fps": args.fps,
+        "window": args.window,
+        "hop": args.hop,
+        "fit": args.fit,
         "precision": args.precision,
         "save_dtype": args.save_dtype,
         "weights": vit.weights_hash,
@@ -1512,50 +1913,73 @@ def load_models(args: argparse.Namespace) -> tuple[list[ModelRun], list[str]]:
     return runs, left_out
 
 
-def read_finished(run: ModelRun, clip: Clip) -> dict | None:
+def read_finished(run: ModelRun, clip: Clip, window: int) -> dict | None:
     """The feature file of an earlier run if it was made with the same settings; its tensors stay on disk."""
     try:
-        saved = load_checked(run.path(clip), mmap=True)
+        saved = load_checked(run.path(clip, window), mmap=True)
     except UserError:  # absent, or it cannot be read: then it is made again
         return None
     same = isinstance(saved, dict) and saved.get("settings") == run.clip_settings(clip)
     return saved if same and isinstance(saved.get(run.kind), torch.Tensor) else None
 
 
-def record(run: ModelRun, clip: Clip, data: dict, outcome: str) -> None:
-    """Count a file, whose entries are `data`, as "written" or "skipped"."""
+def record(run: ModelRun, path: Path, data: dict, outcome: str) -> None:
+    """Count the file `path`, whose entries are `data`, as "written" or "skipped"."""
     run.count[outcome] += 1
     run.shape = list(data[run.kind].shape)
     if run.autoencoder is not None:
-        file = run.path(clip).relative_to(run.folder).as_posix()
+        file = path.relative_to(run.folder).as_posix()
         figures = {name: data[name] for name in METRICS + MOVEMENT}
         run.rows.append({"file": file, **figures, "failure": "", "outcome": outcome})
 
 
+def is_finished(run: ModelRun, clip: Clip, window: int, saved: dict | None, preview: bool) -> bool:
+    """Whether an earlier run's file can stay. A caption that changed is renewed in it, and a missing preview drawn."""
+    path = run.path(clip, window)
+    undrawn = preview and not has_preview(path)
+    if saved is None or (undrawn and "thumbnails" not in saved):
+        return False
+    record(run, path, saved, "skipped")
+    if clip.part.caption is not None and clip.part.caption != saved.get("caption"):
+        save_atomically({**saved, "caption": clip.part.caption}, path)
+    if undrawn:
+        write_preview(path, saved["feature"], frames=saved["thumbnails"])
+    return True
+
+
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
-    """Fill each run's `todo`. In finished files captions that changed are renewed, and missing previews are drawn."""
+    """Fill each run's `todo`. How many windows a clip has its first file tells; without it all are made."""
     for clip in tqdm(clips, "looking for finished features", leave=False, delay=1, disable=rank() > 0):
         for run in runs:
-            saved = None if args.overwrite else read_finished(run, clip)
-            if saved is not None and clip.caption is not None and clip.caption != saved.get("caption"):
-                save_atomically({**saved, "caption": clip.caption}, run.path(clip))
-            undrawn = args.preview and not has_preview(run.path(clip))
-            if saved is None or (undrawn and "thumbnails" not in saved):
-                run.todo.add(clip)
+            first = None if args.overwrite else read_finished(run, clip, 0)
+            if first is None:
+                run.todo[clip] = None
                 continue
-            record(run, clip, saved, "skipped")
-            if undrawn:
-                write_preview(run.path(clip), saved["feature"], frames=saved["thumbnails"])
+            files = {index: read_finished(run, clip, index) for index in range(1, first["windows"])}
+            missing = [
+                index
+                for index, saved in {0: first, **files}.items()
+                if not is_finished(run, clip, index, saved, args.preview)
+            ]
+            if missing:
+                run.todo[clip] = frozenset(missing)
 
 
 def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) -> torch.Tensor:
-    """Clips uint8 [T, H, W, 3] -> features float32 [len(clips), T/t, H/p, W/p, C], on the device."""
-    batch = torch.from_numpy(np.stack(clips))
+    """Clips uint8 or float16 [T, H, W, 3] -> features float32 [len(clips), T/t, H/p, W/p, C], on the device.
+
+    In VideoREPA's recipe an image model's 1 + 48 frames become 1 + 12 steps, as the latents of CogVideoX.
+    """
+    batch = torch.from_numpy(np.stack(clips)[:, -run.settings["num_frames"] :])
     if args.device.type == "cuda":
         batch = batch.pin_memory()  # else the copy waits for the forward pass before it
     batch = batch.to(args.device, non_blocking=True)
     precision = getattr(torch, args.precision)
-    return extract_features(run.vit, run.vfm, batch, args.dinov2_chunk, precision, args.layers)
+    features = extract_features(run.vit, run.vfm, batch, args.dinov2_chunk, precision, args.layers)
+    if args.recipe and run.vfm.tubelet_size == 1:
+        fours = features[:, 1:].unflatten(1, (-1, 4)).mean(dim=2)  # [B, 12, H/p, W/p, C]
+        features = torch.cat([features[:, :1], fours], dim=1)
+    return features
 
 
 def contents(run: ModelRun, feature: torch.Tensor) -> dict[str, Any]:
@@ -1568,61 +1992,104 @@ def contents(run: ModelRun, feature: torch.Tensor) -> dict[str, Any]:
     return made
 
 
-def save_feature(run: ModelRun, clip: Clip, feature: torch.Tensor, frames: np.ndarray, preview: bool) -> None:
-    """Write the file of a clip, its feature [T, H, W, C] or the latent of that, and its preview. `run` records the
+def save_feature(
+    run: ModelRun, clip: Clip, window: Window, feature: torch.Tensor, frames: np.ndarray, preview: bool
+) -> None:
+    """Write the file of a window, its feature [T, H, W, C] or the latent of that, and its preview. `run` records the
     success, or why it failed."""
     try:
         made = contents(run, feature)
     except UserError as error:
-        run.failed[clip.video.name] = str(error)
+        bounds = (window.start, window.end) if run.settings["window"] else (clip.part.start, clip.part.end)
+        run.failed[clip.describe(*bounds)] = str(error)
         return
     data = {
         **made,
-        "caption": clip.caption or "",
-        "video": clip.video.name,
+        "caption": clip.part.caption or "",
+        "video": clip.name,
         "model": run.name,
         "weights": run.settings["weights"],
         "license": run.vfm.license,
         "settings": run.clip_settings(clip),
+        "frame_indices": list(window.frame_indices[-run.settings["num_frames"] :]),
+        "fps": window.fps,
+        "start": window.start,
+        "end": window.end,
+        "windows": window.count,
     }
-    pictures = thumbnails(frames) if preview else None
+    path = run.path(clip, window.index)
+    pictures = thumbnails(frames.round().clip(0, 255).astype(np.uint8)) if preview else None
     if preview and run.kind == "feature":  # whose preview can be drawn again from its file
         data["thumbnails"] = pictures
-    save_atomically(data, run.path(clip))
+    save_atomically(data, path)
     if preview:
-        write_preview(run.path(clip), feature.cpu(), data.get("latent"), pictures)
-    record(run, clip, data, "written")
+        write_preview(path, feature.cpu(), data.get("latent"), pictures)
+    record(run, path, data, "written")
+
+
+def decode_todo(
+    runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace
+) -> Iterator[tuple[Clip, Window | None, Clips | str]]:
+    """All windows that any run needs, and their frames, or why there are none; without a window: of the rest of a clip.
+
+    A video is decoded once for all of its clips.
+    """
+    left: dict[Clip, set[int] | None] = {}  # windows to come
+    by_video: dict[Path, list[Clip]] = {}
+    for clip in clips:
+        wanted = [run.todo[clip] for run in runs if clip in run.todo]
+        if wanted:
+            left[clip] = None if None in wanted else set().union(*wanted)
+            by_video.setdefault(clip.video, []).append(clip)
+    jobs = []
+    for video, group in by_video.items():
+        parts = [(clip.part.start, clip.part.end, left[clip] and frozenset(left[clip])) for clip in group]
+        jobs.append(Job(len(jobs), str(video), tuple(parts)))
+    groups = list(by_video.values())
+    sizes = tuple(sorted({run.size for run in runs}))
+    sampling = Sampling(args.num_frames, sizes, args.sampling, args.fps, args.window, args.hop, args.fit)
+    with (
+        tqdm(total=sum(len(windows or [0]) for windows in left.values()), unit="clip", disable=rank() > 0) as bar,
+        closing(decode_ahead(jobs, sampling, args.num_workers, args.decode_timeout)) as decoded,
+    ):
+        for item in decoded:
+            if item.window is None:
+                for clip in groups[item.job]:
+                    if left[clip] is None or left[clip]:
+                        yield clip, None, item.frames
+                        bar.update(len(left[clip] or [0]))
+                continue
+            clip = groups[item.job][item.window.clip]
+            if left[clip] is None:
+                left[clip] = set(range(item.window.count))
+                bar.total += item.window.count - 1
+            left[clip].discard(item.window.index)
+            yield clip, item.window, item.frames
+            bar.update()
 
 
 def extract(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
-    """Decode each video once, run every model that still needs it, and record failures.
+    """Run every model on the clips that it still needs, and record failures.
 
     Decoding runs ahead in processes. Writing runs one batch behind in a thread, so that a GPU need not wait for it.
     """
-    todo = [clip for clip in clips if any(clip in run.todo for run in runs)]
-    if not todo:
-        return
-    videos, sizes = [clip.video for clip in todo], sorted({run.size for run in runs})
-    with (
-        tqdm(total=len(todo), unit="video", disable=rank() > 0) as bar,
-        ThreadPoolExecutor(max_workers=1) as writer,
-        closing(decode_ahead(videos, args.num_frames, sizes, args.num_workers, args.decode_timeout)) as decoded,
-    ):
-        decoded_clips = zip(todo, decoded, strict=True)
+    with ThreadPoolExecutor(max_workers=1) as writer, closing(decode_todo(runs, clips, args)) as decoded:
         writes: list[Future] = []
-        while batch := [(clip, frames) for clip, (_, frames) in islice(decoded_clips, args.batch_size)]:
+        while batch := list(islice(decoded, args.batch_size)):
             earlier_writes, writes = writes, []
             for run in runs:
-                needed = [(clip, frames) for clip, frames in batch if clip in run.todo]
-                run.failed |= {clip.video.name: reason for clip, reason in needed if isinstance(reason, str)}
-                good = [(clip, frames[run.size]) for clip, frames in needed if not isinstance(frames, str)]
+                good = []
+                for clip, window, frames in batch:
+                    if isinstance(frames, str) and clip in run.todo:
+                        run.failed[clip.describe(clip.part.start, clip.part.end)] = frames
+                    elif window and not isinstance(frames, str) and run.needs(clip, window.index):
+                        good.append((clip, window, frames[run.size]))
                 if good:
-                    features = forward(run, [frames for _, frames in good], args)
-                    for (clip, frames), feature in zip(good, features, strict=True):
-                        writes.append(writer.submit(save_feature, run, clip, feature, frames, args.preview))
+                    features = forward(run, [frames for *_, frames in good], args)
+                    for (clip, window, frames), feature in zip(good, features, strict=True):
+                        writes.append(writer.submit(save_feature, run, clip, window, feature, frames, args.preview))
             for write in earlier_writes:
                 write.result()
-            bar.update(len(batch))
         for write in writes:
             write.result()
 
@@ -1649,7 +2116,7 @@ def report(runs: list[ModelRun], left_out: list[str], output_root: Path) -> None
             "failed": len(run.failed),
             run.kind: str(run.shape or "-"),
             "dtype": run.settings["save_dtype"],
-            "MB": round(sum(path.stat().st_size for path in run.folder.glob("*.pt")) / 1e6, 1),
+            "MB": round(sum(path.stat().st_size for path in run.folder.rglob("*.pt")) / 1e6, 1),
             "folder": str(run.folder),
         }
         for run in runs
@@ -1691,7 +2158,7 @@ def main() -> int:
     if args.preview:
         check_preview_packages()
     clips = list_clips(args)
-    make_folders(args)
+    make_folders(args, clips)
     if args.random_weights:
         say("warning: --random_weights: a dry run; the features will mean NOTHING")
     runs: list[ModelRun] = []

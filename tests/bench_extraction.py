@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
 import vfm_feature as vfm  # noqa: E402
 from model import open_device, reuse_memory  # noqa: E402
 
@@ -98,7 +99,7 @@ def extraction_seconds(folder: Path, models: list[str], num_frames: int, *flags:
         args = vfm.parse_args([*command, "--random_weights", "--output_root", out])
         args.device = open_device(args.device)
         clips = vfm.list_clips(args)
-        vfm.make_folders(args)
+        vfm.make_folders(args, clips)
         runs, _ = vfm.load_models(args)
         vfm.plan(runs, clips, args)
         start = time.perf_counter()
@@ -135,7 +136,7 @@ def read_plainly(clip: str) -> float:
 
 def decoding_seconds(clip: str, sizes: list[tuple[int, int]]) -> float:
     """Processor seconds of decoding and resizing 48 frames, as a decoding process does it."""
-    return seconds(lambda: vfm.decode_clip(clip, 48, sizes, "pyav"), time.process_time)
+    return seconds(lambda: vfm.decode_clip(clip, 48, sizes), time.process_time)
 
 
 def in_process(start: Callable[[], None] | None = None) -> multiprocessing.pool.Pool:

@@ -253,7 +253,10 @@ def decode_corpus(folder: Path, shows: dict[str, np.ndarray | None]) -> dict[str
     start = time.perf_counter()
     verdicts: dict[str, Counter] = {}
     paths = [folder / file for file in shows]
-    for path, clips in vfm.decode_ahead(tqdm(paths, unit="video"), NUM_FRAMES, [(96, 128)], 2, timeout=60):
+    jobs = [vfm.Job(number, str(path)) for number, path in enumerate(paths)]
+    sampling = vfm.Sampling(NUM_FRAMES, ((96, 128),))
+    for decoded in tqdm(vfm.decode_ahead(jobs, sampling, 2, timeout=60), unit="video", total=len(jobs)):
+        path, clips = paths[decoded.job], decoded.frames
         kind = {"cut": "cut", "rot": "bit rot"}.get(path.name.split("_")[0], "whole")
         kind = "not a video" if shows[path.name] is None else kind
         verdict = judge(shows[path.name], clips)

@@ -114,6 +114,31 @@ MISTAKES = [
         "vfm_feature.py --video_dir clips --models VideoMAE --motion_checkpoint ck/motion_ae_epoch1.pt",
         "--motion_checkpoint ck/motion_ae_epoch1.pt was trained on features of C = 12, but VideoMAE's have 24; give",
     ),
+    ("vfm_feature.py --video_dir clips --sampling random", "argument --sampling: invalid choice: 'random'"),
+    ("vfm_feature.py --video_dir clips --sampling stride --fps 8", "--fps: not allowed with argument --sampling"),
+    ("vfm_feature.py --video_dir clips --fps 0", "argument --fps: 0 must be >= 0.001"),
+    ("vfm_feature.py --video_dir clips --window nan", "argument --window: nan must be >="),
+    ("vfm_feature.py --video_dir clips --hop 2", "--hop 2 is the distance of windows; give --window too"),
+    ("vfm_feature.py --video_dir clips --fit stretch", "argument --fit: invalid choice: 'stretch'"),
+    ("vfm_feature.py --video_dir clips --recipe repa", "argument --recipe: invalid choice: 'repa'"),
+    ("vfm_feature.py --video_dir clips --recipe videorepa --fps 8", "--recipe videorepa sets --fps; leave one of them"),
+    (
+        "vfm_feature.py --video_dir clips --recipe videorepa --num_frames 48",
+        "--recipe videorepa sets --num_frames; leave one of them out",
+    ),
+    (
+        "vfm_feature.py --video_dir clips --recipe videorepa --dinov2_resize_w 630",
+        "--recipe videorepa sets --dinov2_resize_w; leave one of them out",
+    ),
+    ("vfm_feature.py --video_dir empty --recursive", "--video_dir empty: no videos in it"),
+    (
+        "vfm_feature.py --video_dir clips --csv_path clock.csv",
+        "--csv_path clock.csv: start of a.mp4 is '1:20'; give seconds from the video's first frame, or nothing",
+    ),
+    (
+        "vfm_feature.py --video_dir clips --csv_path backwards.csv",
+        "--csv_path backwards.csv: a part of a.mp4 ends at 2 s, but starts at 3 s",
+    ),
     ("vfm_feature.py --video-dir clips", "unrecognized arguments: --video-dir clips"),
     ("train.py --feature_dir missing", "missing is not a folder"),
     ("train.py --feature_dir empty", "empty holds no"),
@@ -167,6 +192,8 @@ def test_mistakes_end_in_one_line(command, message, trained, run_here):
     (folder / "latin.csv").write_bytes("caption\ncafé\n".encode("latin-1"))
     (folder / "unquoted.csv").write_text("video,caption\na.mp4,a dog, running\nb.mp4,a cat, asleep\n")
     (folder / "ragged.csv").write_text("caption,video\na,b\na,b,c,d\n")
+    (folder / "clock.csv").write_text("video,caption,start\na,a dog,1:20\n")
+    (folder / "backwards.csv").write_text("video,caption,start,end\na,a dog,3,2\n")
     for name in ("same_name/a.pt", "same_name/a.pth"):
         save(folder / name, torch.zeros(2, 3, 12))
     script, *arguments = command.split()

@@ -451,7 +451,9 @@ def test_captions(tmp_path, table, expected):
     (tmp_path / "captions.csv").write_text(table, encoding="utf-8")
     videos = {name: Path("somewhere") / name for name in expected}
     captions = vfm.read_captions(tmp_path / "captions.csv", list(videos.values()))
-    assert {name: captions[video] for name, video in videos.items()} == expected
+    assert {name: [part.caption for part in captions[video]] for name, video in videos.items()} == {
+        name: [caption] for name, caption in expected.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,352 @@
+"""vfm_feature.py: which frames of a video, from which part of it, at what size."""
+
+import functools
+import signal
+import subprocess
+import sys
+import time
+
+import av
+import numpy as np
+import pytest
+import torch
+from bench_faults import judge, make_corpus
+from draw_clips import draw_frame, write_video
+from made_up import ROOT, SMALL
+
+import vfm_feature as vfm
+from model import UserError, find_features
+
+VIDEOMAE = [*SMALL, "--models", "VideoMAE"]
+
+
+@pytest.fixture
+def run_here(run_here):
+    return functools.partial(run_here, "vfm_feature.py")
+
+
+def gray_clip(path, num_frames, times=None):
+    """A clip of 10 frames a second whose frame i has the gray level 4 * i; or frame i is shown at `times[i]` ms."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10, options={"q": "2"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        stream.codec_context.time_base = vfm.Fraction(1, 1000)
+        for index in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 4 * index, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = (times[index] if times else 100 * index), vfm.Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def windows_of(path, num_frames=3, clips=((None, None, None),), **sampling):
+    """What decoding delivers, checked against the levels of the frames that it names."""
+    sampling = vfm.Sampling(num_frames, ((48, 64),), **sampling)
+    found = []
+    for decoded in vfm.decode_windows(vfm.Job(0, str(path), tuple(clips)), sampling, "pyav", set()):
+        if decoded.window and isinstance(decoded.frames, dict):
+            levels = decoded.frames[48, 64].mean(axis=(1, 2, 3)) / 4
+            assert np.abs(levels - decoded.window.frame_indices).max() < 0.5
+        found.append(decoded)
+    return found
+
+
+def saved(path):
+    return torch.load(path, weights_only=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which frames
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("available", [30, 49, 97, 110, 129])
+def test_stride_takes_the_frames_of_videorepa_s_loader(available):
+    theirs = list(range(available)) if available < 49 else list(range(0, available, available // 49))[:49]
+    theirs += [available - 1] * (49 - len(theirs))
+    assert vfm.frame_indices(available, 49, "stride").tolist() == theirs
+
+
+@pytest.mark.parametrize(
+    ("part", "fps", "expected"),
+    [
+        ((None, None), 5.0, [0, 2, 4, 6]),
+        ((None, None), 20.0, [0, 0, 1, 1]),
+        ((0.3, 0.6), 10.0, [3, 4, 5, 5]),  # the last repeats when the part is over
+        ((0.25, None), 10.0, [3, 3, 4, 5]),  # frame 2 is shown at 0.25 s, but does not belong to the part
+        ((1.5, None), 2.0, [15, 19, 19, 19]),
+    ],
+)
+def test_frames_a_second(tmp_path, part, fps, expected):
+    (decoded,) = windows_of(gray_clip(tmp_path / "a.mkv", 20), 4, [(*part, None)], fps=fps)
+    assert list(decoded.window.frame_indices) == expected and decoded.is_last
+    assert decoded.window.fps == pytest.approx(10)
+
+
+def test_times_are_the_container_s(tmp_path):
+    """Frames 0 to 9 are shown for 0.1 s each, the rest for 0.3 s."""
+    times = [100 * i if i < 10 else 1000 + 300 * (i - 10) for i in range(20)]
+    path = gray_clip(tmp_path / "a.mkv", 20, times)
+    (decoded,) = windows_of(path, 4, [(0.9, 2.0, None)], fps=5.0)
+    assert list(decoded.window.frame_indices) == [9, 10, 11, 11]  # at 0.9, 1.1, 1.3 and 1.5 s
+    (decoded,) = windows_of(path, 5, [(0.9, 2.0, None)])
+    assert list(decoded.window.frame_indices) == [9, 10, 11, 12, 13]
+
+
+def test_times_that_do_not_rise_give_way_to_the_average_rate():
+    packets = vfm.Packets([0, 100, 100, 200], 0.001, 10.0)
+    assert vfm.presentation_times(packets).tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert vfm.presentation_times(packets._replace(times=[0, None, 5, 6]))[-1] == pytest.approx(0.3)
+    assert vfm.presentation_times(packets._replace(times=[50, 100, 190])).tolist() == pytest.approx([0, 0.05, 0.14])
+
+
+@pytest.mark.parametrize(
+    ("window", "hop", "expected"),
+    [
+        (0.5, 0.5, [(0.0, 0.5), (0.5, 1.0), (1.0, 1.5), (1.5, 2.0)]),
+        (0.8, 0.8, [(0.0, 0.8), (0.8, 1.6)]),  # the rest is shorter than a window
+        (1.0, 0.5, [(0.0, 1.0), (0.5, 1.5), (1.0, 2.0)]),
+        (3.0, 3.0, [(0.0, 2.0)]),  # and here all there is
+    ],
+)
+def test_windows(tmp_path, window, hop, expected):
+    found = windows_of(gray_clip(tmp_path / "a.mkv", 20), window=window, hop=hop)
+    assert [(item.window.start, item.window.end) for item in found] == [pytest.approx(span) for span in expected]
+    assert [item.is_last for item in found] == [False] * (len(expected) - 1) + [True]
+    for item, (start, end) in zip(found, expected, strict=True):
+        assert item.window.frame_indices[0] == round(10 * start)
+        assert item.window.frame_indices[-1] == round(10 * end) - 1
+
+
+def test_every_window_shows_the_frames_that_it_names(tmp_path):
+    """In videos that hide frames, start without a keyframe, or whose packets tell other times than their frames."""
+    shows = make_corpus(tmp_path, seed=1, cuts=0, rotten=0)
+    sampling = vfm.Sampling(4, ((96, 128),), window=0.3, hop=0.2)
+    lying = ("copied.mp4", "keyless.mkv", "hidden_packets.webm", "mpeg4.avi", "mpeg2_interlaced.mpg", "rotated_90.mp4")
+    for name in lying:
+        found = [
+            item
+            for item in vfm.decode_windows(vfm.Job(0, str(tmp_path / name)), sampling, "pyav", set())
+            if item.window
+        ]
+        assert [item.window.index for item in found] == list(range(found[0].window.count)) and len(found) > 1, name
+        assert found[-1].window.frame_indices[-1] <= len(shows[name]) - 1
+        for item in found:
+            part = shows[name][list(item.window.frame_indices)]  # four frames, of which all are sampled
+            assert judge(part, item.frames) == "right", (name, item.window)
+
+
+def test_damage_costs_the_clips_behind_it(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "5", "bf": "0", "crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in range(40):
+            frame = np.ascontiguousarray(draw_frame(2, index / 39, 48, 64)[..., ::-1])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    middle = (data.index(b"mdat") + data.index(b"moov", data.index(b"mdat"))) // 2
+    data[middle : middle + 60] = bytes(60)
+    path.write_bytes(data)
+    found = []
+    with pytest.raises(ValueError, match=r"^damaged: \d+ of 40 frames are whole"):
+        for item in windows_of_any(path, window=0.5, hop=0.5):
+            found.append(item.window.index)
+    assert found == list(range(len(found))) and 2 <= len(found) <= 5
+
+
+def windows_of_any(path, **sampling):
+    yield from vfm.decode_windows(vfm.Job(0, str(path)), vfm.Sampling(3, ((48, 64),), **sampling), "pyav", set())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# At what size
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pattern_clip(frames, height, width):
+    t, y, x, c = np.ogrid[:frames, :height, :width, :3]
+    return ((3 * t + 2 * y + x + 80 * c + (t * y * x) // 97) % 256).astype(np.uint8)
+
+
+# The pixels that VideoREPA's own code (commit 8002687: the transform of its data set, then `compute_loss` up to the
+# model) makes of clips filled by the rule above, brought back to levels of 0 to 255.
+RECIPE_PIXELS = {  # (height, width) of the clip, the model's size: their mean, and the pixel at [frame, y, x]
+    ((288, 512), (160, 240)): (
+        127.527,
+        {
+            (0, 0, 0): [41.197, 121.197, 201.197],
+            (1, 80, 80): [237.325, 61.325, 141.325],
+            (2, 159, 239): [238.807, 62.807, 142.807],
+        },
+    ),
+    ((288, 512), (420, 630)): (
+        127.53,
+        {
+            (0, 0, 0): [40.062, 120.062, 200.062],
+            (1, 210, 210): [233.801, 57.801, 137.801],
+            (2, 419, 629): [249.582, 73.582, 153.582],
+        },
+    ),
+    ((480, 272), (160, 240)): (
+        127.54,
+        {
+            (0, 0, 0): [44.193, 124.193, 204.193],
+            (1, 80, 80): [29.852, 109.852, 189.852],
+            (2, 159, 239): [209.892, 33.892, 113.892],
+        },
+    ),
+    ((243, 321), (420, 630)): (
+        127.611,
+        {
+            (0, 0, 0): [28.024, 108.024, 188.024],
+            (1, 210, 210): [226.631, 50.631, 130.631],
+            (2, 419, 629): [224.991, 48.991, 128.991],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("clip", "size"), RECIPE_PIXELS)
+def test_the_recipe_s_pixels_are_videorepa_s(clip, size):
+    mean, figures = RECIPE_PIXELS[clip, size]
+    ours = np.stack([vfm.fit_like_videorepa(frame, size) for frame in pattern_clip(3, *clip)]).astype(np.float32)
+    assert abs(ours.mean() - mean) < 0.01
+    for place, expected in figures.items():
+        assert np.abs(ours[place] - expected).max() < 0.1  # of which float16 may take 0.0625
+
+
+def test_crop_takes_the_centre_and_squash_all(tmp_path):
+    frame = draw_frame(0, 0.5, 90, 200)
+    assert np.array_equal(vfm.crop_frame(frame, (60, 90)), vfm.resize_frame(frame[:, 32:167], (60, 90)))
+    tall = np.ascontiguousarray(frame.transpose(1, 0, 2))
+    assert np.array_equal(vfm.crop_frame(tall, (60, 90)), vfm.resize_frame(tall[70:130], (60, 90)))
+    write_video(tmp_path / "a.avi", [frame] * 2, "MJPG")
+    whole, centre = (vfm.decode_clip(tmp_path / "a.avi", 2, [(60, 90)], fit=fit)[60, 90] for fit in ("squash", "crop"))
+    rgb = frame[..., ::-1]
+    assert np.abs(whole[0] - vfm.resize_frame(np.ascontiguousarray(rgb), (60, 90)).astype(int)).mean() < 3
+    assert np.abs(centre[0] - vfm.crop_frame(np.ascontiguousarray(rgb), (60, 90)).astype(int)).mean() < 3
+
+
+def test_the_recipe_from_end_to_end(tmp_path, run_here):
+    """48 of 49 frames for video models, 1 + 12 steps of the 49 for image models."""
+    path = gray_clip(tmp_path / "clips" / "a.mkv", 60)
+    command = ["--video_dir", tmp_path / "clips", "--output_root", tmp_path, "--random_weights", "--num_workers", 1]
+    result = run_here(*command, "--models", "VideoMAEv2", "DINOv2", "--recipe", "videorepa", "--preview")
+    assert result.returncode == 0, result.stderr
+    video, image = saved(tmp_path / "VideoMAEv2" / "a.pt"), saved(tmp_path / "DINOv2" / "a.pt")
+    assert video["feature"].shape == (24, 10, 15, 24) and video["frame_indices"] == list(range(1, 49))
+    assert image["feature"].shape == (13, 30, 45, 24) and image["frame_indices"] == list(range(49))
+    assert (video["settings"]["fit"], video["settings"]["num_frames"]) == ("videorepa", 48)
+    clips = vfm.decode_clip(path, 49, [(160, 240), (420, 630)], way="stride", fit="videorepa")
+    for model, size, data in (("VideoMAEv2", (160, 240), video), ("DINOv2", (420, 630), image)):
+        frames = torch.from_numpy(clips[size])[-len(data["frame_indices"]) :][None]
+        assert frames.dtype == torch.float16
+        vit = vfm.build_vit(vfm.VFMS[model], frames.shape[1], size)
+        feature = vfm.extract_features(vit, vfm.VFMS[model], frames)[0]
+        if model == "DINOv2":
+            feature = torch.stack([feature[0], *(feature[i : i + 4].mean(0) for i in range(1, 49, 4))])
+        torch.testing.assert_close(data["feature"], feature, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def counts(result):
+    """[written, skipped, failed] of VideoMAE."""
+    assert result.returncode == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if line.startswith("VideoMAE"))
+    return [int(number) for number in line.split()[1:4]]
+
+
+def test_parts_of_a_csv(tmp_path, run_here):
+    gray_clip(tmp_path / "clips" / "a.mkv", 20)
+    gray_clip(tmp_path / "clips" / "b.mkv", 8)
+    table = tmp_path / "parts.csv"
+    rows = ["video,start,end,caption", "a,1,1.5,late", "a,,0.5,early", "a,0.4,,long", "a,5,6,behind the end"]
+    table.write_text("\n".join(rows))
+    command = ["--video_dir", tmp_path / "clips", "--csv_path", table, "--output_root", tmp_path, *VIDEOMAE]
+    assert counts(run_here(*command)) == [4, 0, 1]
+    out = tmp_path / "VideoMAE"
+    failures = (out / "failed_videos.txt").read_text()
+    assert failures == "a.mkv from 5 s to 6 s\tthe video ends before, at 2 s\n"
+    assert [path.name for path in sorted(out.glob("*.pt"))] == ["a_000.pt", "a_001.pt", "a_002.pt", "b_000.pt"]
+    expected = {
+        "a_000": ("late", 1.0, 1.5, [10, 11, 13, 14]),
+        "a_001": ("early", 0.0, 0.5, [0, 1, 3, 4]),
+        "a_002": ("long", 0.4, 2.0, [4, 9, 14, 19]),
+        "b_000": ("", 0.0, 0.8, [0, 2, 5, 7]),
+    }
+    for stem, (caption, start, end, indices) in expected.items():
+        data = saved(out / f"{stem}.pt")
+        assert (data["caption"], data["frame_indices"], data["fps"]) == (caption, indices, 10)
+        assert (data["start"], data["end"]) == pytest.approx((start, end))
+    table.write_text("\n".join(rows[:-1]).replace("0.4", "0.6").replace("early", "first"))
+    assert counts(run_here(*command)) == [1, 3, 0]
+    assert saved(out / "a_001.pt")["caption"] == "first" and saved(out / "a_002.pt")["frame_indices"][0] == 6
+    assert not (out / "failed_videos.txt").exists()
+
+
+def test_windows_are_made_once(tmp_path, run_here):
+    gray_clip(tmp_path / "clips" / "a.mkv", 20)
+    command = ["--video_dir", tmp_path / "clips", "--output_root", tmp_path, *VIDEOMAE, "--window", 0.5]
+    out = tmp_path / "VideoMAE"
+    assert counts(run_here(*command)) == [4, 0, 0]
+    assert [path.name for path in sorted(out.glob("*.pt"))] == [f"a_{index:03d}.pt" for index in range(4)]
+    second = saved(out / "a_001.pt")
+    assert (second["start"], second["end"], second["windows"]) == (0.5, 1.0, 4)
+    assert second["frame_indices"] == [5, 6, 8, 9] and second["video"] == "a.mkv"
+    assert counts(run_here(*command)) == [0, 4, 0]
+    (out / "a_002.pt").unlink()
+    assert counts(run_here(*command)) == [1, 3, 0]
+    assert counts(run_here(*command, "--hop", 0.25)) == [7, 0, 0]
+    assert counts(run_here(*command, "--hop", 0.25, "--fps", 5)) == [7, 0, 0]
+
+
+def test_windows_of_a_run_that_was_killed(tmp_path, run_here):
+    for name in ("a", "b"):
+        gray_clip(tmp_path / "clips" / f"{name}.mkv", 60)
+    arguments = ["--video_dir", tmp_path / "clips", "--output_root", tmp_path, *VIDEOMAE, "--window", 0.2]
+    arguments += ["--num_workers", 2]
+    command = [sys.executable, ROOT / "vfm_feature.py", *arguments, "--device", "cpu"]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    out = tmp_path / "VideoMAE"
+    while len(list(out.glob("*.pt"))) < 5:
+        time.sleep(0.005)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for path in out.glob("*.pt"):  # made by large models: those of this process are small
+        data = saved(path)
+        assert data["feature"].shape == (2, 2, 3, 768)
+    finished = {path: path.read_bytes() for path in out.glob("*.pt")}
+    written, skipped, failed = counts(run_here(*arguments))
+    assert (written + skipped, failed) == (60, 0) and skipped == len(finished)
+    assert all(path.read_bytes() == content for path, content in finished.items())
+    assert len(list(out.glob("[!.]*.pt"))) == 60
+
+
+def test_a_folder_of_folders(tmp_path, run_here):
+    for name in ("x/a", "y/a", "y/z/b", ".hidden/c", "d"):
+        gray_clip(tmp_path / "clips" / f"{name}.mkv", 4)
+    (tmp_path / "captions.csv").write_text(
+        "path,caption\nsomewhere/x/a.mkv,one\ny/a,two\nold/b.mkv,three\na.mkv,none\n"
+    )
+    command = ["--video_dir", tmp_path / "clips", "--csv_path", tmp_path / "captions.csv", "--output_root", tmp_path]
+    assert counts(run_here(*command, *VIDEOMAE, "--recursive")) == [4, 0, 0]
+    out = tmp_path / "VideoMAE"
+    found = {path.relative_to(out).as_posix(): saved(path) for path in find_features(out)}
+    assert {name: (data["video"], data["caption"]) for name, data in found.items()} == {
+        "x/a.pt": ("x/a.mkv", "one"),
+        "y/a.pt": ("y/a.mkv", "two"),
+        "y/z/b.pt": ("y/z/b.mkv", "three"),
+        "d.pt": ("d.mkv", ""),
+    }
+    assert counts(run_here(*command, *VIDEOMAE, "--recursive")) == [0, 4, 0]
+    with pytest.raises(UserError, match=r"y/a\.avi and y/a\.mkv would both write y/a\.pt"):
+        (tmp_path / "clips" / "y" / "a.avi").touch()
+        vfm.list_videos(tmp_path / "clips", recursive=True)
