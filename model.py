@@ -39,7 +39,7 @@ LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, o
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
 CONTENT = 1 / 20  # scale of the embedding's channels of content
-FARTHEST = 0.5  # cells a step beside the camera's movement: what seems to go farther has changed its look
+FARTHEST = 0.45  # cells that each pass can add to a cell's movement
 REST = 0.01  # cells a step: movement below it counts as rest
 OVER_TIME = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)  # weights of five steps: aliasing alternates, motion does not
 TOKENS = 2**14  # tokens that `encode_long` takes at once
@@ -584,49 +584,62 @@ def warp(maps: Tensor, flow: Tensor) -> Tensor:
     )
 
 
-def motion_between(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The motion from feature maps a to b [N, P, H, W]: least squares on the slopes of their channels (Lucas and Kanade
-    1981), of the whole frame first, then of each cell. Both are drawn towards no further motion where texture is low.
+def motion_equations(a: Tensor, b: Tensor, flow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lucas and Kanade's equations (1981) for the motion from feature maps a to b [N, P, H, W] beyond `flow`
+    [N, 2, H, W]: at each inner cell matrix [N, 2, 2, h, w] @ further motion = vector [N, 2, h, w]. Third, the squared
+    change [N, h, w] that `flow` leaves."""
+    before, after = warp(a, -flow / 2), warp(b, flow / 2)
+    change, middle = inner(after - before), (before + after) / 2  # [N, P, h, w], [N, P, H, W]
+    slopes = inner(torch.stack([slope(middle, 3), slope(middle, 2)], dim=1))  # [N, 2, P, h, w]
+    matrix = torch.einsum("niphw,njphw->nijhw", slopes, slopes)
+    return matrix, -torch.einsum("niphw,nphw->nihw", slopes, change), change.square().sum(dim=1)
 
-    The camera's four numbers come in two passes: the second sees the maps warped by the first's result (large motion),
-    and both trust a cell less the more it changes beside the others (objects). A cell's flow is that of its 3 x 3
-    neighbours. Returns the camera's motion [N, 4], and of the `inner` cells the flow [N, 2, h, w], the squared change
-    that it leaves [N, h, w], and the squared slopes [N, h, w].
+
+def camera_motion(a: Tensor, b: Tensor) -> Tensor:
+    """The camera's motion [N, 4] from feature maps a to b [N, P, H, W], by least squares over the frame: right and down
+    in cells, turn in radians, zoom as a logarithm. Drawn towards none where texture is low.
+
+    The second pass sees the maps warped by the first one's result (large motion). Both trust a cell less the more it
+    changes beside the others (objects).
     """
     flows = camera_flows(*a.shape[-2:], a)
     inner_flows = inner(flows)
     floor = STILL**2 * a.shape[1]
     camera = a.new_zeros(len(a), 4)
     for _ in range(2):
-        known = torch.einsum("nk,kihw->nihw", camera, flows)
-        before, after = warp(a, -known / 2), warp(b, known / 2)
-        change = inner(after - before)  # [N, P, h, w]
-        middle = (before + after) / 2
-        slopes = inner(torch.stack([slope(middle, 3), slope(middle, 2)], dim=1))  # [N, 2, P, h, w]
-        # at each cell, matrix [N, 2, 2, h, w] @ further flow = vector [N, 2, h, w]
-        matrix = torch.einsum("niphw,njphw->nijhw", slopes, slopes)
-        vector = -torch.einsum("niphw,nphw->nihw", slopes, change)
-        left = change.square().sum(dim=1)  # [N, h, w]
+        matrix, vector, left = motion_equations(a, b, torch.einsum("nk,kihw->nihw", camera, flows))
         median = left.flatten(1).median(dim=1).values[:, None, None]
         trust = (1 / (1 + left / (median + floor))).detach()
         normal = torch.einsum("nhw,kihw,nijhw,ljhw->nkl", trust, inner_flows, matrix, inner_flows)
         damping = 1e-3 * normal.diagonal(dim1=1, dim2=2) + floor * left[0].numel()
         right_side = torch.einsum("nhw,kihw,nihw->nk", trust, inner_flows, vector)
-        step = torch.linalg.solve(normal + damping.diag_embed(), right_side)
-        camera = camera + step
+        camera = camera + torch.linalg.solve(normal + damping.diag_embed(), right_side)
+    return camera
 
-    further = torch.einsum("nk,kihw->nihw", step, inner_flows)  # since the last warp
-    missed = vector - torch.einsum("nijhw,njhw->nihw", matrix, further)
-    near = nn.functional.avg_pool2d(
-        torch.cat([matrix.flatten(1, 2), missed], dim=1), 3, stride=1, padding=1, count_include_pad=False
-    ).permute(0, 2, 3, 1)  # [N, h, w, 6]
-    texture = matrix.diagonal(dim1=1, dim2=2).sum(dim=-1)  # [N, h, w]
-    damping = (0.015 * texture.mean(dim=(1, 2)) + floor)[:, None, None, None].expand(-1, 1, 1, 2).diag_embed()
-    own = torch.linalg.solve(near[..., :4].unflatten(-1, (2, 2)) + damping, near[..., 4:])  # [N, h, w, 2]
-    own = own / (own.norm(dim=-1, keepdim=True) / FARTHEST).clamp_min(1)
-    further = further + own.permute(0, 3, 1, 2)
-    saved = further * (2 * vector - torch.einsum("nijhw,njhw->nihw", matrix, further))
-    return camera, inner(known) + further, (left - saved.sum(dim=1)).clamp_min(0), texture
+
+def cell_motion(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The motion of each inner cell from feature maps a to b [N, P, H, W], right and down in cells, [N, 2, h, w], by
+    least squares over its 3 x 3 neighbours; the squared change [N, h, w] that it leaves; and the squared slopes there.
+
+    Four passes, each of which sees the maps warped by the one before and adds at most `FARTHEST`: what changes by more
+    than that has changed its look, not its place. Not begun from the camera's motion, which may be none of the cell's.
+    """
+    (height, width), floor = a.shape[-2:], STILL**2 * a.shape[1]
+    flow = torch.zeros_like(inner(a[:, :2]))
+    border = (width - flow.shape[3]) // 2, (height - flow.shape[2]) // 2
+    for _ in range(4):
+        full = nn.functional.pad(flow, (border[0], border[0], border[1], border[1]), mode="replicate")
+        matrix, vector, left = motion_equations(a, b, full)
+        near = nn.functional.avg_pool2d(
+            torch.cat([matrix.flatten(1, 2), vector], dim=1), 3, stride=1, padding=1, count_include_pad=False
+        ).permute(0, 2, 3, 1)  # [N, h, w, 6]
+        texture = matrix.diagonal(dim1=1, dim2=2).sum(dim=-1)  # [N, h, w]
+        damping = (0.02 * texture.mean(dim=(1, 2)) + floor)[:, None, None, None].expand(-1, 1, 1, 2).diag_embed()
+        step = torch.linalg.solve(near[..., :4].unflatten(-1, (2, 2)) + damping, near[..., 4:])  # [N, h, w, 2]
+        step = (step / (step.norm(dim=-1, keepdim=True) / FARTHEST).clamp_min(1)).permute(0, 3, 1, 2)
+        saved = step * (2 * vector - torch.einsum("nijhw,njhw->nihw", matrix, step))
+        flow, left = flow + step, (left - saved.sum(dim=1)).clamp_min(0)
+    return flow, left, texture
 
 
 def motion_channels(maps: Tensor) -> Tensor:
@@ -638,7 +651,8 @@ def motion_channels(maps: Tensor) -> Tensor:
             return maps.new_zeros(batch, 1, len(FRAME_MOTION + REGION_MOTION), dtype=torch.float32)
         maps = maps.float().permute(0, 1, 4, 2, 3)
         a, b = maps[:, :-1].flatten(0, 1), maps[:, 1:].flatten(0, 1)  # [N, P, H, W], N = B * (T - 1)
-        camera, flow, left, texture = motion_between(a, b)
+        camera = camera_motion(a, b)
+        flow, left, texture = cell_motion(a, b)
         regions = nn.functional.adaptive_avg_pool2d(flow, REGIONS).permute(0, 2, 3, 1).flatten(1)  # [N, 12]
 
         signed = torch.cat([flow.mean(dim=(2, 3)), camera, regions], dim=1).unflatten(0, (batch, -1))
