@@ -41,7 +41,9 @@ STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
 CONTENT = 1 / 20  # scale of the embedding's channels of content
 FARTHEST = 0.45  # cells that each pass can add to a cell's movement
 REST = 0.01  # cells a step: movement below it counts as rest
-OVER_TIME = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)  # weights of five steps: aliasing alternates, motion does not
+# Weights of the time steps around each, that movement is smoothed by: aliasing alternates, motion does not.
+CELLS_OVER_TIME = (1 / 4, 2 / 4, 1 / 4)
+CAMERA_OVER_TIME = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 TOKENS = 2**14  # tokens that `encode_long` takes at once
 TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
 LEFTOVER_SECONDS = 24 * 3600  # after which a half-written file is nobody's
@@ -642,6 +644,12 @@ def cell_motion(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return flow, left, texture
 
 
+def smooth_over_time(x: Tensor, weights: tuple[float, ...]) -> Tensor:
+    """x [B, T, C] -> each step's weighted mean over the steps around it; the first and the last repeat."""
+    padded = nn.functional.pad(x.mT, (len(weights) // 2,) * 2, mode="replicate")
+    return sum(weight * padded[..., k : k + x.shape[1]] for k, weight in enumerate(weights)).mT
+
+
 def motion_channels(maps: Tensor) -> Tensor:
     """How the picture moves, from feature maps [B, T, H, W, P] whose channels have a root mean square near 1:
     [B, T, M], the channels of `FRAME_MOTION`, then of `REGION_MOTION`, in float32. Differentiable; 0 at t = 0."""
@@ -655,10 +663,10 @@ def motion_channels(maps: Tensor) -> Tensor:
         flow, left, texture = cell_motion(a, b)
         regions = nn.functional.adaptive_avg_pool2d(flow, REGIONS).permute(0, 2, 3, 1).flatten(1)  # [N, 12]
 
-        signed = torch.cat([flow.mean(dim=(2, 3)), camera, regions], dim=1).unflatten(0, (batch, -1))
-        padded = nn.functional.pad(signed.mT, (2, 2), mode="replicate")  # [B, channels, T + 3]
-        signed = sum(weight * padded[..., k : k + length - 1] for k, weight in enumerate(OVER_TIME)).mT
-        mean, shift, turn_zoom, regions = signed.split([2, 2, 2, regions.shape[1]], dim=2)  # [B, T - 1, channels]
+        cells = torch.cat([flow.mean(dim=(2, 3)), regions], dim=1)
+        cells = smooth_over_time(cells.unflatten(0, (batch, -1)), CELLS_OVER_TIME)  # [B, T - 1, channels]
+        mean, regions = cells.split([2, regions.shape[1]], dim=2)
+        shift, turn_zoom = smooth_over_time(camera.unflatten(0, (batch, -1)), CAMERA_OVER_TIME).split(2, dim=2)
 
         floor = STILL**2 * channels
         change = inner((b - a).square().sum(dim=1)).mean(dim=(1, 2))  # [N]
