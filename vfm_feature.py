@@ -1888,7 +1888,7 @@ def load_autoencoder(args: argparse.Namespace) -> MotionFeatureAutoencoder:
     wanted = autoencoder.config["input_dim"]
     for name, vfm in args.vfms.items():
         channels = vfm.embed_dim * len(args.layers or [1])
-        if channels != wanted:
+        if channels not in (0, wanted):  # 0: timm's name alone does not say it; then `encode_clip` checks
             raise UserError(
                 f"--motion_checkpoint {args.motion_checkpoint} was trained on features of C = {wanted}, but {name}'s "
                 f"have {channels}; give a checkpoint that was trained on these, or another model with --models"
