@@ -43,7 +43,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import combinations, islice, pairwise
 from pathlib import Path
@@ -890,30 +890,23 @@ def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, list[int]
     counts only where no other folder has it too.
     """
     depth = max(len(video.parts) for video in videos)
-    by_name: dict[str, list[int]] = {}
-    by_stem: dict[str, list[int]] = {}
+    rows: dict[str, list[int]] = {}
     for row, text in enumerate(names):
         parts = text.strip().replace("\\", "/").split("/")[-depth:]
         for first in range(len(parts)):
             name = "/".join(parts[first:])
-            by_name.setdefault(name, []).append(row)
             stem = os.path.splitext(name)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name
-            by_stem.setdefault(stem, []).append(row)
-    folders: dict[str, set[Path]] = {}
+            for key in {name, stem}:
+                rows.setdefault(key, []).append(row)
+    count = Counter(name for video in videos for name in {video.name, video.stem})
+    matches = {}
     for video in videos:
-        folders.setdefault(video.name, set()).add(video.parent)
-        folders.setdefault(video.stem, set()).add(video.parent)
-    rows = {}
-    for video in videos:
-        stem = (video.parent / video.stem).as_posix()
-        found = by_name.get(video.as_posix(), []) + by_name.get(stem, []) or by_stem.get(stem)
-        if not found and len(folders[video.name]) == 1:
-            found = by_name.get(video.name)
-        if not found and len(folders[video.stem]) == 1:
-            found = by_stem.get(video.stem)
-        if found:
-            rows[video] = found
-    return rows
+        keys = [video.as_posix(), video.with_suffix("").as_posix()]
+        keys += [name for name in (video.name, video.stem) if count[name] == 1]
+        key = next((key for key in keys if key in rows), None)
+        if key is not None:
+            matches[video] = rows[key]
+    return matches
 
 
 class Part(NamedTuple):
@@ -1129,16 +1122,16 @@ def presentation_times(packets: Packets) -> np.ndarray:
     return (np.array(ticks) - ticks[0]) * packets.tick
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """A video that is decoded once for all of its clips."""
+    """A video that is decoded once for all of its clips, and what has come of it."""
 
     number: int
     path: str
     # start and end of each clip in seconds (None: the video's), and which of its windows are wanted (None: all)
     clips: tuple[tuple[float | None, float | None, frozenset[int] | None], ...] = ((None, None, None),)
-    failures: tuple[str, ...] = ()  # of decoders that hung or died on it
-    delivered: frozenset[Window] = frozenset()
+    failures: list[str] = field(default_factory=list)  # of decoders; the next one goes on
+    delivered: set[Window] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -1165,14 +1158,12 @@ def plan_windows(job: Job, packets: Packets, sampling: Sampling) -> list[Window]
     video_end = times[-1] + 1 / packets.rate
     windows = []
     for clip, (start, end, wanted) in enumerate(job.clips):
-        start, end, count = start or 0.0, min(end or video_end, video_end), 1
-        if sampling.window:
-            count = max(1, 1 + math.floor((end - start - sampling.window + TIME_TOLERANCE) / sampling.hop))
+        start, end = start or 0.0, min(end or video_end, video_end)
+        length, hop = sampling.window or video_end, sampling.hop or video_end
+        count = 1 + max(0, math.floor((end - start - length + TIME_TOLERANCE) / hop))
         for index in range(count) if wanted is None else sorted(wanted & set(range(count))):
-            begin, until = start, end
-            if sampling.window:
-                begin = start + index * sampling.hop
-                until = min(begin + sampling.window, end)
+            begin = start + index * hop
+            until = min(begin + length, end)
             first, stop = np.searchsorted(times, [begin - TIME_TOLERANCE, until - TIME_TOLERANCE])
             if until == video_end:
                 stop = len(times)
@@ -1316,9 +1307,10 @@ class Decoded(NamedTuple):
 class OpenWindows:
     """The windows that a pass over a video has yet to deliver, and the resized frames that they share."""
 
-    def __init__(self, job: Job, windows: Iterable[Window], sampling: Sampling):
+    def __init__(self, job: Job, packets: Packets, sampling: Sampling):
         self.job, self.sampling = job, sampling
-        self.waiting = deque(windows)
+        planned = plan_windows(job, packets, sampling)
+        self.waiting = deque(window for window in planned if window not in job.delivered)
         self.uses = Counter(index for window in self.waiting for index in set(window.frame_indices))
         self.kept: dict[int, dict[tuple[int, int], np.ndarray]] = {}  # by index and size
 
@@ -1342,16 +1334,16 @@ class OpenWindows:
                 del self.kept[index]
         return clips
 
-    def deliver(self, num_shown: int, delivered: set[Window]) -> Iterator[Decoded]:
-        """Those that are complete after `num_shown` frames; adds them to `delivered`."""
+    def deliver(self, num_shown: int) -> Iterator[Decoded]:
+        """Those that are complete after `num_shown` frames."""
         while self.waiting and self.waiting[0].stop <= num_shown:
             window = self.waiting.popleft()
-            delivered.add(window)
+            self.job.delivered.add(window)
             yield Decoded(self.job.number, window, self.take(window), is_last=not self.waiting)
 
 
-def decode_windows(job: Job, sampling: Sampling, backend: str, delivered: set[Window]) -> Iterator[Decoded]:
-    """Decode a video, and yield its windows as they are complete; those in `delivered`, to which it adds, are left out.
+def decode_windows(job: Job, sampling: Sampling, backend: str) -> Iterator[Decoded]:
+    """Decode a video, and yield those of its windows that were not delivered before, as they are complete.
 
     The video is read from its start to the end of its last window, once, unless it shows other frames than its packets
     say: their number counts, and their times where any clip depends on these. Then the rest of the first pass finds the
@@ -1368,8 +1360,7 @@ def decode_windows(job: Job, sampling: Sampling, backend: str, delivered: set[Wi
     has_parts = bool(sampling.window) or any(start or end for start, end, _ in job.clips)
     times_count = backend == "pyav" and (has_parts or sampling.fps)
     while True:
-        planned = plan_windows(job, packets, sampling)
-        windows = OpenWindows(job, [window for window in planned if window not in delivered], sampling)
+        windows = OpenWindows(job, packets, sampling)
         times: list[int | None] = []
         as_planned = True
         for index, frame in enumerate(BACKENDS[backend](path)):
@@ -1379,12 +1370,12 @@ def decode_windows(job: Job, sampling: Sampling, backend: str, delivered: set[Wi
             if has_parts and index % 1000 == 999:  # a long way to the next window is no reason to give up
                 yield Decoded(job.number)
             if as_planned:
-                yield from windows.deliver(index, delivered)
+                yield from windows.deliver(index)
                 if not windows.waiting:
                     return
                 windows.add(index, frame)
         if as_planned and len(times) == len(packets.times):
-            yield from windows.deliver(len(times), delivered)
+            yield from windows.deliver(len(times))
             return
         if not times:
             raise ValueError("no frames: none can be decoded")
@@ -1399,27 +1390,23 @@ def decode_clip(
     `sampling`: `way`, `fps`, `fit` of `Sampling`. Raises `ValueError` if the video is to blame, anything else if the
     decoder is.
     """
-    job = Job(0, str(path))
-    (decoded,) = decode_windows(job, Sampling(num_frames, tuple(sizes), **sampling), backend, set())
+    (decoded,) = decode_windows(Job(0, str(path)), Sampling(num_frames, tuple(sizes), **sampling), backend)
     return decoded.frames
 
 
-def decode_jobs(jobs: Iterable[Job], sampling: Sampling) -> Iterator[Decoded]:
-    """Decode videos one after the other. Where a decoder fails, the next one goes on, unless the video is to blame."""
-    for job in jobs:
-        failures, delivered = list(job.failures), set(job.delivered)
-        for backend in list(BACKENDS)[len(failures) :]:
-            try:
-                yield from decode_windows(job, sampling, backend, delivered)
-                break
-            except ValueError as error:
-                yield Decoded(job.number, frames=" ".join(str(error).split()), is_last=True)
-                break
-            except Exception as error:  # decoders raise their own kinds
-                failures.append(f"{backend}: {' '.join(str(error).split()) or type(error).__name__}"[:300])
-                yield Decoded(job.number, failure=failures[-1])
-        else:
-            yield Decoded(job.number, frames="; ".join(failures), is_last=True)
+def decode_job(job: Job, sampling: Sampling) -> Iterator[Decoded]:
+    """Decode a video. Where a decoder fails, the next one goes on, unless the video is to blame."""
+    for backend in list(BACKENDS)[len(job.failures) :]:
+        try:
+            yield from decode_windows(job, sampling, backend)
+            return
+        except ValueError as error:
+            yield Decoded(job.number, frames=" ".join(str(error).split()), is_last=True)
+            return
+        except Exception as error:  # decoders raise their own kinds
+            job.failures.append(f"{backend}: {' '.join(str(error).split()) or type(error).__name__}"[:300])
+            yield Decoded(job.number, failure=job.failures[-1])
+    yield Decoded(job.number, frames="; ".join(job.failures), is_last=True)
 
 
 def start_decoder() -> None:
@@ -1438,84 +1425,86 @@ def start_decoder() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-stream: Iterator[Decoded]  # of this process
+streams: deque[Iterator[Decoded]] = deque()  # of this process: what it has of each of its videos
 
 
-def start_stream(jobs: list[Job], sampling: Sampling) -> None:
-    """What the process of a `Decoder` does first."""
-    global stream
-    start_decoder()
-    stream = decode_jobs(jobs, sampling)
-
-
-def decode_next() -> Decoded | None:
-    """The next of this process's `stream`; None: there is no more."""
-    return next(stream, None)
+def decode_next(jobs: list[Job], sampling: Sampling) -> Decoded | None:
+    """What this process has next of its videos, to which `jobs` are added; None: it has no more."""
+    streams.extend(decode_job(job, sampling) for job in jobs)
+    while streams:
+        item = next(streams[0], None)
+        if item is not None:
+            return item
+        streams.popleft()
+    return None
 
 
 class Decoder:
     """A process that decodes videos one after the other, ahead of its caller; a new one where it hangs or dies."""
 
-    def __init__(
-        self, jobs: list[Job], sampling: Sampling, timeout: float, context: multiprocessing.context.BaseContext
-    ):
-        self.jobs = {job.number: job for job in jobs}  # not finished, in order
+    def __init__(self, sampling: Sampling, timeout: float, context: multiprocessing.context.BaseContext):
         self.sampling, self.timeout, self.context = sampling, timeout, context
+        self.jobs: dict[int, Job] = {}  # that the process was given and has not finished, in order
         self.start()
 
     def start(self) -> None:
-        self.pool = ProcessPool(1, 0, start_stream, [list(self.jobs.values()), self.sampling], self.context)
-        # one to take, one in the making
-        self.coming = deque(self.pool.schedule(decode_next, timeout=self.timeout) for _ in range(2))
+        self.pool = ProcessPool(1, 0, start_decoder, context=self.context)
+        self.coming: deque[Future] = deque()
 
     def stop(self) -> None:
         self.pool.stop()  # else the end of the program would wait for what is being decoded
         self.pool.join()
 
-    def take(self) -> Decoded | None:
-        """What comes next; None after all."""
+    def ask(self, jobs: Iterable[Job] = ()) -> None:
+        """Ask the process for one more thing, and give it `jobs`."""
+        jobs = list(jobs)
+        self.jobs |= {job.number: job for job in jobs}
+        self.coming.append(self.pool.schedule(decode_next, [jobs, self.sampling], timeout=self.timeout))
+
+    def take(self, further: Iterator[Job]) -> Decoded | None:
+        """What comes next; None after all. For a video that is finished the process is given one of `further`."""
         if not self.jobs:
             return None
+        job, item = next(iter(self.jobs.values())), None
         try:
             item = self.coming.popleft().result()
-            self.coming.append(self.pool.schedule(decode_next, timeout=self.timeout))
         except (DecodeTimeoutError, ProcessExpired) as error:
-            job = next(iter(self.jobs.values()))
             reason = f"no end after {self.timeout:g} s (--decode_timeout)"
             if isinstance(error, ProcessExpired):
                 reason = f"the process died ({error.exitcode})"
-            failure = f"{list(BACKENDS)[len(job.failures)]}: {reason}"
+            job.failures.append(f"{list(BACKENDS)[len(job.failures)]}: {reason}")
+        if item is None:  # it hung or died; or it died between two tasks, and a new one knows of no videos
             self.stop()
-            self.jobs[job.number] = replace(job, failures=(*job.failures, failure))
             self.start()
+            self.ask(self.jobs.values())
+            self.ask()
             return Decoded(job.number)
-        job = self.jobs.get(item.job)
-        if job is None or item.window in job.delivered:  # the process died between two tasks and began anew
-            return Decoded(item.job)
         if item.failure:
-            self.jobs[item.job] = replace(job, failures=(*job.failures, item.failure))
+            job.failures.append(item.failure)
         if item.window:
-            self.jobs[item.job] = replace(job, delivered=job.delivered | {item.window})
+            job.delivered.add(item.window)
         if item.is_last:
             del self.jobs[item.job]
+        self.ask(islice(further, 1) if item.is_last else ())
         return item
 
 
-def decode_ahead(jobs: Iterable[Job], sampling: Sampling, num_workers: int, timeout: float) -> Iterator[Decoded]:
+def decode_ahead(jobs: Sequence[Job], sampling: Sampling, num_workers: int, timeout: float) -> Iterator[Decoded]:
     """Decode videos in processes, ahead of the caller. Yields every window of each, or why it, or the job, failed.
 
-    The processes share the jobs, and the caller takes from them in turn. A decoder that fails, dies, or yields nothing
-    for `timeout` seconds costs only its process. Then the next decoder goes on, unless the video is to blame.
+    Each process has two jobs, the one that it is at and the next, and the caller takes from the processes in turn. A
+    decoder that fails, dies, or yields nothing for `timeout` seconds costs only its process. Then the next decoder goes
+    on, unless the video is to blame.
     """
     context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
     context.set_forkserver_preload(["torch", "av", "pandas"])  # imported once, not by each worker
-    jobs = list(jobs)
-    decoders = deque(
-        Decoder(jobs[first::num_workers], sampling, timeout, context) for first in range(min(num_workers, len(jobs)))
-    )
+    decoders = deque(Decoder(sampling, timeout, context) for _ in range(min(num_workers, len(jobs))))
+    further = iter(jobs)
+    for decoder in [*decoders, *decoders]:
+        decoder.ask(islice(further, 1))
     try:
         while decoders:
-            item = decoders[0].take()
+            item = decoders[0].take(further)
             if item is None:
                 decoders.popleft().stop()
                 continue

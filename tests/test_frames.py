@@ -44,7 +44,7 @@ def windows_of(path, num_frames=3, clips=((None, None, None),), **sampling):
     """What decoding delivers, checked against the levels of the frames that it names."""
     sampling = vfm.Sampling(num_frames, ((48, 64),), **sampling)
     found = []
-    for decoded in vfm.decode_windows(vfm.Job(0, str(path), tuple(clips)), sampling, "pyav", set()):
+    for decoded in vfm.decode_windows(vfm.Job(0, str(path), tuple(clips)), sampling, "pyav"):
         if decoded.window and isinstance(decoded.frames, dict):
             levels = decoded.frames[48, 64].mean(axis=(1, 2, 3)) / 4
             assert np.abs(levels - decoded.window.frame_indices).max() < 0.5
@@ -125,11 +125,7 @@ def test_every_window_shows_the_frames_that_it_names(tmp_path):
     sampling = vfm.Sampling(4, ((96, 128),), window=0.3, hop=0.2)
     lying = ("copied.mp4", "keyless.mkv", "hidden_packets.webm", "mpeg4.avi", "mpeg2_interlaced.mpg", "rotated_90.mp4")
     for name in lying:
-        found = [
-            item
-            for item in vfm.decode_windows(vfm.Job(0, str(tmp_path / name)), sampling, "pyav", set())
-            if item.window
-        ]
+        found = [item for item in vfm.decode_windows(vfm.Job(0, str(tmp_path / name)), sampling, "pyav") if item.window]
         assert [item.window.index for item in found] == list(range(found[0].window.count)) and len(found) > 1, name
         assert found[-1].window.frame_indices[-1] <= len(shows[name]) - 1
         for item in found:
@@ -158,7 +154,7 @@ def test_damage_costs_the_clips_behind_it(tmp_path):
 
 
 def windows_of_any(path, **sampling):
-    yield from vfm.decode_windows(vfm.Job(0, str(path)), vfm.Sampling(3, ((48, 64),), **sampling), "pyav", set())
+    yield from vfm.decode_windows(vfm.Job(0, str(path)), vfm.Sampling(3, ((48, 64),), **sampling), "pyav")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
