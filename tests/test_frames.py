@@ -1,6 +1,7 @@
 """vfm_feature.py: which frames of a video, from which part of it, at what size."""
 
 import functools
+import os
 import signal
 import subprocess
 import sys
@@ -25,15 +26,15 @@ def run_here(run_here):
     return functools.partial(run_here, "vfm_feature.py")
 
 
-def gray_clip(path, num_frames, times=None):
+def gray_clip(path, num_frames, times=None, width=64):
     """A clip of 10 frames a second whose frame i has the gray level 4 * i; or frame i is shown at `times[i]` ms."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mjpeg", rate=10, options={"q": "2"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        stream.width, stream.height, stream.pix_fmt = width, 48, "yuvj420p"
         stream.codec_context.time_base = vfm.Fraction(1, 1000)
         for index in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 4 * index, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.full((48, width, 3), 4 * index, np.uint8), format="rgb24")
             frame.pts, frame.time_base = (times[index] if times else 100 * index), vfm.Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -155,6 +156,42 @@ def test_damage_costs_the_clips_behind_it(tmp_path):
 
 def windows_of_any(path, **sampling):
     yield from vfm.decode_windows(vfm.Job(0, str(path)), vfm.Sampling(3, ((48, 64),), **sampling), "pyav")
+
+
+def test_a_decoder_that_ends_amid_windows_is_followed_by_the_next(tmp_path):
+    """PyAV hangs, dies or fails at frame 10 of 30, by the video; decord goes on with the windows that are left."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import av, ctypes, os\n"
+        "class Graph(av.filter.Graph):\n"
+        "    def add_buffer(self, width, **options):\n"
+        "        self.width = width\n"
+        "        return super().add_buffer(width=width, **options)\n"
+        "    def vpush(self, frame):\n"
+        "        if frame.pts >= 1000:\n"
+        "            if self.width == 32: ctypes.PyDLL(None).sleep(1000)\n"
+        "            if self.width == 48: os.kill(os.getpid(), 11)\n"
+        "            raise RuntimeError('no more')\n"
+        "        super().vpush(frame)\n"
+        "av.filter.Graph = Graph\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, vfm_feature as vfm\n"
+        "if __name__ == '__main__':\n"
+        "    jobs = [vfm.Job(number, path) for number, path in enumerate(sys.argv[1:])]\n"
+        "    sampling = vfm.Sampling(5, ((48, 64),), window=0.5, hop=0.5)\n"
+        "    for item in vfm.decode_ahead(jobs, sampling, 1, 3):\n"
+        "        levels = item.frames[48, 64].mean(axis=(1, 2, 3)) / 4\n"
+        "        print(item.job, item.window.index, *levels.round().astype(int))\n"
+    )
+    clips = [gray_clip(tmp_path / f"{width}.mkv", 30, width=width) for width in (32, 48, 64)]
+    command = [sys.executable, script, *clips]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    found = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    assert sorted(found) == [
+        (job, window, *range(5 * window, 5 * window + 5)) for job in range(3) for window in range(6)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
