@@ -1245,7 +1245,7 @@ def draw_clip(
         curves.axhline(0, color="lightgrey", linewidth=0.8)
         curves.tick_params(labelsize=7)
         curves.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
-        cursors += [curves.axvline(step, color="tab:red") for step in steps]
+        cursors += [curves.axvline(step, color="tab:red", linewidth=2, clip_on=False) for step in steps]
     return figure, images, cursors
 
 
