@@ -53,6 +53,7 @@ from model import (
     num_ranks,
     number,
     open_device,
+    origin,
     print_summary,
     rank,
     remove_leftovers,
@@ -172,6 +173,7 @@ def encode_file(
                 raise UserError(f"{path}: N is {feature.shape[1]}, but --grid is {grid[0]} x {grid[1]}")
             feature = feature.unflatten(1, grid)
         try:
+            model.check_origin(origin(metadata))
             result = encode_clip(model, feature, FeatureErrors(), args.save_reconstruction)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None

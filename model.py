@@ -725,6 +725,7 @@ class MotionFeatureAutoencoder(nn.Module):
         super().__init__()
         config = Config(*args, **kwargs)
         self.config = asdict(config)
+        self.trained_on = ""  # `origin` of the features
         self.code = SpaceTimeCode(config)
         self.encoder = MotionFeatureEncoder(config)
         self.decoder = MotionFeatureDecoder(config)
@@ -750,10 +751,19 @@ class MotionFeatureAutoencoder(nn.Module):
         try:
             model = cls(**checkpoint["config"])
             model.load_state_dict(weights)
+            model.trained_on = str(checkpoint.get("trained_on", ""))
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path} does not fit this version's model, train anew: {reason[:400]}") from None
         return model.eval().requires_grad_(False)
+
+    def check_origin(self, made_by: str) -> None:
+        """Raise `UserError` for features of another `origin` than the training features', where both are known."""
+        if made_by and self.trained_on and made_by != self.trained_on:
+            raise UserError(
+                f"the checkpoint was trained on features of {self.trained_on}, not of {made_by}; give the one that was "
+                "trained on these"
+            )
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, T, N, C] or [B, T, H, W, C] -> latent, differentiable in x."""
@@ -947,6 +957,14 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
         if is_size and len(grid) == 2 and grid[0] * grid[1] == shape[1]:
             metadata["grid"] = list(grid)
     return feature.detach(), metadata
+
+
+def origin(metadata: dict[str, Any]) -> str:
+    """What a feature comes from, as far as its file says: the VFM, its weights and layers; "" if it does not."""
+    if not {"model", "weights"} <= metadata.keys():
+        return ""
+    layers = f", layers {metadata['layers']}" if "layers" in metadata else ""
+    return f"{metadata['model']} (weights {metadata['weights']}{layers})"
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:

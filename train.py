@@ -56,6 +56,7 @@ from model import (
     num_ranks,
     number,
     open_device,
+    origin,
     rank,
     remove_leftovers,
     run_script,
@@ -128,6 +129,7 @@ class FeatureFile(NamedTuple):
     path: Path
     shape: tuple[int, ...]  # T, N or T, H, W
     content: str  # `file_fingerprint`
+    origin: str
 
 
 def look_at_files(folder: Path, input_dim: int) -> list[FeatureFile]:
@@ -135,10 +137,10 @@ def look_at_files(folder: Path, input_dim: int) -> list[FeatureFile]:
 
     def look(path: Path) -> FeatureFile | UserError:
         try:
-            feature, _ = load_feature(path, input_dim, mmap=True)
+            feature, metadata = load_feature(path, input_dim, mmap=True)
         except UserError as error:
             return error
-        return FeatureFile(path, tuple(feature.shape[:-1]), file_fingerprint(path))
+        return FeatureFile(path, tuple(feature.shape[:-1]), file_fingerprint(path), origin(metadata))
 
     paths = find_features(folder)
     with ThreadPoolExecutor() as pool:
@@ -150,6 +152,9 @@ def look_at_files(folder: Path, input_dim: int) -> list[FeatureFile]:
         say(f"warning: {error}")
     if errors:
         raise UserError(f"{len(errors)} of {len(paths)} feature files cannot be used; mend them or take them out")
+    origins = sorted({file.origin for file in files if file.origin})
+    if len(origins) > 1:
+        raise UserError(f"{folder} holds features of {' and of '.join(origins)}; give a folder of one of them")
     return files
 
 
@@ -532,7 +537,7 @@ def train(
         pca = measure(PrincipalComponents(model.eval()), clips_to_measure(val_set, args), weights)
         code = measure(model, clips_to_measure(val_set, args), weights)
         last = {"history": [], "pca_errors": pca, "code_errors": code, "config": model.config, "settings": settings}
-        last |= describe_run(args)
+        last |= {"trained_on": next((file.origin for file in files[0] if file.origin), ""), **describe_run(args)}
         report(f"{measured_on}, motion-weighted PCA: {describe(pca)}")
         if args.overwrite:
             remove_outputs(args.save_dir)

@@ -80,6 +80,7 @@ from model import (
     num_ranks,
     number,
     open_device,
+    origin,
     print_summary,
     rank,
     remove_leftovers,
@@ -1773,6 +1774,12 @@ class ModelRun:
         return "feature" if self.autoencoder is None else "latent"
 
     @property
+    def about(self) -> dict[str, Any]:
+        """What its files say of the model."""
+        layers = {"layers": self.settings["layers"]} if "layers" in self.settings else {}
+        return {"model": self.name, "weights": self.settings["weights"], "license": self.vfm.license, **layers}
+
+    @property
     def size(self) -> tuple[int, int]:
         return self.settings["height"], self.settings["width"]
 
@@ -1886,7 +1893,8 @@ def load_autoencoder(args: argparse.Namespace) -> MotionFeatureAutoencoder:
 
 
 def encode_with(autoencoder: MotionFeatureAutoencoder, run: ModelRun, device: torch.device) -> None:
-    """Have `run` write latents."""
+    """Have `run` write latents. Raises `UserError` for an autoencoder of another model's features."""
+    autoencoder.check_origin(origin(run.about))
     run.settings["motion_autoencoder"] = {"weights": weights_hash(autoencoder.state_dict()), **autoencoder.config}
     run.autoencoder = autoencoder.to(device)
 
@@ -1996,9 +2004,7 @@ def save_feature(
         **made,
         "caption": clip.part.caption or "",
         "video": clip.name,
-        "model": run.name,
-        "weights": run.settings["weights"],
-        "license": run.vfm.license,
+        **run.about,
         "settings": run.clip_settings(clip),
         "frame_indices": list(window.frame_indices[-run.settings["num_frames"] :]),
         "fps": window.fps,

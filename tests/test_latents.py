@@ -157,6 +157,31 @@ def test_a_file_holds_its_own_clip_of_a_batch(extract, tmp_path):
     assert (tmp_path / "out" / "VideoMAE" / "0.pt").stat().st_size == alone
 
 
+def test_features_of_another_model_are_refused(extract, tmp_path, run_here):
+    """Another model's features can have as many channels."""
+    assert counts(extract()) == [3, 0, 0]
+    features, save_dir = tmp_path / "out" / "VideoMAE", tmp_path / "ck"
+    sizes = ["--input_dim", 24, "--model_dim", 16, "--latent_dim", 8, "--num_heads", 2, "--num_layers", 1]
+    training = ["train.py", "--save_dir", save_dir, *sizes, "--epochs", 1, "--feature_dir"]
+    assert run_here(*training, features).returncode == 0
+    checkpoint = save_dir / "motion_ae_best.pt"
+    assert counts(extract("--motion_checkpoint", checkpoint)) == [3, 0, 0]
+    said = "the checkpoint was trained on features of VideoMAE (weights random), not of "
+    result = extract("--motion_checkpoint", checkpoint, "--models", "VideoMAEv2")
+    assert result.returncode == 2 and said + "VideoMAEv2 (weights random)" in result.stderr
+    result = extract("--motion_checkpoint", checkpoint, "--layers", 1)
+    assert result.returncode == 2 and said + "VideoMAE (weights random, layers [1])" in result.stderr
+
+    torch.save(load(features / "0.pt") | {"weights": "sha256:0"}, features / "0.pt")
+    command = ["encode.py", "--checkpoint", checkpoint, "--input", features, "--output", tmp_path / "z"]
+    result = run_here(*command)
+    assert result.stdout.startswith("2 written, 0 skipped, 1 failed")
+    assert "0.pt: " + said + "VideoMAE (weights sha256:0)" in result.stderr
+    result = run_here(*training, features, "--overwrite")
+    assert result.returncode == 2
+    assert "features of VideoMAE (weights random) and of VideoMAE (weights sha256:0); give a" in result.stderr
+
+
 @pytest.mark.parametrize("suffix", ["pt", "npz"])
 def test_a_dataset_of_latents(extract, tmp_path, run_here, suffix):
     checkpoint, latents = write_checkpoint(tmp_path / "ck.pt"), tmp_path / "z"
