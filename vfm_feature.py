@@ -701,49 +701,6 @@ RENAMES = [
 ]
 
 
-def weights_flag(name: str) -> str:
-    return f"--{name.lower()}_ckpt" if name in DEFAULT_MODELS else f"--weights {name}=FILE"
-
-
-def download_weights(name: str, vfm: VFM) -> Path:
-    """The published file, or folder, of model `name`. Raises `FileNotFoundError` where it cannot be had."""
-    from huggingface_hub import hf_hub_download
-
-    if vfm.hub is None and vfm.folder is None:
-        raise FileNotFoundError(f"timm knows no published weights; pass yours with {weights_flag(name)}")
-    if vfm.hub is None:
-        return vfm.folder
-    repository, file = vfm.hub
-    if not file:
-        return download_folder(repository, "model.safetensors", "model-*-of-*.safetensors")
-    if "://" in repository:
-        raise FileNotFoundError(
-            f"{file} of {repository} is in no hub; download it as they say there and pass it with {weights_flag(name)}"
-        )
-    try:
-        return Path(hf_hub_download(repository, file, local_files_only=not hub_answers()))
-    except Exception as error:  # its own errors, those of its HTTP library, and the system's
-        default = DEFAULT_PATHS.get(f"{name.lower()}_ckpt")
-        looked = f"no file at {default}, and " if default else ""
-        raise FileNotFoundError(
-            f"{looked}{file} of {repository} cannot be downloaded from the hub ({type(error).__name__}); "
-            f"download it elsewhere and pass it with {weights_flag(name)}"
-        ) from error
-
-
-def download_folder(repository: str, *patterns: str) -> Path:
-    """The hub's repository with its files of these patterns. Raises `FileNotFoundError` where it cannot be had."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=not hub_answers()))
-    except Exception as error:  # of the same kinds
-        raise FileNotFoundError(
-            f"there is no folder {repository}, and it cannot be downloaded from the hub ({type(error).__name__}); "
-            "download it elsewhere and pass its folder: hf:FOLDER"
-        ) from error
-
-
 @functools.cache
 def hub_answers() -> bool:
     """Whether the hub can be reached; asked once, because the hub's client tries for half a minute for each model."""
@@ -751,9 +708,46 @@ def hub_answers() -> bool:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # of the same kinds
+    except Exception:  # of its HTTP library, and the system's
         return False
     return True
+
+
+def from_hub(what: str, hint: str, download: Callable[..., str], *arguments: Any, **options: Any) -> Path:
+    """What a `download` of the hub's client brings. Raises `FileNotFoundError` that says `what` cannot be had."""
+    try:
+        return Path(download(*arguments, **options, local_files_only=not hub_answers()))
+    except Exception as error:  # its own errors, those of its HTTP library, and the system's
+        raise FileNotFoundError(
+            f"{what} cannot be downloaded from the hub ({type(error).__name__}); download it elsewhere and pass {hint}"
+        ) from error
+
+
+def download_folder(repository: str, *patterns: str) -> Path:
+    """The hub's repository with its files of these patterns. Raises `FileNotFoundError` where it cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    what, hint = f"there is no folder {repository}, and it", "its folder: hf:FOLDER"
+    return from_hub(what, hint, snapshot_download, repository, allow_patterns=patterns)
+
+
+def download_weights(name: str, vfm: VFM) -> Path:
+    """The published file, or folder, of model `name`. Raises `FileNotFoundError` where it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    hint = f"it with --{name.lower()}_ckpt" if name in DEFAULT_MODELS else f"it with --weights {name}=FILE"
+    if vfm.hub is None and vfm.folder is None:
+        raise FileNotFoundError(f"timm knows no published weights; pass {hint}")
+    if vfm.hub is None:
+        return vfm.folder
+    repository, file = vfm.hub
+    if not file:
+        return download_folder(repository, "model.safetensors", "model-*-of-*.safetensors")
+    if "://" in repository:
+        raise FileNotFoundError(f"{file} of {repository} is in no hub; download it as they say there and pass {hint}")
+    default = DEFAULT_PATHS.get(f"{name.lower()}_ckpt")
+    looked = f"no file at {default}, and " if default else ""
+    return from_hub(f"{looked}{file} of {repository}", hint, hf_hub_download, repository, file)
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
