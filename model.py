@@ -39,7 +39,7 @@ LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, o
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
 CONTENT = 1 / 20  # scale of the embedding's channels of content
-FARTHEST = 0.45  # cells that each pass can add to a cell's movement
+FARTHEST = 0.4  # cells that each pass can add to a cell's movement
 REST = 0.01  # cells a step: movement below it counts as rest
 # Weights of the time steps around each, that movement is smoothed by: aliasing alternates, motion does not.
 CELLS_OVER_TIME = (1 / 4, 2 / 4, 1 / 4)
@@ -621,7 +621,8 @@ def camera_motion(a: Tensor, b: Tensor) -> Tensor:
 
 def cell_motion(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The motion of each inner cell from feature maps a to b [N, P, H, W], right and down in cells, [N, 2, h, w], by
-    least squares over its 3 x 3 neighbours; the squared change [N, h, w] that it leaves; and the squared slopes there.
+    least squares over its channels; the squared change [N, h, w] that it leaves; and the squared slopes there. More
+    cells in an equation would blur motion more than they steady it.
 
     Four passes, each of which sees the maps warped by the one before and adds at most `FARTHEST`: what changes by more
     than that has changed its look, not its place. Not begun from the camera's motion, which may be none of the cell's.
@@ -632,12 +633,9 @@ def cell_motion(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for _ in range(4):
         full = nn.functional.pad(flow, (border[0], border[0], border[1], border[1]), mode="replicate")
         matrix, vector, left = motion_equations(a, b, full)
-        near = nn.functional.avg_pool2d(
-            torch.cat([matrix.flatten(1, 2), vector], dim=1), 3, stride=1, padding=1, count_include_pad=False
-        ).permute(0, 2, 3, 1)  # [N, h, w, 6]
         texture = matrix.diagonal(dim1=1, dim2=2).sum(dim=-1)  # [N, h, w]
         damping = (0.02 * texture.mean(dim=(1, 2)) + floor)[:, None, None, None].expand(-1, 1, 1, 2).diag_embed()
-        step = torch.linalg.solve(near[..., :4].unflatten(-1, (2, 2)) + damping, near[..., 4:])  # [N, h, w, 2]
+        step = torch.linalg.solve(matrix.permute(0, 3, 4, 1, 2) + damping, vector.permute(0, 2, 3, 1))  # [N, h, w, 2]
         step = (step / (step.norm(dim=-1, keepdim=True) / FARTHEST).clamp_min(1)).permute(0, 3, 1, 2)
         saved = step * (2 * vector - torch.einsum("nijhw,njhw->nihw", matrix, step))
         flow, left = flow + step, (left - saved.sum(dim=1)).clamp_min(0)
