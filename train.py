@@ -69,7 +69,7 @@ STEP_TOKENS = 2**13  # of a clip, in a training step; larger clips are cut into 
 MEASURE_TOKENS = 2**14  # of a clip, that errors are measured on
 FIT_CLIPS, FIT_TOKENS = 256, 2**18  # that the linear code is measured on, at most
 MAX_BLOCK = 24  # time steps that are coded together: what vfm_feature.py gives by default, or half of it
-SIDE = 2  # rows, and columns, of a grid that are coded together
+SIDE = 5  # rows, and columns, of a grid that are coded together: the models' default grids divide by it
 WORTH = 0.02  # of the error; training that takes off less is not worth its time
 MODEL_FLAGS = [field.name for field in fields(Config) if field.name not in ("block", "side")]
 # With the features and the clips of a step, these flags decide the result; --resume checks that they are the same.
