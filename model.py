@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 RELATION_CLIPS, RELATION_TOKENS = 16, 128  # whose cosines decide what the channels keep, and on their gains
 RELATION_TARGET = 0.83  # of PCA's error of these cosines, on training clips; on others it is up to a fifth more
-SMOOTHINGS = (-0.1, -0.05, 0.0, 0.05, 0.1)  # of the latent, to choose from by these cosines; below 0 it sharpens
+SMOOTHINGS = (-0.1, 0.0, 0.1)  # of the latent, to choose from by these cosines; below 0 it sharpens
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 STILL = 1e-3  # of the PCA channels' scale: changes below it count as none

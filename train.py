@@ -263,8 +263,13 @@ def clips_to_fit(clips: Clips, seed: int) -> list[Tensor]:
     """Random clips, or a random tile of each, [T, ..., C] in float32: what the linear code is measured on."""
     count = min(len(clips), FIT_CLIPS)
     chosen = random.Random(f"{seed} fit").sample(range(len(clips)), count)
-    bar = tqdm(chosen, "clips", leave=False, disable=None, delay=1)
-    return [clips.random_tile(index, FIT_TOKENS // count, f"{seed} fit").float() for index in bar]
+    sample, tokens = [], 0
+    for index in tqdm(chosen, "clips", leave=False, disable=None, delay=1):
+        sample.append(clips.random_tile(index, FIT_TOKENS // count, f"{seed} fit").float())
+        tokens += sample[-1][..., 0].numel()
+        if tokens >= FIT_TOKENS:  # of long clips the smallest tiles are larger than their share
+            break
+    return sample
 
 
 # ---------------------------------------------------------------------------------------------------------------------
