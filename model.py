@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 RELATION_CLIPS, RELATION_TOKENS = 16, 128  # whose cosines decide what the channels keep, and on their gains
 RELATION_TARGET = 0.83  # of PCA's error of these cosines, on training clips; on others it is up to a fifth more
-SMOOTHINGS = (-0.1, 0.0, 0.1)  # of the latent, to choose from by these cosines; below 0 it sharpens
+SMOOTHINGS = (-0.1, -0.05, 0.0, 0.05, 0.1)  # of the latent, to choose from by these cosines; below 0 it sharpens
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
@@ -333,9 +333,9 @@ class SpaceTimeCode(nn.Module):
         return resize_table(energy, self.size)
 
     def choose_coefficients(self, energy: Tensor, weight: Tensor, relations: TokenRelations) -> None:
-        """Set `smoothing`, and `importance` from the coefficients' energy [block, side, side, C] and their frequency's
-        weight, with the least extra for components < pca_dim with which the latent's `relations` are good enough, or
-        nearly as good as they get.
+        """Set `smoothing`, the most with which the latent's `relations` are nearly as good as they get, and
+        `importance` from the coefficients' energy [block, side, side, C] and their frequency's weight, with the least
+        extra for components < pca_dim with which the relations are good enough, or nearly as good as they get.
 
         What is lost is mostly fast, so tokens can become too much alike over time; sharpening them makes up for that.
         Relations feel what is lost of a token's own channels at any frequency alike, so the extra is.
@@ -350,7 +350,8 @@ class SpaceTimeCode(nn.Module):
             return relations.fit_gain()
 
         low, high = 0.0, 4.0
-        smoothing = min(SMOOTHINGS, key=lambda smoothing: relation_error(low, smoothing))
+        errors = {smoothing: relation_error(low, smoothing) for smoothing in SMOOTHINGS}
+        smoothing = max(smoothing for smoothing in SMOOTHINGS if errors[smoothing] <= 1.03 * min(errors.values()))
         wanted = max(RELATION_TARGET, 1.03 * relation_error(high, smoothing))
         if relation_error(low, smoothing) <= wanted:
             return
