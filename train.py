@@ -70,7 +70,7 @@ STEP_TOKENS = 2**13  # of a clip, in a training step; larger clips are cut into 
 MEASURE_TOKENS = 2**14  # of a clip, that errors are measured on
 FIT_CLIPS, FIT_TOKENS = 256, 2**18  # that the linear code is measured on, at most
 MAX_BLOCK = 24  # time steps that are coded together: what vfm_feature.py gives by default, or half of it
-SIDE = 2  # rows, and columns, of a grid that are coded together
+SIDE = 5  # rows, and columns, of a grid that are coded together: the models' default grids divide by it
 WORTH = 0.02  # of the error; training that takes off less is not worth its time
 MODEL_FLAGS = [field.name for field in fields(Config) if field.name not in ("block", "side")]
 # With the features and the clips of a step, these flags decide the result; --resume checks that they are the same.
@@ -268,8 +268,13 @@ def clips_to_fit(clips: Clips, seed: int) -> list[Tensor]:
     """Random clips, or a random tile of each, [T, ..., C] in float32: what the linear code is measured on."""
     count = min(len(clips), FIT_CLIPS)
     chosen = random.Random(f"{seed} fit").sample(range(len(clips)), count)
-    bar = tqdm(chosen, "clips", leave=False, disable=None, delay=1)
-    return [clips.random_tile(index, FIT_TOKENS // count, f"{seed} fit").float() for index in bar]
+    sample, tokens = [], 0
+    for index in tqdm(chosen, "clips", leave=False, disable=None, delay=1):
+        sample.append(clips.random_tile(index, FIT_TOKENS // count, f"{seed} fit").float())
+        tokens += sample[-1][..., 0].numel()
+        if tokens >= FIT_TOKENS:  # of long clips the smallest tiles are larger than their share
+            break
+    return sample
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -356,3 +356,15 @@ def test_a_full_disk_ends_the_run_in_one_line(trained, tmp_path):
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert "File too large" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_code_is_fitted_on_so_many_tokens_and_no_more(tmp_path, monkeypatch):
+    """The smallest tiles of long clips are larger than a clip's share."""
+    monkeypatch.setattr(train, "FIT_TOKENS", 3000)
+    files = []
+    for index in range(6):
+        torch.save(torch.randn(50, 8, 9, 4), tmp_path / f"{index}.pt")
+        files.append(train.FeatureFile(tmp_path / f"{index}.pt", (50, 8, 9), ""))
+    sample = train.clips_to_fit(train.Clips(files, 4), seed=0)
+    tokens = [x[..., 0].numel() for x in sample]
+    assert sum(tokens[:-1]) < 3000 <= sum(tokens) and max(tokens) <= 50 * 25
