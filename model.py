@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 RELATION_CLIPS, RELATION_TOKENS = 16, 128  # whose cosines decide what the channels keep, and on their gains
-RELATION_TARGET = 0.83  # of PCA's error of these cosines, on training clips; on others it is up to a fifth more
-SMOOTHINGS = (-0.1, -0.05, 0.0, 0.05, 0.1)  # of the latent, to choose from by these cosines; below 0 it sharpens
+RELATION_TARGET = 0.81  # of PCA's error of these cosines, on training clips; on others it is up to a fifth more
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
@@ -248,8 +247,6 @@ class SpaceTimeCode(nn.Module):
         spread = resize_table(self.spread.double().square(), size).flatten()[source].sqrt().clamp_min(1e-3)
         gain = torch.where(vacant, (self.guest_rms / spread).to(self.gain), self.gain.repeat(count // self.pca_dim))
         frequency = torch.arange(size[0], device=gain.device) * torch.pi / size[0]
-        # Whittaker's smoother, argmin_y |z - y|^2 + smoothing * |delta y|^2, divides each frequency by a number, which
-        # decoding undoes.
         damping = 1 / (1 + self.smoothing * (2 - 2 * frequency.cos()))
         return source, gain * damping.to(gain).repeat_interleave(count // size[0]), vacant
 
@@ -300,6 +297,9 @@ class SpaceTimeCode(nn.Module):
         if not math.isfinite(variance):
             raise UserError("the features' squares overflow float32; divide the features by a constant first")
         self.scale.fill_(variance**0.5 or 1.0)
+        # Whittaker's smoother, argmin_y |z - y|^2 + smoothing * |delta y|^2, divides each frequency by a number, which
+        # decoding undoes. A fifth of the weight: the default then changes the error of the cosines by 1 %.
+        self.smoothing.fill_(smooth_weight / 5)
 
         normalised = [self.normalise(x[None]) for x in clips]  # [1, T, ..., C] each
         # Cross-fitting: a basis takes too much of the energy of the clips that it was made from, so measure each half
@@ -322,8 +322,6 @@ class SpaceTimeCode(nn.Module):
         some = slice(None, None, -(-len(clips) // RELATION_CLIPS))
         relations = TokenRelations(self, clips[some], normalised[some])
         self.choose_coefficients(energy, weight[:, None, None, None], relations)
-        # A fifth of the weight: the default then changes the error of the cosines by 1 %.
-        self.smoothing += smooth_weight / 5
 
     def measure_energy(self, components: Tensor) -> Tensor:
         """The mean energy of the coefficients of a clip's components [1, T, ..., C], [block, side, side, C]."""
@@ -333,16 +331,14 @@ class SpaceTimeCode(nn.Module):
         return resize_table(energy, self.size)
 
     def choose_coefficients(self, energy: Tensor, weight: Tensor, relations: TokenRelations) -> None:
-        """Set `smoothing`, the most with which the latent's `relations` are nearly as good as they get, and
-        `importance` from the coefficients' energy [block, side, side, C] and their frequency's weight, with the least
-        extra for components < pca_dim with which the relations are good enough, or nearly as good as they get.
+        """Set `importance` from the coefficients' energy [block, side, side, C] and their frequency's weight, with the
+        least extra for components < pca_dim with which the latent's `relations` are good enough, or nearly as good as
+        they get.
 
-        What is lost is mostly fast, so tokens can become too much alike over time; sharpening them makes up for that.
         Relations feel what is lost of a token's own channels at any frequency alike, so the extra is.
         """
 
-        def relation_error(extra: float, smoothing: float) -> float:
-            self.smoothing.fill_(smoothing)
+        def relation_error(extra: float) -> float:
             importance = energy * weight
             importance[..., : self.pca_dim] += extra * weight.mean() * energy[..., : self.pca_dim]
             self.importance.copy_((importance / importance.amax().clamp_min(1e-30) * 2**30).round())
@@ -350,15 +346,13 @@ class SpaceTimeCode(nn.Module):
             return relations.fit_gain()
 
         low, high = 0.0, 4.0
-        errors = {smoothing: relation_error(low, smoothing) for smoothing in SMOOTHINGS}
-        smoothing = max(smoothing for smoothing in SMOOTHINGS if errors[smoothing] <= 1.03 * min(errors.values()))
-        wanted = max(RELATION_TARGET, 1.03 * relation_error(high, smoothing))
-        if relation_error(low, smoothing) <= wanted:
+        wanted = max(RELATION_TARGET, 1.03 * relation_error(high))
+        if relation_error(low) <= wanted:
             return
         for _ in range(5):  # bisection
             extra = (low + high) / 2
-            low, high = (low, extra) if relation_error(extra, smoothing) <= wanted else (extra, high)
-        relation_error(high, smoothing)
+            low, high = (low, extra) if relation_error(extra) <= wanted else (extra, high)
+        relation_error(high)
 
 
 class TokenRelations:

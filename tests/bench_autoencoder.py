@@ -183,11 +183,11 @@ def without(model: MotionFeatureAutoencoder, *parts: str) -> MotionFeatureAutoen
     return model
 
 
-def ablation(model: MotionFeatureAutoencoder, paths: list[Path], weight: float, smooth: float) -> dict[str, Code]:
+def ablation(model: MotionFeatureAutoencoder, paths: list[Path], weight: float) -> dict[str, Code]:
     """The model without each of its parts. Blocks of one cell are measured anew, without networks."""
     parts = ("encoder network", "decoder network", "trust", "gain and centre", "guests")
     codes = {f"without {part}": our_code(without(model, part)) for part in parts}
-    cells = linear_code(paths, model.config["latent_dim"], weight, smooth, side=1)
+    cells = linear_code(paths, model.config["latent_dim"], weight, 5 * model.code.smoothing.item(), side=1)
     return codes | {"without networks, blocks of one cell": our_code(cells)}
 
 
@@ -368,7 +368,7 @@ def codes_to_compare(
         length = load(paths[0]).shape[1]
         codes["linear space-time code"] = space_time_code(paths, mean, length, latent_dim, weight)
     if args.ablation:
-        codes |= ablation(model, paths, weight, args.smooth_weight)
+        codes |= ablation(model, paths, weight)
     for front_weight in FRONT if args.front else ():
         code = linear_code(paths, latent_dim, front_weight, args.smooth_weight, model.config["side"])
         codes[f"weight {front_weight:g}"] = our_code(code)

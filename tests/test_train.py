@@ -364,7 +364,7 @@ def test_the_code_is_fitted_on_so_many_tokens_and_no_more(tmp_path, monkeypatch)
     files = []
     for index in range(6):
         torch.save(torch.randn(50, 8, 9, 4), tmp_path / f"{index}.pt")
-        files.append(train.FeatureFile(tmp_path / f"{index}.pt", (50, 8, 9), ""))
+        files.append(train.FeatureFile(tmp_path / f"{index}.pt", (50, 8, 9), "", ""))
     sample = train.clips_to_fit(train.Clips(files, 4), seed=0)
     tokens = [x[..., 0].numel() for x in sample]
     assert sum(tokens[:-1]) < 3000 <= sum(tokens) and max(tokens) <= 50 * 25
