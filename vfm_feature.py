@@ -1103,10 +1103,11 @@ def read_packets(path: str) -> Packets:
             missing = 0  # the container's reader saw no fault; its duration can be that of a longer sound track
         if missing > 0.5:
             raise ValueError(f"cut short: {len(times)} of {promised} frames are there")
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        # read while it is open: of a closed container FFmpeg has freed both
+        tick, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 25)
     if not shown:
         raise ValueError("no frames")
-    return Packets(shown if None in shown else sorted(shown), float(stream.time_base), rate)
+    return Packets(shown if None in shown else sorted(shown), tick, rate)
 
 
 def presentation_times(packets: Packets) -> np.ndarray:
