@@ -38,7 +38,7 @@ import resource
 import signal
 import sys
 import tempfile
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as DecodeTimeoutError
@@ -885,23 +885,25 @@ def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, list[int]
     counts only where no other folder has it too.
     """
     depth = max(len(video.parts) for video in videos)
-    rows: dict[str, list[int]] = {}
+    by_name, by_stem = defaultdict(list), defaultdict(list)
     for row, text in enumerate(names):
         parts = text.strip().replace("\\", "/").split("/")[-depth:]
         for first in range(len(parts)):
             name = "/".join(parts[first:])
-            stem = os.path.splitext(name)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name
-            for key in {name, stem}:
-                rows.setdefault(key, []).append(row)
-    count = Counter(name for video in videos for name in {video.name, video.stem})
-    matches = {}
+            by_name[name].append(row)
+            by_stem[os.path.splitext(name)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name].append(row)
+    folders = Counter(name for _, name in {(v.parent, name) for v in videos for name in (v.name, v.stem)})
+    rows = {}
     for video in videos:
-        keys = [video.as_posix(), video.with_suffix("").as_posix()]
-        keys += [name for name in (video.name, video.stem) if count[name] == 1]
-        key = next((key for key in keys if key in rows), None)
-        if key is not None:
-            matches[video] = rows[key]
-    return matches
+        stem = video.with_suffix("").as_posix()
+        found = by_name[video.as_posix()] + by_name[stem] or by_stem[stem]
+        if not found and folders[video.name] == 1:
+            found = by_name[video.name]
+        if not found and folders[video.stem] == 1:
+            found = by_stem[video.stem]
+        if found:
+            rows[video] = found
+    return rows
 
 
 class Part(NamedTuple):

@@ -415,7 +415,7 @@ def test_resizing_is_bicubic_with_antialiasing_and_leaves_a_fitting_frame_alone(
         ("7,caption,of\n7.mp4,first,8.mp4\nx,second,7.mp4\n", {"7.mp4": "second", "8.mp4": "first"}),
         (
             "image_path,caption\n/data/b.mp4,bee\nsub\\a.mov,ay\nc,sea\n貓.mp4,cat\n",
-            {"a.mov": "ay", "b.mp4": "bee", "c.webm": "sea", "貓.mp4": "cat", "0000.mp4": ""},
+            {"a.mov": "ay", "b.mp4": "bee", "b.mkv": "bee", "c.webm": "sea", "貓.mp4": "cat", "0000.mp4": ""},
         ),
         (
             'caption,video\n"line\nbreak ""quoted""",a.mp4\nagain,a.mp4\n,b.mp4\n',
