@@ -90,7 +90,7 @@ class Config:
     dropout: float = 0.1
     use_token: bool = False  # the encoder sees [x, delta_x], not delta_x alone: what stands still is coded too
     block: int = 24  # time steps that are coded together
-    side: int = 5  # rows, and columns, of the grid that are coded together
+    side: int = 5  # rows, and columns, of the grid that are coded together: the VFMs' default grids divide by it
 
     def __post_init__(self) -> None:
         if self.model_dim % self.num_heads:
@@ -637,9 +637,9 @@ def cell_motion(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         damping = (0.02 * texture.mean(dim=(1, 2)) + floor)[:, None, None, None].expand(-1, 1, 1, 2).diag_embed()
         step = torch.linalg.solve(matrix.permute(0, 3, 4, 1, 2) + damping, vector.permute(0, 2, 3, 1))  # [N, h, w, 2]
         step = (step / (step.norm(dim=-1, keepdim=True) / FARTHEST).clamp_min(1)).permute(0, 3, 1, 2)
-        saved = step * (2 * vector - torch.einsum("nijhw,njhw->nihw", matrix, step))
-        flow, left = flow + step, (left - saved.sum(dim=1)).clamp_min(0)
-    return flow, left, texture
+        flow = flow + step
+    saved = step * (2 * vector - torch.einsum("nijhw,njhw->nihw", matrix, step))
+    return flow, (left - saved.sum(dim=1)).clamp_min(0), texture
 
 
 def smooth_over_time(x: Tensor, weights: tuple[float, ...]) -> Tensor:

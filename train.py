@@ -70,7 +70,6 @@ STEP_TOKENS = 2**13  # of a clip, in a training step; larger clips are cut into 
 MEASURE_TOKENS = 2**14  # of a clip, that errors are measured on
 FIT_CLIPS, FIT_TOKENS = 256, 2**18  # that the linear code is measured on, at most
 MAX_BLOCK = 24  # time steps that are coded together: what vfm_feature.py gives by default, or half of it
-SIDE = 5  # rows, and columns, of a grid that are coded together: the models' default grids divide by it
 WORTH = 0.02  # of the error; training that takes off less is not worth its time
 MODEL_FLAGS = [field.name for field in fields(Config) if field.name not in ("block", "side")]
 # With the features and the clips of a step, these flags decide the result; --resume checks that they are the same.
@@ -191,7 +190,7 @@ class Clips(Dataset):
     def tiles(self, index: int, tokens: int) -> list[Tile]:
         """A clip, cut into tiles of about that many tokens."""
         length, *grid = self.files[index].shape
-        return tiles(length, tuple(grid), SIDE, tokens)
+        return tiles(length, tuple(grid), Config.side, tokens)
 
     def random_tile(self, index: int, tokens: int, seed: str) -> Tensor:
         return self[index, random.Random(f"{seed} {index}").choice(self.tiles(index, tokens))]
@@ -485,7 +484,7 @@ def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | N
     """The model of the checkpoint `last`, or a new one, whose linear code rank 0 measures."""
     torch.manual_seed(args.seed)
     block = min(MAX_BLOCK, max(file.shape[0] for file in clips.files))
-    side = SIDE if any(len(file.shape) == 3 for file in clips.files) else 1
+    side = Config.side if any(len(file.shape) == 3 for file in clips.files) else 1
     model = MotionFeatureAutoencoder(**{name: getattr(args, name) for name in MODEL_FLAGS}, block=block, side=side)
     model.to(args.device)
     if last:
