@@ -540,9 +540,12 @@ def motion_names(latent_dim: int) -> tuple[str, ...]:
 def describe_motion_embedding(config: dict[str, Any]) -> list[str]:
     """The name of each channel of the motion embedding of a model with this `config`, in order.
 
-    First the means over space of the leading latent channels, divided by 20: the distance between two embeddings then
-    says how alike their motion is, whatever is seen. The last, at most 1/8, are how the picture moves since the time
-    step before, 0 at t = 0 and at rest; the most important come first, as many as there is room for:
+    First what is there: the means over space of the leading latent channels, m[j] / sqrt(1 + j / 4) / 20 for j = 0, 1,
+    ..., under an orthonormal cosine transform over j. So small, they leave the distance between two embeddings to
+    motion. The transform spreads each mean over all of these channels: a linear probe that brings each channel to unit
+    spread would otherwise raise the smallest means to the rank of motion, and overfit to them.
+    The last, at most 1/8, are how the picture moves since the time step before, 0 at t = 0 and at rest; the most
+    important come first, as many as there is room for:
     - right, down: the mean movement of the frame, or of one of 2 x 3 regions, in grid cells a step
     - turn: clockwise, in radians a step; zoom: the log of the factor a step, positive where things become larger
     - camera right, camera down: the movement at the frame's centre, apart from turn, zoom and objects on their own way
@@ -551,7 +554,7 @@ def describe_motion_embedding(config: dict[str, Any]) -> list[str]:
     - fit: the share of the change that the motion explains, 0 to 1
     """
     motion = motion_names(config["latent_dim"])
-    content = [f"mean of latent channel {index + 1}" for index in range(config["latent_dim"] - len(motion))]
+    content = [f"content {index + 1}" for index in range(config["latent_dim"] - len(motion))]
     return [*content, *motion]
 
 
@@ -800,12 +803,16 @@ class MotionFeatureAutoencoder(nn.Module):
     def embed(self, latent: Tensor) -> Tensor:
         """latent [B, T, N, D] or [B, T, H, W, D] -> motion embedding [B, T, D] in float32: what is there, how it moves.
 
-        `describe_motion_embedding` names the channels: the mean over space of the leading latent channels, then motion
-        since the time step before, which is 0 for [B, T, N, D], where it is not known which cells are neighbours.
+        `describe_motion_embedding` says what the channels are. Those of motion are 0 for [B, T, N, D], where it is not
+        known which cells are neighbours.
         """
         latent_dim = self.config["latent_dim"]
         motion_dim = len(motion_names(latent_dim))
-        embedding = CONTENT * latent[..., : latent_dim - motion_dim].float().flatten(2, -2).mean(dim=2)
+        content_dim = latent_dim - motion_dim
+        content = latent[..., :content_dim].float().flatten(2, -2).mean(dim=2)
+        content = CONTENT * content / (1 + torch.arange(content_dim, device=content.device) / 4).sqrt()
+        with torch.autocast(content.device.type, enabled=False):
+            embedding = content @ cosine_transform(content_dim, like=content).mT
         if latent.ndim == 5:
             motion = motion_channels(latent[..., : self.code.pca_dim])[..., :motion_dim]
             embedding = torch.cat([embedding, motion], dim=2)

@@ -258,7 +258,7 @@ def camera_table(
 ) -> dict[str, dict[str, float]]:
     """The rows of the second table: `stills` have a `camera`; held-out `clips` may have a `flow`."""
     names = describe_motion_embedding(model.config)
-    motion = [index for index, name in enumerate(names) if not name.startswith("mean of")]
+    motion = [index for index, name in enumerate(names) if not name.startswith("content")]
 
     def ours(x: Tensor) -> Tensor:  # [T, H, W, C] -> [T, D]
         return model.embed(model.encode(x[None]))[0]

@@ -154,7 +154,10 @@ def test_the_gradient_leads_to_the_motion():
 def test_bfloat16_and_compiled_say_the_same():
     maps = drawn(right=0.3, down=0.1)
     plain = motion_channels(maps)
+    model = MotionFeatureAutoencoder(64, latent_dim=maps.shape[-1], model_dim=16, num_layers=1).eval()
+    embedding = model.embed(maps)
     with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.embed(maps), embedding)
         torch.testing.assert_close(motion_channels(maps), plain)
         coarse = motion_channels(maps.bfloat16())
     torch.testing.assert_close(columns(coarse, *CAMERA), columns(plain, *CAMERA), atol=0.01, rtol=0.02)
@@ -172,8 +175,11 @@ def test_every_channel_has_its_name(latent_dim):
     embedding, flat = model.embed(latent), model.embed(latent.flatten(2, 3))
     assert len(names) == embedding.shape[-1] == latent_dim
     assert len(set(names)) == latent_dim
-    assert names[0] == "mean of latent channel 1" and names[content] == "right"
-    torch.testing.assert_close(embedding[..., :content], latent[..., :content].mean(dim=(2, 3)) / 20)
+    assert names[0] == "content 1" and names[content] == "right"
+    frequency, j = torch.arange(content)[:, None], torch.arange(content)
+    mix = torch.cos(torch.pi * frequency * (2 * j + 1) / (2 * content)) / (1 + j / 4).sqrt() / 20
+    mix *= (torch.where(frequency == 0, 1, 2) / content).sqrt()
+    torch.testing.assert_close(embedding[..., :content], latent[..., :content].mean(dim=(2, 3)) @ mix.mT)
     torch.testing.assert_close(flat[..., :content], embedding[..., :content])
     assert not flat[..., content:].any()  # no grid, no motion
     motion = motion_channels(latent[..., : model.code.pca_dim])
