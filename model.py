@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 RELATION_CLIPS, RELATION_TOKENS = 16, 128  # whose cosines decide what the channels keep, and on their gains
+POSITION_IN_BASIS = 1 / 4  # share of the position in the features that the components are taken from
 RELATION_TARGET = 0.77  # of PCA's error of these cosines, on training clips; on others it is up to a quarter more
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -57,7 +58,7 @@ FINGERPRINT_BYTES = 2**16
 # are trained on top, for each position by itself. They end in a layer that starts at zero, so training starts from the
 # code. The code takes blocks of 24 time steps x 5 x 5 cells (features [B, T, N, C] have no grid: blocks of one cell).
 #
-#   x [B, T, H, W, 768] --> z = (x - mean) / scale
+#   x [B, T, H, W, 768] --> z = (x - mean) / scale; the mean is that of each position, if all clips have the same
 #    |  measured: SpaceTimeCode.encode
 #    +--> z @ basis --> cosine transform of each block: L = 24 * 5 * 5 frequencies x 768 components
 #    |        +--> of these L * 768 coefficients the L * 192 most important are kept, each times its gain:
@@ -91,6 +92,7 @@ class Config:
     use_token: bool = False  # the encoder sees [x, delta_x], not delta_x alone: what stands still is coded too
     block: int = 24  # time steps that are coded together
     side: int = 5  # rows, and columns, of the grid that are coded together: the VFMs' default grids divide by it
+    positions: tuple[int, ...] = (1, 1)  # T, N or T, H, W of the clips of which the mean of each position is known
 
     def __post_init__(self) -> None:
         if self.model_dim % self.num_heads:
@@ -195,12 +197,13 @@ def resize_table(table: Tensor, size: Size) -> Tensor:
 class SpaceTimeCode(nn.Module):
     """The linear path of the autoencoder: a transform code whose latent keeps the layout of the features.
 
-    Features are turned into principal components, and blocks of `block` steps x `side` x `side` cells of these into
-    cosine coefficients. Of a block's L * C coefficients the L * D most important are kept (reverse water-filling). Of a
-    component j < D they stay at their frequency in channel j: transformed back, that channel of the latent is component
-    j of its own token, as far as it was kept. What was not kept leaves its place to a guest, a kept coefficient of the
-    components beyond D; there are as many guests as places. Guests are made small, so that they change the cosines
-    between tokens (VideoREPA's token relations) little.
+    The features' mean is taken off: where the config names the clips' `positions`, the mean of each, since ViTs show a
+    token's position in all clips. What is left is turned into principal components, and blocks of `block` steps x
+    `side` x `side` cells of these into cosine coefficients. Of a block's L * C coefficients the L * D most important
+    are kept (reverse water-filling). Of a component j < D they stay at their frequency in channel j: transformed back,
+    that channel of the latent is component j of its own token, as far as it was kept. What was not kept leaves its
+    place to a guest, a kept coefficient of the components beyond D; there are as many guests as places. Guests are made
+    small, so that they change the cosines between tokens (VideoREPA's token relations) little.
 
     `fit` measures all of it in closed form; nothing here is trained. Any T, H and W work: what is left behind the full
     blocks is coded in shorter blocks, whose energies are averages of the full block's.
@@ -210,10 +213,10 @@ class SpaceTimeCode(nn.Module):
         super().__init__()
         self.codes_still_part, self.size = config.use_token, (config.block, config.side, config.side)
         self.input_dim, self.pca_dim = config.input_dim, config.latent_dim  # each channel leads with its component
-        self.register_buffer("mean", torch.zeros(config.input_dim))
+        self.register_buffer("mean", torch.zeros(*config.positions, config.input_dim))
         self.register_buffer("scale", torch.ones(()))  # one for all channels: one for each would weight them in errors
         self.register_buffer("basis", torch.eye(config.input_dim))  # columns: principal components
-        self.register_buffer("centre", torch.zeros(self.pca_dim))
+        self.register_buffer("centre", torch.zeros(*config.positions, self.pca_dim))
         self.register_buffer("gain", torch.ones(self.pca_dim))
         self.register_buffer("guest_rms", torch.ones(()))  # of a guest, the channels having 1
         self.register_buffer("spread", torch.ones(*self.size, config.input_dim))  # of each coefficient
@@ -222,14 +225,19 @@ class SpaceTimeCode(nn.Module):
         self.importance[..., : self.pca_dim] += 1
         self.register_buffer("smoothing", torch.zeros(()))
 
+    @staticmethod
+    def at(table: Tensor, x: Tensor) -> Tensor:
+        """`table` [T, ..., K] for x [B, T, ..., C] of the same positions; for other x the mean of the table, [K]."""
+        return table if table.shape[:-1] == x.shape[1:-1] else table.flatten(0, -2).mean(dim=0)
+
     def normalise(self, x: Tensor) -> Tensor:
         """x [B, T, ..., C] -> what is coded: x without the training mean; for motion alone, x without the clip's own
         mean over time, which differences do not determine."""
-        return (x - (self.mean if self.codes_still_part else x.mean(dim=1, keepdim=True))) / self.scale
+        return (x - (self.at(self.mean, x) if self.codes_still_part else x.mean(dim=1, keepdim=True))) / self.scale
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `normalise`; for motion alone, the training mean stands for what is not known."""
-        return x * self.scale + self.mean
+        return x * self.scale + self.at(self.mean, x)
 
     def layout(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:
         """For the L * D places of a block of `size` in the latent: which coefficient lies there, its gain, and whether
@@ -263,11 +271,11 @@ class SpaceTimeCode(nn.Module):
             if addition is not None:
                 coefficients = coefficients + guest * to_coefficients(to_grid(addition)[where], size).flatten(2)
             latent[where] = from_coefficients(coefficients.unflatten(2, (-1, self.pca_dim)), part.shape[1:4], size)
-        return from_grid(latent + self.centre * self.gain, like=z)
+        return from_grid(latent, like=z) + self.at(self.centre, z) * self.gain
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latent [B, T, N, D] or [B, T, H, W, D] -> normalised features."""
-        grid = to_grid(latent) - self.centre * self.gain
+        grid = to_grid(latent - self.at(self.centre, latent) * self.gain)
         x = grid.new_empty(*grid.shape[:-1], self.input_dim)
         for where, size in blocks_of(grid.shape[1:4], self.size):
             source, gain, _ = self.layout(size)
@@ -282,8 +290,8 @@ class SpaceTimeCode(nn.Module):
     def fit(
         self, clips: list[Tensor], recon_weight: float = 1.0, motion_weight: float = 1.0, smooth_weight: float = 0.05
     ) -> None:
-        """Measure the code on clips [T, N, C] or [T, H, W, C], any sizes. Raises `UserError` for features too large to
-        square.
+        """Measure the code on clips [T, N, C] or [T, H, W, C], any sizes; all of the `positions`, if the config
+        names some. Raises `UserError` for features too large to square.
 
         Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). Coefficients kept: those of most
         energy, each frequency weighted by what an error in it adds to the weighted loss, and as many of components
@@ -291,7 +299,8 @@ class SpaceTimeCode(nn.Module):
         """
         if not self.codes_still_part:  # it cannot come back, so it shall not take room
             recon_weight, motion_weight = 0.0, 1.0
-        self.mean.copy_(sum(x.flatten(0, -2).mean(dim=0, dtype=torch.float64) for x in clips) / len(clips))
+        token = sum(x.flatten(0, -2).mean(dim=0, dtype=torch.float64) for x in clips) / len(clips)
+        self.mean.copy_(token + (self.measure_position(clips, token) if self.codes_still_part else 0.0))
         self.scale.fill_(1.0)
         variance = sum(self.normalise(x[None]).square().mean().item() for x in clips) / len(clips)
         if not math.isfinite(variance):
@@ -305,7 +314,11 @@ class SpaceTimeCode(nn.Module):
         # Cross-fitting: a basis takes too much of the energy of the clips that it was made from, so measure each half
         # of the clips in the basis of the other half.
         halves = [normalised[0::2], normalised[1::2] or normalised]
-        moments = [weighted_moment([to_sequences(x) for x in half], recon_weight, motion_weight) for half in halves]
+        # Cosines between tokens follow their position too, so latents should have the components for some of it.
+        position = POSITION_IN_BASIS * ((self.mean - token) / self.scale).float()
+        moments = [
+            weighted_moment([to_sequences(x + position) for x in half], recon_weight, motion_weight) for half in halves
+        ]
         self.basis.copy_(principal_components(moments[0] + moments[1]))
         energy = 0.0
         for half, moment in zip(halves, moments[::-1], strict=True):
@@ -322,6 +335,19 @@ class SpaceTimeCode(nn.Module):
         some = slice(None, None, -(-len(clips) // RELATION_CLIPS))
         relations = TokenRelations(self, clips[some], normalised[some])
         self.choose_coefficients(energy, weight[:, None, None, None], relations)
+
+    def measure_position(self, clips: list[Tensor], token: Tensor) -> Tensor:
+        """What its position adds to the mean token [C], in float64, as `mean`; ViTs show it in all clips.
+
+        Each channel is drawn towards 0 by the share of chance in the means over these clips, counted as if they were a
+        quarter as many: clips of one source are alike.
+        """
+        if self.mean[..., 0].numel() == 1 or len(clips) == 1:
+            return torch.zeros_like(token)
+        position = sum(x.double() for x in clips) / len(clips) - token
+        chance = sum((x - token - position).square().flatten(0, -2).mean(dim=0) for x in clips) / len(clips) ** 2
+        energy = position.square().flatten(0, -2).mean(dim=0).clamp_min(1e-30)
+        return position * (1 - 4 * chance / energy).clamp_min(0.0)
 
     def measure_energy(self, components: Tensor) -> Tensor:
         """The mean energy of the coefficients of a clip's components [1, T, ..., C], [block, side, side, C]."""
@@ -360,8 +386,9 @@ class TokenRelations:
 
     def __init__(self, code: SpaceTimeCode, clips: list[Tensor], normalised: list[Tensor]) -> None:
         self.code, self.normalised = code, normalised  # [1, T, ..., C] each
-        self.mean = (code.mean / code.scale) @ code.basis[:, : code.pca_dim]
         self.chosen = [self.choose_tokens(x) for x in clips]  # [2, K] each
+        self.means = (code.mean / code.scale) @ code.basis[:, : code.pca_dim]
+        self.mean = self.tokens([code.at(self.means, z).expand(*z.shape[1:-1], -1) for z in normalised])
         self.wanted = self.cosines(self.tokens(clips))  # [clips, 2, K, K]
         pca = self.tokens(normalised) @ code.basis[:, : code.pca_dim]
         self.reference = torch.minimum(self.error(pca), self.error(pca + self.mean)).clamp_min(1e-6)
@@ -415,7 +442,7 @@ class TokenRelations:
                 if error < best:
                     best = error
                     code.gain.copy_(gain)
-                    code.centre.copy_(share * self.mean)
+                    code.centre.copy_(share * self.means)
                     code.guest_rms.fill_(rms)
         return best
 
@@ -540,10 +567,11 @@ def motion_names(latent_dim: int) -> tuple[str, ...]:
 def describe_motion_embedding(config: dict[str, Any]) -> list[str]:
     """The name of each channel of the motion embedding of a model with this `config`, in order.
 
-    First what is there: the means over space of the leading latent channels, m[j] / (1 + j)^0.4 / 20 for j = 0, 1,
-    ..., under an orthonormal cosine transform over j. So small, they leave the distance between two embeddings to
-    motion. The transform spreads each mean over all of these channels: a linear probe that brings each channel to unit
-    spread would otherwise raise the smallest means to the rank of motion, and overfit to them.
+    First what is there: the means over space of the leading latent channels, without what is the same in all clips,
+    m[j] / (1 + j)^0.4 / 20 for j = 0, 1, ..., under an orthonormal cosine transform over j. So small, they leave the
+    distance between two embeddings to motion. The transform spreads each mean over all of these channels: a linear
+    probe that brings each channel to unit spread would otherwise raise the smallest means to the rank of motion, and
+    overfit to them.
     The last, at most 1/8, are how the picture moves since the time step before, 0 at t = 0 and at rest; the most
     important come first, as many as there is room for:
     - right, down: the mean movement of the frame, or of one of 2 x 3 regions, in grid cells a step
@@ -806,10 +834,11 @@ class MotionFeatureAutoencoder(nn.Module):
         `describe_motion_embedding` says what the channels are. Those of motion are 0 for [B, T, N, D], where it is not
         known which cells are neighbours.
         """
+        latent = latent.float() - self.code.at(self.code.centre, latent) * self.code.gain  # in all clips the same
         latent_dim = self.config["latent_dim"]
         motion_dim = len(motion_names(latent_dim))
         content_dim = latent_dim - motion_dim
-        content = latent[..., :content_dim].float().flatten(2, -2).mean(dim=2)
+        content = latent[..., :content_dim].flatten(2, -2).mean(dim=2)
         content = CONTENT * content / (1 + torch.arange(content_dim, device=content.device)) ** 0.4
         with torch.autocast(content.device.type, enabled=False):
             embedding = content @ cosine_transform(content_dim, like=content).mT

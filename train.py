@@ -71,7 +71,7 @@ MEASURE_TOKENS = 2**14  # of a clip, that errors are measured on
 FIT_CLIPS, FIT_TOKENS = 256, 2**18  # that the linear code is measured on, at most
 MAX_BLOCK = 24  # time steps that are coded together: what vfm_feature.py gives by default, or half of it
 WORTH = 0.02  # of the error; training that takes off less is not worth its time
-MODEL_FLAGS = [field.name for field in fields(Config) if field.name not in ("block", "side")]
+MODEL_FLAGS = [field.name for field in fields(Config) if field.name not in ("block", "side", "positions")]
 # With the features and the clips of a step, these flags decide the result; --resume checks that they are the same.
 RUN_FLAGS = [
     *MODEL_FLAGS,
@@ -187,6 +187,12 @@ class Clips(Dataset):
         check_numbers(clip, path)
         return clip
 
+    @property
+    def positions(self) -> tuple[int, ...] | None:
+        """The shape of all clips, if it is one and each fits into a training step: their means are then known."""
+        shapes = {file.shape for file in self.files}
+        return shapes.pop() if len(shapes) == 1 and len(self.tiles(0, STEP_TOKENS)) == 1 else None
+
     def tiles(self, index: int, tokens: int) -> list[Tile]:
         """A clip, cut into tiles of about that many tokens."""
         length, *grid = self.files[index].shape
@@ -266,10 +272,11 @@ def clips_to_measure(clips: Clips, args: argparse.Namespace) -> Iterator[Tensor]
 def clips_to_fit(clips: Clips, seed: int) -> list[Tensor]:
     """Random clips, or a random tile of each, [T, ..., C] in float32: what the linear code is measured on."""
     count = min(len(clips), FIT_CLIPS)
+    share = STEP_TOKENS if clips.positions else FIT_TOKENS // count
     chosen = random.Random(f"{seed} fit").sample(range(len(clips)), count)
     sample, tokens = [], 0
     for index in tqdm(chosen, "clips", leave=False, disable=None, delay=1):
-        sample.append(clips.random_tile(index, FIT_TOKENS // count, f"{seed} fit").float())
+        sample.append(clips.random_tile(index, share, f"{seed} fit").float())
         tokens += sample[-1][..., 0].numel()
         if tokens >= FIT_TOKENS:  # of long clips the smallest tiles are larger than their share
             break
@@ -299,7 +306,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 class PrincipalComponents(nn.Module):
-    """Motion-weighted PCA of the latent's size, by the model's own basis: what the model has to beat."""
+    """Motion-weighted PCA of the latent's size, by the model's own mean and basis: what the model has to beat."""
 
     def __init__(self, model: MotionFeatureAutoencoder) -> None:
         super().__init__()
@@ -485,7 +492,8 @@ def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | N
     torch.manual_seed(args.seed)
     block = min(MAX_BLOCK, max(file.shape[0] for file in clips.files))
     side = Config.side if any(len(file.shape) == 3 for file in clips.files) else 1
-    model = MotionFeatureAutoencoder(**{name: getattr(args, name) for name in MODEL_FLAGS}, block=block, side=side)
+    sizes = {"block": block, "side": side, "positions": clips.positions or Config.positions}
+    model = MotionFeatureAutoencoder(**{name: getattr(args, name) for name in MODEL_FLAGS}, **sizes)
     model.to(args.device)
     if last:
         model.load_state_dict(last["model"])

@@ -41,6 +41,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -156,14 +157,10 @@ def ridge(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda new: (new - mean) / spread @ weights + y.mean(dim=0)
 
 
-def linear_code(
-    paths: list[Path], latent_dim: int, weight: float, smooth: float, side: int
-) -> MotionFeatureAutoencoder:
+def linear_code(paths: list[Path], config: dict[str, Any], weight: float, smooth: float) -> MotionFeatureAutoencoder:
     """The autoencoder as it is before its networks are trained."""
-    clips = [load(path)[0] for path in paths]
-    sizes = {"input_dim": clips[0].shape[-1], "latent_dim": latent_dim, "block": min(24, len(clips[0])), "side": side}
-    model = MotionFeatureAutoencoder(**sizes, model_dim=8, num_layers=1, use_token=True).eval()
-    model.code.fit(clips, 1.0, weight, smooth)
+    model = MotionFeatureAutoencoder(**config).eval()
+    model.code.fit([load(path)[0] for path in paths], 1.0, weight, smooth)
     return model
 
 
@@ -187,7 +184,7 @@ def ablation(model: MotionFeatureAutoencoder, paths: list[Path], weight: float) 
     """The model without each of its parts. Blocks of one cell are measured anew, without networks."""
     parts = ("encoder network", "decoder network", "trust", "gain and centre", "guests")
     codes = {f"without {part}": our_code(without(model, part)) for part in parts}
-    cells = linear_code(paths, model.config["latent_dim"], weight, 5 * model.code.smoothing.item(), side=1)
+    cells = linear_code(paths, model.config | {"side": 1}, weight, 5 * model.code.smoothing.item())
     return codes | {"without networks, blocks of one cell": our_code(cells)}
 
 
@@ -370,7 +367,7 @@ def codes_to_compare(
     if args.ablation:
         codes |= ablation(model, paths, weight)
     for front_weight in FRONT if args.front else ():
-        code = linear_code(paths, latent_dim, front_weight, args.smooth_weight, model.config["side"])
+        code = linear_code(paths, model.config, front_weight, args.smooth_weight)
         codes[f"weight {front_weight:g}"] = our_code(code)
     return codes
 

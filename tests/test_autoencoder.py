@@ -145,6 +145,29 @@ def pca(x, latent_dim, held_out):
     return latent, latent @ basis.T + mean
 
 
+def test_what_a_position_shows_in_all_clips_costs_no_channels():
+    """As with the positions of ViTs: the code has it from training, where all clips have the same."""
+    position = torch.randn(24, 10, 48, generator=torch.Generator().manual_seed(3))
+    train, held_out = made_up_clips() + position, made_up_clips(count=8, seed=1) + position
+    models = [
+        MotionFeatureAutoencoder(48, 16, 16, 2, 1, use_token=True, positions=positions).eval()
+        for positions in ((24, 10), (1, 1))
+    ]
+    for model in models:
+        model.code.fit(list(train))
+    ours, without = (sum(errors(held_out, model(held_out)["reconstruction"])) for model in models)
+    assert ours < 0.5 * without
+    other = held_out[:, :20]  # its positions are not known; what was encoded still decodes
+    assert sum(errors(other, models[0](other)["reconstruction"])) < 2 * without
+
+
+def test_chance_is_no_position():
+    """A few clips' mean at a position would else be taken from all others."""
+    model = MotionFeatureAutoencoder(48, 16, 16, 2, 1, use_token=True, positions=(24, 10)).eval()
+    model.code.fit(list(made_up_clips(count=8)))
+    assert model.code.mean.std(dim=(0, 1)).max() < 0.05
+
+
 @pytest.mark.parametrize("length", [5, 24, 30, 48])
 def test_the_code_is_never_worse_than_pca(length):
     """Not even where nothing stands still, so that there is nothing to gain."""

@@ -24,9 +24,9 @@ def columns(motion, *names):
     return motion[..., [NAMES.index(name) for name in names]]
 
 
-def drawn(right=0.0, down=0.0, turn=0.0, zoom=0.0, steps=6, size=(10, 15), channels=12):
+def drawn(right=0.0, down=0.0, turn=0.0, zoom=0.0, steps=6, size=(10, 15), channels=12, seed=0):
     """[1, T, H, W, channels]: sums of waves of 5 to 15 cells, moved by that much (cells, radians, log) at each step."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     length = 5 + 10 * torch.rand(channels, 6, generator=generator)
     angle, phase = 2 * torch.pi * torch.rand(2, channels, 6, generator=generator)
     y, x = torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in size), indexing="ij")
@@ -185,6 +185,20 @@ def test_every_channel_has_its_name(latent_dim):
     motion = motion_channels(latent[..., : model.code.pca_dim])
     for index, name in enumerate(names[content:], content):
         torch.testing.assert_close(embedding[..., index], columns(motion, name)[..., 0])
+
+
+def test_a_pattern_that_is_there_in_all_clips_does_not_hold_motion_back():
+    """The positions of ViTs stand still, whatever moves."""
+    moving = torch.cat(
+        [drawn(right=right, steps=6, seed=seed) for seed, right in enumerate((0.3, -0.2, 0.1, -0.3) * 2)]
+    )
+    pattern = 2 * moving.std() * torch.randn(moving.shape[2:], generator=torch.Generator().manual_seed(5))
+    sizes = {"latent_dim": moving.shape[-1], "model_dim": 16, "num_layers": 1, "use_token": True, "block": 6}
+    model = MotionFeatureAutoencoder(moving.shape[-1], **sizes, positions=moving.shape[1:4]).eval()
+    model.code.fit(list(moving + pattern))
+    names = describe_motion_embedding(model.config)
+    right = model(moving + pattern)["motion_embedding"][:, 1:, names.index("right")].mean(dim=1)
+    torch.testing.assert_close(right, torch.tensor([0.3, -0.2, 0.1, -0.3] * 2), atol=0.1, rtol=0)
 
 
 def test_a_long_clip_is_embedded_in_parts_without_seams():

@@ -25,6 +25,7 @@ def test_train_writes_a_checkpoint_that_explains_itself(trained):
     assert checkpoint["epoch"] == 2
     assert checkpoint["config"]["latent_dim"] == 6
     assert checkpoint["config"]["use_token"] is True
+    assert checkpoint["config"]["positions"] == (6, 2, 3)  # of every clip
     fresh = MotionFeatureAutoencoder(**checkpoint["config"]).state_dict()
     assert checkpoint["model"].keys() == fresh.keys()  # no wrapper's names
     assert checkpoint["model"]["decoder.network.head.weight"].abs().max() > 0  # where it starts
