@@ -362,6 +362,7 @@ def test_a_full_disk_ends_the_run_in_one_line(trained, tmp_path):
 def test_the_code_is_fitted_on_so_many_tokens_and_no_more(tmp_path, monkeypatch):
     """The smallest tiles of long clips are larger than a clip's share."""
     monkeypatch.setattr(train, "FIT_TOKENS", 3000)
+    monkeypatch.setattr(train, "STEP_TOKENS", 3000)
     files = []
     for index in range(6):
         torch.save(torch.randn(50, 8, 9, 4), tmp_path / f"{index}.pt")
@@ -369,3 +370,5 @@ def test_the_code_is_fitted_on_so_many_tokens_and_no_more(tmp_path, monkeypatch)
     sample = train.clips_to_fit(train.Clips(files, 4), seed=0)
     tokens = [x[..., 0].numel() for x in sample]
     assert sum(tokens[:-1]) < 3000 <= sum(tokens) and max(tokens) <= 50 * 25
+    monkeypatch.setattr(train, "STEP_TOKENS", 4000)  # the clips fit into a step: they are taken whole, for the positions
+    assert [x.shape for x in train.clips_to_fit(train.Clips(files, 4), seed=0)] == [(50, 8, 9, 4)]
