@@ -843,7 +843,8 @@ class MotionFeatureAutoencoder(nn.Module):
         with torch.autocast(content.device.type, enabled=False):
             embedding = content @ cosine_transform(content_dim, like=content).mT
         if latent.ndim == 5:
-            motion = motion_channels(latent[..., : self.code.pca_dim])[..., :motion_dim]
+            # Channels of nearly equal spread show movement best; the gain, once more, makes them so.
+            motion = motion_channels(latent * self.code.gain)[..., :motion_dim]
             embedding = torch.cat([embedding, motion], dim=2)
         return nn.functional.pad(embedding, (0, latent_dim - embedding.shape[2]))
 
