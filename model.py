@@ -568,7 +568,7 @@ def describe_motion_embedding(config: dict[str, Any]) -> list[str]:
     """The name of each channel of the motion embedding of a model with this `config`, in order.
 
     First what is there: the means over space of the leading latent channels, without what is the same in all clips,
-    m[j] / (1 + j)^0.4 / 20 for j = 0, 1, ..., under an orthonormal cosine transform over j. So small, they leave the
+    m[j] / (1 + j)^0.45 / 20 for j = 0, 1, ..., under an orthonormal cosine transform over j. So small, they leave the
     distance between two embeddings to motion. The transform spreads each mean over all of these channels: a linear
     probe that brings each channel to unit spread would otherwise raise the smallest means to the rank of motion, and
     overfit to them.
@@ -839,7 +839,7 @@ class MotionFeatureAutoencoder(nn.Module):
         motion_dim = len(motion_names(latent_dim))
         content_dim = latent_dim - motion_dim
         content = latent[..., :content_dim].flatten(2, -2).mean(dim=2)
-        content = CONTENT * content / (1 + torch.arange(content_dim, device=content.device)) ** 0.4
+        content = CONTENT * content / (1 + torch.arange(content_dim, device=content.device)) ** 0.45
         with torch.autocast(content.device.type, enabled=False):
             embedding = content @ cosine_transform(content_dim, like=content).mT
         if latent.ndim == 5:

@@ -177,7 +177,7 @@ def test_every_channel_has_its_name(latent_dim):
     assert len(set(names)) == latent_dim
     assert names[0] == "content 1" and names[content] == "right"
     frequency, j = torch.arange(content)[:, None], torch.arange(content)
-    mix = torch.cos(torch.pi * frequency * (2 * j + 1) / (2 * content)) / (1 + j) ** 0.4 / 20
+    mix = torch.cos(torch.pi * frequency * (2 * j + 1) / (2 * content)) / (1 + j) ** 0.45 / 20
     mix *= (torch.where(frequency == 0, 1, 2) / content).sqrt()
     torch.testing.assert_close(embedding[..., :content], latent[..., :content].mean(dim=(2, 3)) @ mix.mT)
     torch.testing.assert_close(flat[..., :content], embedding[..., :content])

@@ -370,5 +370,5 @@ def test_the_code_is_fitted_on_so_many_tokens_and_no_more(tmp_path, monkeypatch)
     sample = train.clips_to_fit(train.Clips(files, 4), seed=0)
     tokens = [x[..., 0].numel() for x in sample]
     assert sum(tokens[:-1]) < 3000 <= sum(tokens) and max(tokens) <= 50 * 25
-    monkeypatch.setattr(train, "STEP_TOKENS", 2**13)  # the clips fit into a step: they are taken whole, for the positions
+    monkeypatch.setattr(train, "STEP_TOKENS", 2**13)  # the clips fit into a step: taken whole
     assert [x.shape for x in train.clips_to_fit(train.Clips(files, 4), seed=0)] == [(50, 8, 9, 4)]
