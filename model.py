@@ -72,9 +72,9 @@ FINGERPRINT_BYTES = 2**16
 #    +--> linear [B, T, H, W, 768]
 #    |       |  trained: decoder's network
 #    |       +--> [S, T, 768] --> convolution, 2 transformer layers over T --> refinement [S, T, 768], S = B * H * W
-#    |    reconstruction = (linear + trust * refinement) * scale + mean, trust in [0, 1] measured on held-out clips
+#    |    reconstruction = (linear + refinement) * scale + mean
 #    |
-#    +--> leading channels: their mean over H, W [B, T, 170], and how the picture moves [B, T, 22]: right, down, turn...
+#    +--> leading channels: their means over H, W, mixed [B, T, 170]; how the picture moves [B, T, 22]: right, down...
 #         --> motion_embedding [B, T, 192]
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -521,23 +521,16 @@ class MotionFeatureEncoder(nn.Module):
 class MotionFeatureDecoder(nn.Module):
     """Latent -> features: latent [B, T, N, D] or [B, T, H, W, D] -> the same layout with `input_dim` channels.
 
-    The network refines what the code reconstructs; `trust` in [0, 1] is how much of that refinement held-out clips have
-    shown to be right. Training takes all of it: a network that is not trusted could not recover.
+    The network refines what the code reconstructs.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.network = TemporalNetwork(config.input_dim, config.input_dim, config)
-        self.register_buffer("trust", torch.ones(()))
-
-    def linear_and_refinement(self, latent: Tensor, code: SpaceTimeCode) -> tuple[Tensor, Tensor]:
-        """latent -> what the code reconstructs and the network's refinement of it, both as normalised features."""
-        linear = code.decode(latent)
-        return linear, from_sequences(self.network(to_sequences(linear)), like=latent)
 
     def forward(self, latent: Tensor, code: SpaceTimeCode) -> Tensor:
-        linear, refinement = self.linear_and_refinement(latent, code)
-        return code.restore(linear + (1.0 if self.training else self.trust) * refinement)
+        linear = code.decode(latent)
+        return code.restore(linear + from_sequences(self.network(to_sequences(linear)), like=latent))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

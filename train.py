@@ -333,22 +333,6 @@ def measure(
     return {**pd.DataFrame(losses).mean().to_dict(), **errors.figures()}
 
 
-@torch.no_grad()
-def fit_trust(model: MotionFeatureAutoencoder, clips: Iterable[Tensor], weights: LossWeights) -> None:
-    """Set how much of the decoder's refinement to add: the share, in [0, 1], with the least error on held-out clips.
-
-    A few hundred steps on a small data set teach a network its clips by heart; then the share falls to 0.
-    """
-    agreement = energy = 0.0
-    for x in clips:
-        linear, refinement = model.decoder.linear_and_refinement(model.encode(x), model.code)
-        error = (x - model.code.restore(linear)) / model.code.scale
-        for weight, e, r in ((weights[0], error, refinement), (weights[1], error.diff(dim=1), refinement.diff(dim=1))):
-            agreement += weight * (e * r).sum().item()
-            energy += weight * r.square().sum().item()
-    model.decoder.trust.fill_(min(max(agreement / energy, 0.0), 1.0) if energy else 1.0)
-
-
 def compare(ours: dict[str, float], pca: dict[str, float], weights: LossWeights, use_token: bool) -> float:
     """The weighted error over PCA's; for motion alone, that of the temporal differences. NaN where PCA makes none."""
     if not use_token:
@@ -563,18 +547,16 @@ def train(
         trained = train_epoch(network, optimizer, training_batches(loader, args.device), rates, args)
         if rank() > 0:
             continue
-        if files[1]:
-            fit_trust(model, clips_to_measure(val_set, args), weights)
         measured = measure(model, clips_to_measure(val_set, args), weights)
         ratio = compare(measured, last["pca_errors"], weights, args.use_token)
         row = {"epoch": epoch, **add_prefix(train=trained, val=measured, pca=last["pca_errors"]), "ratio": ratio}
-        row |= {"trust": model.decoder.trust.item(), "lr": rates[-1], "seconds": time.perf_counter() - start}
+        row |= {"lr": rates[-1], "seconds": time.perf_counter() - start}
         last["history"].append(row)
         last |= {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         report(
             f"epoch {epoch}: training loss {trained['loss']:.4f} | {measured_on} {describe(measured)} | "
             + ("PCA makes no error" if math.isnan(ratio) else f"{ratio:.3f} x PCA's error")
-            + f" | trust {row['trust']:.2f} | {row['seconds']:.1f} s"
+            + f" | {row['seconds']:.1f} s"
         )
         save_atomically(last, args.save_dir / "motion_ae_last.pt")
         write_outputs(last, measured_on, args.save_dir)

@@ -170,9 +170,7 @@ def without(model: MotionFeatureAutoencoder, *parts: str) -> MotionFeatureAutoen
     if "encoder network" in parts:
         nn.init.zeros_(model.encoder.network.head.weight), nn.init.zeros_(model.encoder.network.head.bias)
     if "decoder network" in parts:
-        model.decoder.trust.zero_()
-    if "trust" in parts:
-        model.decoder.trust.fill_(1.0)
+        nn.init.zeros_(model.decoder.network.head.weight), nn.init.zeros_(model.decoder.network.head.bias)
     if "gain and centre" in parts:
         model.code.gain.fill_(1.0), model.code.centre.zero_()
     if "guests" in parts:
@@ -182,7 +180,7 @@ def without(model: MotionFeatureAutoencoder, *parts: str) -> MotionFeatureAutoen
 
 def ablation(model: MotionFeatureAutoencoder, paths: list[Path], weight: float) -> dict[str, Code]:
     """The model without each of its parts. Blocks of one cell are measured anew, without networks."""
-    parts = ("encoder network", "decoder network", "trust", "gain and centre", "guests")
+    parts = ("encoder network", "decoder network", "gain and centre", "guests")
     codes = {f"without {part}": our_code(without(model, part)) for part in parts}
     cells = linear_code(paths, model.config | {"side": 1}, weight, 5 * model.code.smoothing.item())
     return codes | {"without networks, blocks of one cell": our_code(cells)}
