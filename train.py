@@ -350,7 +350,7 @@ def describe_gain(last: dict[str, Any], measured_on: str, weights: LossWeights, 
         return text
     gain = 1 - best / code
     advice = "" if gain >= WORTH else "; --epochs 1 does as well, as on all sets that were tried, of up to 378 clips"
-    return f"{text}; training them took off {gain:.1%}{advice}"
+    return f"{text}; training them took off {round(gain, 3) + 0.0:.1%}{advice}"  # never -0.0%
 
 
 def describe(errors: dict[str, float]) -> str:

@@ -191,9 +191,10 @@ def draw_front(rows: dict[str, dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     front = {name: row for name, row in rows.items() if name.startswith("weight ")}
-    axes.plot([r["reconstruction"] for r in front.values()], [r["motion"] for r in front.values()], "o-", label="ours")
-    for name, row in front.items():
-        axes.annotate(name, (row["reconstruction"], row["motion"]), (6, 4), textcoords="offset points", fontsize=8)
+    points = [(row["reconstruction"], row["motion"]) for row in front.values()]
+    axes.plot(*zip(*points, strict=True), "o-", label="ours, by --motion_weight")
+    for name, point in zip(front, points, strict=True):
+        axes.annotate(name.removeprefix("weight "), point, (2, 5), textcoords="offset points", fontsize=8)
     for name in ("PCA", "motion-weighted PCA", "linear space-time code"):
         if name in rows:
             axes.plot(rows[name]["reconstruction"], rows[name]["motion"], "s", label=name)
