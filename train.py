@@ -472,7 +472,8 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | None) -> MotionFeatureAutoencoder:
-    """The model of the checkpoint `last`, or a new one, whose linear code rank 0 measures."""
+    """The model of the checkpoint `last`, or a new one, whose linear code rank 0 measures. Raises `UserError` for a
+    checkpoint of another version."""
     torch.manual_seed(args.seed)
     block = min(MAX_BLOCK, max(file.shape[0] for file in clips.files))
     side = Config.side if any(len(file.shape) == 3 for file in clips.files) else 1
@@ -480,7 +481,10 @@ def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | N
     model = MotionFeatureAutoencoder(**{name: getattr(args, name) for name in MODEL_FLAGS}, **sizes)
     model.to(args.device)
     if last:
-        model.load_state_dict(last["model"])
+        try:
+            model.load_state_dict(last["model"])
+        except RuntimeError:
+            raise UserError("--resume: another version began that run; train anew in another --save_dir") from None
     elif rank() == 0:
         sample = [x.to(args.device) for x in clips_to_fit(clips, args.seed)]
         model.code.fit(sample, args.recon_weight, args.motion_weight, args.smooth_weight)

@@ -1,6 +1,7 @@
 """train.py from the command line, on a folder of made-up features."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,6 +274,13 @@ def test_checkpoints_are_neither_lost_nor_mixed(tmp_path, run_here):
     make_features(tmp_path / "f" / "more", 1)
     refused("the content of --feature_dir", "--epochs", 2, "--resume")
     whole = newest.read_bytes()
+    other = torch.load(newest) | {"epoch": 1}
+    del other["model"]["code.centre"]
+    shutil.rmtree(tmp_path / "f" / "more")
+    save(newest, other)
+    result = run_here("train.py", *flags, "--epochs", 2, "--resume")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "another version began that run" in result.stderr
     newest.write_bytes(whole[: len(whole) // 2])
     refused("motion_ae_last.pt is damaged", "--epochs", 2, "--resume")
 
