@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 RELATION_CLIPS, RELATION_TOKENS = 16, 128  # whose cosines decide what the channels keep, and on their gains
-POSITION_IN_BASIS = 1 / 4  # share of the position in the features that the components are taken from
 RELATION_TARGET = 0.77  # of PCA's error of these cosines, on training clips; on others it is up to a quarter more
+POSITION_IN_BASIS = 1 / 4  # share of the position in the features that the components are taken from
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
@@ -216,7 +216,7 @@ class SpaceTimeCode(nn.Module):
         self.register_buffer("mean", torch.zeros(*config.positions, config.input_dim))
         self.register_buffer("scale", torch.ones(()))  # one for all channels: one for each would weight them in errors
         self.register_buffer("basis", torch.eye(config.input_dim))  # columns: principal components
-        self.register_buffer("centre", torch.zeros(*config.positions, self.pca_dim))
+        self.register_buffer("centre", torch.zeros(*config.positions, self.pca_dim))  # in the latent's units
         self.register_buffer("gain", torch.ones(self.pca_dim))
         self.register_buffer("guest_rms", torch.ones(()))  # of a guest, the channels having 1
         self.register_buffer("spread", torch.ones(*self.size, config.input_dim))  # of each coefficient
@@ -271,11 +271,11 @@ class SpaceTimeCode(nn.Module):
             if addition is not None:
                 coefficients = coefficients + guest * to_coefficients(to_grid(addition)[where], size).flatten(2)
             latent[where] = from_coefficients(coefficients.unflatten(2, (-1, self.pca_dim)), part.shape[1:4], size)
-        return from_grid(latent, like=z) + self.at(self.centre, z) * self.gain
+        return from_grid(latent, like=z) + self.at(self.centre, z)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latent [B, T, N, D] or [B, T, H, W, D] -> normalised features."""
-        grid = to_grid(latent - self.at(self.centre, latent) * self.gain)
+        grid = to_grid(latent - self.at(self.centre, latent))
         x = grid.new_empty(*grid.shape[:-1], self.input_dim)
         for where, size in blocks_of(grid.shape[1:4], self.size):
             source, gain, _ = self.layout(size)
@@ -442,7 +442,7 @@ class TokenRelations:
                 if error < best:
                     best = error
                     code.gain.copy_(gain)
-                    code.centre.copy_(share * self.means)
+                    code.centre.copy_(share * self.means * gain)
                     code.guest_rms.fill_(rms)
         return best
 
@@ -827,7 +827,7 @@ class MotionFeatureAutoencoder(nn.Module):
         `describe_motion_embedding` says what the channels are. Those of motion are 0 for [B, T, N, D], where it is not
         known which cells are neighbours.
         """
-        latent = latent.float() - self.code.at(self.code.centre, latent) * self.code.gain  # in all clips the same
+        latent = latent.float() - self.code.at(self.code.centre, latent)  # what all clips share says nothing
         latent_dim = self.config["latent_dim"]
         motion_dim = len(motion_names(latent_dim))
         content_dim = latent_dim - motion_dim
