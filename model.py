@@ -273,18 +273,22 @@ class SpaceTimeCode(nn.Module):
             latent[where] = from_coefficients(coefficients.unflatten(2, (-1, self.pca_dim)), part.shape[1:4], size)
         return from_grid(latent, like=z) + self.at(self.centre, z)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Latent [B, T, N, D] or [B, T, H, W, D] -> normalised features."""
+    def components(self, latent: Tensor, count: int) -> Tensor:
+        """Latent [B, T, N, D] or [B, T, H, W, D] -> the first `count` principal components, as far as it holds them."""
         grid = to_grid(latent - self.at(self.centre, latent))
-        x = grid.new_empty(*grid.shape[:-1], self.input_dim)
+        components = grid.new_empty(*grid.shape[:-1], count)
         for where, size in blocks_of(grid.shape[1:4], self.size):
             source, gain, _ = self.layout(size)
             part = grid[where]
             kept = to_coefficients(part, size).flatten(2) / gain  # [B, blocks, L * D]
             empty = kept.new_zeros(*kept.shape[:2], math.prod(size) * self.input_dim)
-            coefficients = empty.index_copy(-1, source, kept).unflatten(2, (-1, self.input_dim))
-            x[where] = from_coefficients(coefficients, part.shape[1:4], size) @ self.basis.mT
-        return from_grid(x, like=latent)
+            coefficients = empty.index_copy(-1, source, kept).unflatten(2, (-1, self.input_dim))[..., :count]
+            components[where] = from_coefficients(coefficients, part.shape[1:4], size)
+        return from_grid(components, like=latent)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latent [B, T, N, D] or [B, T, H, W, D] -> normalised features."""
+        return self.components(latent, self.input_dim) @ self.basis.mT
 
     @torch.no_grad()
     def fit(
@@ -561,13 +565,14 @@ def describe_motion_embedding(config: dict[str, Any]) -> list[str]:
     """The name of each channel of the motion embedding of a model with this `config`, in order.
 
     First what is there: the means over space of the leading latent channels, without what is the same in all clips,
-    m[j] / (1 + j)^0.45 / 20 for j = 0, 1, ..., under an orthonormal cosine transform over j. So small, they leave the
+    m[j] / (0.01 + j)^0.25 / 20 for j = 0, 1, ..., under an orthonormal cosine transform over j. So small, they leave the
     distance between two embeddings to motion. The transform spreads each mean over all of these channels: a linear
     probe that brings each channel to unit spread would otherwise raise the smallest means to the rank of motion, and
     overfit to them.
     The last, at most 1/8, are how the picture moves since the time step before, 0 at t = 0 and at rest; the most
     important come first, as many as there is room for:
-    - right, down: the mean movement of the frame, or of one of 2 x 3 regions, in grid cells a step
+    - right, down: the mean movement of the frame, or of one of 2 x 3 regions, in grid cells a step; cells whose change
+      movement explains badly count less
     - turn: clockwise, in radians a step; zoom: the log of the factor a step, positive where things become larger
     - camera right, camera down: the movement at the frame's centre, apart from turn, zoom and objects on their own way
     - log speed: log(1 + (v / 0.01)^2) / 2 of the length v of camera right and down; log object speed: of the movement
@@ -666,6 +671,12 @@ def cell_motion(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return flow, (left - saved.sum(dim=1)).clamp_min(0), texture
 
 
+def weighted_means(x: Tensor, weights: Tensor, regions: tuple[int, int]) -> Tensor:
+    """x [N, P, h, w] -> its means by weights [N, 1, h, w] over each of rows x columns of regions, [N, regions * P]."""
+    pool = nn.functional.adaptive_avg_pool2d
+    return (pool(x * weights, regions) / pool(weights, regions)).permute(0, 2, 3, 1).flatten(1)
+
+
 def smooth_over_time(x: Tensor, weights: tuple[float, ...]) -> Tensor:
     """x [B, T, C] -> each step's weighted mean over the steps around it; the first and the last repeat."""
     padded = nn.functional.pad(x.mT, (len(weights) // 2,) * 2, mode="replicate")
@@ -683,14 +694,13 @@ def motion_channels(maps: Tensor) -> Tensor:
         a, b = maps[:, :-1].flatten(0, 1), maps[:, 1:].flatten(0, 1)  # [N, P, H, W], N = B * (T - 1)
         camera = camera_motion(a, b)
         flow, left, texture = cell_motion(a, b)
-        regions = nn.functional.adaptive_avg_pool2d(flow, REGIONS).permute(0, 2, 3, 1).flatten(1)  # [N, 12]
-
-        cells = torch.cat([flow.mean(dim=(2, 3)), regions], dim=1)
-        cells = smooth_over_time(cells.unflatten(0, (batch, -1)), CELLS_OVER_TIME)  # [B, T - 1, channels]
-        mean, regions = cells.split([2, regions.shape[1]], dim=2)
+        floor = STILL**2 * channels
+        trust = (1 / (left + left.mean(dim=(1, 2), keepdim=True) + floor)).detach()[:, None]  # as in `camera_motion`
+        cells = torch.cat([weighted_means(flow, trust, size) for size in ((1, 1), REGIONS)], dim=1)  # [N, 2 + 12]
+        cells = smooth_over_time(cells.unflatten(0, (batch, -1)), CELLS_OVER_TIME)  # [B, T - 1, 2 + 12]
+        mean, regions = cells[..., :2], cells[..., 2:]
         shift, turn_zoom = smooth_over_time(camera.unflatten(0, (batch, -1)), CAMERA_OVER_TIME).split(2, dim=2)
 
-        floor = STILL**2 * channels
         change = inner((b - a).square().sum(dim=1)).mean(dim=(1, 2))  # [N]
         fit = (change - left.mean(dim=(1, 2))).clamp_min(0) / (change + floor)
         apparent = 2 * change / (texture.mean(dim=(1, 2)) + floor)  # squared cells
@@ -748,6 +758,7 @@ class MotionFeatureAutoencoder(nn.Module):
         config = Config(*args, **kwargs)
         self.config = asdict(config)
         self.trained_on = ""  # `origin` of the features
+        self.map_dim = min(config.latent_dim * 3 // 2, config.input_dim)  # components that movement is read from
         self.code = SpaceTimeCode(config)
         self.encoder = MotionFeatureEncoder(config)
         self.decoder = MotionFeatureDecoder(config)
@@ -827,25 +838,40 @@ class MotionFeatureAutoencoder(nn.Module):
         `describe_motion_embedding` says what the channels are. Those of motion are 0 for [B, T, N, D], where it is not
         known which cells are neighbours.
         """
-        latent = latent.float() - self.code.at(self.code.centre, latent)  # what all clips share says nothing
-        latent_dim = self.config["latent_dim"]
+        with torch.autocast(latent.device.type, enabled=False):
+            motion = motion_channels(self.maps(latent)) if latent.ndim == 5 else None
+            return self.with_content(latent, motion)
+
+    def maps(self, latent: Tensor) -> Tensor:
+        """latent [B, T, H, W, D] -> what `motion_channels` sees, [B, T, H, W, map_dim]: the components, each divided by
+        its spread. In these movement shows best; those beyond D are known from guests, and tell zoom."""
+        spread = self.code.spread[..., : self.map_dim].square().mean(dim=(0, 1, 2)).sqrt().clamp_min(1e-3)
+        return self.code.components(latent.float(), self.map_dim) / spread
+
+    def with_content(self, latent: Tensor, motion: Tensor | None) -> Tensor:
+        """A latent and its `motion_channels`, or None where the grid is unknown -> its motion embedding."""
+        latent_dim = latent.shape[-1]
         motion_dim = len(motion_names(latent_dim))
         content_dim = latent_dim - motion_dim
-        content = latent[..., :content_dim].flatten(2, -2).mean(dim=2)
-        content = CONTENT * content / (1 + torch.arange(content_dim, device=content.device)) ** 0.45
-        with torch.autocast(content.device.type, enabled=False):
-            embedding = content @ cosine_transform(content_dim, like=content).mT
-        if latent.ndim == 5:
-            # Channels of nearly equal spread show movement best; the gain, once more, makes them so.
-            motion = motion_channels(latent * self.code.gain)[..., :motion_dim]
-            embedding = torch.cat([embedding, motion], dim=2)
-        return nn.functional.pad(embedding, (0, latent_dim - embedding.shape[2]))
+        latent = latent.float() - self.code.at(self.code.centre, latent).to(latent.device)  # what all clips share
+        means = latent.flatten(2, -2).mean(dim=2)
+        content = CONTENT * means[..., :content_dim] / (0.01 + torch.arange(content_dim, device=latent.device)) ** 0.25
+        content = content @ cosine_transform(content_dim, like=content).mT
+        if motion is None:
+            return nn.functional.pad(content, (0, motion_dim))
+        return torch.cat([content, motion[..., :motion_dim]], dim=2)
 
     @torch.no_grad()
     def embed_long(self, latent: Tensor) -> Tensor:
         """The latent of one clip [T, N, D] or [T, H, W, D], any T -> its motion embedding [T, D], on the CPU: what
         `embed` gives, in bounded memory."""
-        return in_parts(lambda part: self.embed(part.to(self.code.mean)), latent)
+        motion, device = None, self.code.mean.device
+        if latent.ndim == 4:
+            maps = torch.empty(*latent.shape[:-1], self.map_dim)
+            for tile in tiles(len(latent), latent.shape[1:-1], self.config["side"], TOKENS):
+                maps[tile] = self.maps(latent[tile][None].to(device))[0].cpu()
+            motion = in_parts(lambda part: motion_channels(part.to(device)), maps)[None]
+        return self.with_content(latent[None].cpu(), motion)[0]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         latent = self.encode(x)
