@@ -10,17 +10,3 @@ from .model import (
     describe_motion_embedding,
     load_feature,
 )
-
-__all__ = [
-    "FeatureErrors",
-    "LatentDataset",
-    "MotionFeatureAutoencoder",
-    "MotionFeatureDecoder",
-    "MotionFeatureEncoder",
-    "UserError",
-    "describe_motion_embedding",
-    "load_feature",
-    "motion_autoencoder_loss",
-    "token_relation_distillation",
-    "token_relations",
-]

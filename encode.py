@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from losses import FeatureErrors
@@ -132,7 +131,7 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
 
 
 def save(result: dict[str, Any], output: Path) -> None:
-    """Write an output dict by its suffix, whole or not at all. In a .npz, words and numbers are arrays of no axes."""
+    """Write an output dict by its suffix, whole or not at all. In a .npz, strings and numbers are 0-d arrays."""
     if output.suffix == ".npz":
         with whole_file(output) as file:
             np.savez(file, **{name: np.asarray(value) for name, value in result.items()})
@@ -166,12 +165,10 @@ def encode_file(
         feature, metadata = load_feature(path, mmap=True)
         check_numbers(feature, path)
         frames = metadata.pop("thumbnails", None)
-        recorded = metadata.pop("grid", None)
-        grid = args.grid or recorded
-        if grid and feature.ndim == 3:  # coded on the grid, so the latent is [T, H, W, D]
-            if math.prod(grid) != feature.shape[1]:
-                raise UserError(f"{path}: N is {feature.shape[1]}, but --grid is {grid[0]} x {grid[1]}")
-            feature = feature.unflatten(1, grid)
+        if args.grid and feature.ndim == 3:
+            if math.prod(args.grid) != feature.shape[1]:
+                raise UserError(f"{path}: N is {feature.shape[1]}, but --grid is {args.grid[0]} x {args.grid[1]}")
+            feature = feature.unflatten(1, args.grid)
         try:
             model.check_origin(origin(metadata))
             result = encode_clip(model, feature, FeatureErrors(), args.save_reconstruction)
@@ -181,8 +178,11 @@ def encode_file(
         return row | {"failure": str(error), "outcome": "failed"}
     kept = {name: value for name, value in metadata.items() if name not in result}
     save({**result, **kept, "settings": settings}, output)
-    if args.preview:
-        write_preview(output, feature, result["latent"], frames)
+    try:
+        if args.preview:
+            write_preview(output, feature, result["latent"], frames)
+    except UserError as error:  # a video of that name is somebody else's
+        return row | {"failure": str(error), "outcome": "failed"}
     return row | {name: result[name] for name in METRICS + MOVEMENT} | {"outcome": "written"}
 
 
@@ -227,8 +227,6 @@ def main() -> int:
     finally:  # of a run that is stopped too
         if first and args.input.is_dir():
             report(rows, args.output)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
     if first and not args.input.is_dir():
         if rows[0]["outcome"] == "failed":

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
-RELATION_CLIPS, RELATION_TOKENS = 16, 128  # whose cosines decide what the channels keep, and on their gains
+RELATION_CLIPS, RELATION_TOKENS = 16, 128  # of a clip; their cosines decide which coefficients are kept, and the gains
 RELATION_TARGET = 0.77  # of PCA's error of these cosines, on training clips; on others it is up to a quarter more
 POSITION_IN_BASIS = 1 / 4  # share of the position in the features that the components are taken from
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
@@ -227,8 +228,11 @@ class SpaceTimeCode(nn.Module):
 
     @staticmethod
     def at(table: Tensor, x: Tensor) -> Tensor:
-        """`table` [T, ..., K] for x [B, T, ..., C] of the same positions; for other x the mean of the table, [K]."""
-        return table if table.shape[:-1] == x.shape[1:-1] else table.flatten(0, -2).mean(dim=0)
+        """`table` [T, ..., K] for x [B, T, ..., C] of the same positions, with a grid or without; else its mean [K]."""
+        known, positions = table.shape[:-1], x.shape[1:-1]
+        if known != positions and len(known) != len(positions):  # one of them has no grid
+            known, positions = (known[0], known.numel()), (positions[0], positions.numel())
+        return table.reshape(*x.shape[1:-1], -1) if known == positions else table.flatten(0, -2).mean(dim=0)
 
     def normalise(self, x: Tensor) -> Tensor:
         """x [B, T, ..., C] -> what is coded: x without the training mean; for motion alone, x without the clip's own
@@ -301,7 +305,7 @@ class SpaceTimeCode(nn.Module):
         energy, each frequency weighted by what an error in it adds to the weighted loss, and as many of components
         < latent_dim as the cosines between tokens need.
         """
-        if not self.codes_still_part:  # it cannot come back, so it shall not take room
+        if not self.codes_still_part:  # decoding cannot restore it, so no coefficient is spent on it
             recon_weight, motion_weight = 0.0, 1.0
         token = sum(x.flatten(0, -2).mean(dim=0, dtype=torch.float64) for x in clips) / len(clips)
         self.mean.copy_(token + (self.measure_position(clips, token) if self.codes_still_part else 0.0))
@@ -565,8 +569,8 @@ def describe_motion_embedding(config: dict[str, Any]) -> list[str]:
     """The name of each channel of the motion embedding of a model with this `config`, in order.
 
     First what is there: the means over space of the leading latent channels, without what is the same in all clips,
-    m[j] / (0.01 + j)^0.25 / 20 for j = 0, 1, ..., under an orthonormal cosine transform over j. So small, they leave the
-    distance between two embeddings to motion. The transform spreads each mean over all of these channels: a linear
+    m[j] / (0.01 + j)^0.25 / 20 for j = 0, 1, ..., under an orthonormal cosine transform over j. So small, they leave
+    the distance between two embeddings to motion. The transform spreads each mean over all of these channels: a linear
     probe that brings each channel to unit spread would otherwise raise the smallest means to the rank of motion, and
     overfit to them.
     The last, at most 1/8, are how the picture moves since the time step before, 0 at t = 0 and at rest; the most
@@ -731,8 +735,8 @@ Tile = tuple[slice, ...]  # of the axes [T, N] or [T, H, W] of a clip
 
 
 def tiles(length: int, grid: tuple[int, ...], side: int, tokens: int) -> list[Tile]:
-    """Cut the grid [N] or [H, W] of a clip of T = `length` steps at borders of blocks, time staying whole: tiles of
-    `tokens` tokens or little more, of whole rows where two of them are not more."""
+    """Cut the grid [N] or [H, W] of a clip of T = `length` steps at borders of blocks, time staying whole: tiles of at
+    most `tokens` tokens, or of one block of the grid where that is more."""
     height, width = (*grid, 1)[:2]
     side = side if len(grid) == 2 else 1
     columns = min(width, max(side, tokens // (length * side) // side * side))
@@ -883,12 +887,12 @@ class MotionFeatureAutoencoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Every file below `folder` with one of `suffixes`, sorted; hidden files and folders (half-written files among
-    them) are left out."""
+def find_files(folder: Path, suffixes: tuple[str, ...], recursive: bool = True) -> list[Path]:
+    """Every file in `folder`, and below if `recursive`, with one of `suffixes`, sorted; hidden files and folders
+    (half-written files among them) are left out."""
     return sorted(
         path
-        for path in folder.rglob("*")
+        for path in (folder.rglob("*") if recursive else folder.iterdir())
         if path.suffix.lower() in suffixes
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
@@ -949,7 +953,7 @@ def check_numbers(feature: Tensor, path: Path) -> None:
     when they are squared and summed. Of a mapped file no more than a few time steps are in memory at once."""
     largest = torch.stack([part.abs().amax() for part in feature.split(8)]).amax().item()  # NaN if there is one
     if not math.isfinite(largest):
-        raise UserError(f"{path} holds NaN or infinity; make it again in float32, or take it out")
+        raise UserError(f"{path} holds NaN or infinity; recompute it in float32, or remove it")
     if largest > LARGEST:
         raise UserError(
             f"{path} holds numbers up to {largest:.0e}, whose squares overflow float32; divide all by a constant"
@@ -957,18 +961,19 @@ def check_numbers(feature: Tensor, path: Path) -> None:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether an entry of a feature file is a word, a number, or a row of these."""
+    """Whether an entry of a feature file is a string, a number, or a sequence of these."""
     if isinstance(value, Tensor):
         return value.ndim <= 1 and value.dtype in (torch.int32, torch.int64)
-    row = value if isinstance(value, list | tuple) else [value]
-    return all(isinstance(item, str | int | float) for item in row)
+    items = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(item, str | int | float) for item in items)
 
 
 def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -> tuple[Tensor, dict[str, Any]]:
-    """One feature file and what else is in it: `caption`, `video`, `model` and all that are words, numbers or rows of
-    these; `thumbnails` (uint8 [F, h, w, 3]); and, of a feature [T, N, C], `grid` ([H, W], H * W = N).
+    """One feature file and what else is in it: `caption`, `video`, `model` and all that are strings, numbers or
+    sequences of these; and `thumbnails` (uint8 [F, h, w, 3]).
 
-    The file holds a tensor, an array (.npy), or a dict, read by `feature`, else `features`, else its first key.
+    The file holds a tensor, an array (.npy), or a dict, read by `feature`, else `features`, else its first key. Where
+    it also holds `grid` ([H, W]), a feature [T, H * W, C] becomes [T, H, W, C].
 
     Returns the feature [T, N, C] or [T, H, W, C] in the dtype that it was stored in (float8 as float32). With `mmap`
     the numbers stay on disk and are not looked at; `check_numbers` does. Raises `UserError` that names the file: not
@@ -1009,7 +1014,7 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
         grid = grid.tolist() if isinstance(grid, Tensor) else grid
         is_size = isinstance(grid, list | tuple) and all(isinstance(size, int) and size > 0 for size in grid)
         if is_size and len(grid) == 2 and grid[0] * grid[1] == shape[1]:
-            metadata["grid"] = list(grid)
+            feature = feature.unflatten(1, tuple(grid))
     return feature.detach(), metadata
 
 
@@ -1099,16 +1104,11 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
     if summary:
         print(pd.DataFrame.from_dict(summary, orient="index").to_string(float_format="%.3f"))
         print(LEGEND)
-    movement = {}
-    for name in MOVEMENT:
-        values = table[name].dropna()
-        if len(values):
-            least, most = values.idxmin(), values.idxmax()
-            extremes = {"least": values[least], "in": least, "most": values[most], " in": most}
-            movement[name] = {"mean": values.mean(), **extremes}
-    if movement:
+    known = table[MOVEMENT].dropna(axis=1, how="all")
+    if not known.empty:
         print("How the pictures move, in grid cells a step; log speed: log(1 + (cells / 0.01)^2) / 2.")
-        print(pd.DataFrame.from_dict(movement, orient="index").to_string(float_format="%.3f"))
+        extremes = known.agg(["mean", "min", "idxmin", "max", "idxmax"]).T.infer_objects()
+        print(extremes.set_axis(["mean", "least", "in", "most", "in"], axis=1).to_string(float_format="%.3f"))
     if unknown := int(table["right"].isna().sum()):
         print(f"grid unknown in {unknown} files [T, N, C]: the embedding's motion channels are 0; give --grid H W")
 
@@ -1251,11 +1251,16 @@ def leading_components(x: Tensor) -> tuple[Tensor, float]:
     return (steps - (low + high) / 2) / (high - low).clamp_min(noise), share.item()
 
 
+def spread_of(x: Tensor) -> Tensor:
+    """The root mean square of features [T, ..., C] around their mean, over the steps that a preview shows."""
+    some = x[preview_steps(len(x))].float()
+    return (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(noise_floor(some))
+
+
 def relative_motion(x: Tensor) -> np.ndarray:
     """How far features [T, ..., C] move at each step but the first, [T - 1]: the root mean square of delta_x over that
     of x around its mean, so that features and latents can be compared."""
-    some = x[preview_steps(len(x))].float()
-    scale = (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(noise_floor(some))
+    scale = spread_of(x)
     return np.array([((b.float() - a.float()).square().mean().sqrt() / scale).item() for a, b in itertools.pairwise(x)])
 
 
@@ -1263,8 +1268,7 @@ def movement(x: Tensor) -> dict[str, np.ndarray]:
     """How far the picture of features [T, H, W, C] moves to the right and down at each step but the first [T - 1], in
     cells: by `motion_channels` of at most 64 channels, which suffice."""
     x = x[..., :: math.ceil(x.shape[-1] / 64)]
-    some = x[preview_steps(len(x))].float()
-    scale = (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(noise_floor(some))
+    scale = spread_of(x)
     moves = in_parts(lambda part: motion_channels(part / scale), x)[1:]
     return {name: moves[:, FRAME_MOTION.index(name)].numpy() for name in ("right", "down")}
 
@@ -1486,10 +1490,10 @@ def from_first_rank(value: Any) -> Any:
 
 def gather(value: Any) -> list[Any]:
     """Every rank's `value`, in their order, on rank 0; on the others an empty list."""
-    values = [value] if rank() == 0 else []
-    if dist.is_initialized():
-        values = [None] * num_ranks() if rank() == 0 else None
-        dist.gather_object(value, values)
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * num_ranks() if rank() == 0 else None
+    dist.gather_object(value, values)
     return values or []
 
 
@@ -1528,6 +1532,17 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Make the folder that `flag` names. Raises `UserError` where it cannot be made or written into."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"{flag} {folder} is no folder that can be written into ({error.strerror}); give another"
+        ) from None
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -1580,8 +1595,14 @@ def run_script(main: Callable[[], int]) -> None:
     reuse_memory()
     try:
         status = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
+        status = 2
+    except torch.OutOfMemoryError:
+        hint = "lower --batch_size, give smaller or shorter clips, or use --device cpu"
+        print(f"{name}: error: the device's memory is full; {hint}", file=sys.stderr)
         status = 2
     except OSError as error:  # a full disk, a folder that vanished
         print(f"{name}: error: {error}; finished files are whole", file=sys.stderr)

@@ -37,7 +37,6 @@ import re
 import resource
 import signal
 import sys
-import tempfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,7 +52,6 @@ import av
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 from av.container import InputContainer
 from av.video.reformatter import ColorPrimaries
 from av.video.stream import VideoStream
@@ -73,10 +71,12 @@ from model import (
     check_preview_packages,
     encode_clip,
     file_fingerprint,
+    find_files,
     gather,
     has_preview,
     join_ranks,
     load_checked,
+    make_folder,
     num_ranks,
     number,
     open_device,
@@ -560,7 +560,11 @@ def find_timm(name: str) -> VFM:
     try:
         with torch.device("meta"):  # no values are drawn
             model = timm.create_model(name, num_classes=0)
-    except Exception as error:  # a folder that timm did not save, a tag that it does not know
+    except KeyError as error:
+        raise UserError(
+            f"--models timm:{folder or name}: no folder that timm saved; transformers' are hf:FOLDER"
+        ) from error
+    except Exception as error:  # a tag that it does not know
         raise UserError(f"--models timm:{folder or name}: {first_line(error)}") from error
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"--models timm:{name}: timm gives no outputs of its blocks")
@@ -658,8 +662,11 @@ def find_transformers(name: str) -> VFM:
         if config.hidden_act != "gelu":
             raise UserError(f"--models hf:{name}: a {config.model_type} with {config.hidden_act} for gelu is not known")
         return VFM(**OURS[config.model_type](config), **about)
-    if any(hasattr(config, part) for part in ("num_frames", "tubelet_size", "frames_per_clip")):
-        raise UserError(f"--models hf:{name}: of video models only VideoMAE and V-JEPA 2, not {config.model_type}")
+    if any(hasattr(config, part) for part in ("num_frames", "tubelet_size", "frames_per_clip", "mask_ratio")):
+        raise UserError(
+            f"--models hf:{name}: of models of video, or that mask their input, only VideoMAE and V-JEPA 2, not "
+            f"{config.model_type}"
+        )
     return VFM(tubelet_size=1, **about)
 
 
@@ -669,7 +676,7 @@ def check_tokens(name: str, vit: nn.Module, vfm: VFM, size: tuple[int, int], lay
     try:
         with torch.inference_mode():
             num_tokens = vit(torch.zeros(1, 3, *size), layers).shape[1]
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # how the libraries say "not this size"
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:  # "not this size", in code
         raise UserError(f"{name} cannot take images of {size[0]} x {size[1]}: {first_line(error)}") from error
     if num_tokens != height * width:
         raise UserError(f"{name} gives {num_tokens} tokens for a grid of {height} x {width} patches")
@@ -770,8 +777,9 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a published file (.pth, .pt, .bin, .safetensors) or folder (of .safetensors), in timm's names.
+def read_weights(path: Path, rename: bool = True) -> dict[str, torch.Tensor]:
+    """The state dict of a published file (.pth, .pt, .bin, .safetensors) or folder (of .safetensors), in timm's names
+    if `rename`.
 
     No code runs: tensors, plain values and `argparse.Namespace`, which VideoMAE's file holds, are all that is loaded.
     Raises `UserError` for anything else, and `FileNotFoundError` for a folder without weights.
@@ -787,7 +795,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             break
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} holds no weights; use the file that the authors publish")
-    return to_timm_names({str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)})
+    state = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return to_timm_names(state) if rename else state
 
 
 def to_timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -812,6 +821,7 @@ def to_timm_layout(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[s
     expected = model.state_dict().keys()
     if weights.keys() >= expected:
         return weights
+    weights = to_timm_names(weights)
     zeros = [name for name in weights if name.endswith("attn.qkv.bias") and name not in expected]
     if any(weights[name].any() for name in zeros):
         raise ValueError(f"{zeros[0]} is not zero")
@@ -829,21 +839,18 @@ def to_timm_layout(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[s
 
 
 def list_videos(folder: Path, recursive: bool = False) -> list[Path]:
-    """The videos of `folder`, relative to it, sorted; hidden files are left out, and hidden folders if `recursive`.
+    """The videos of `folder`, relative to it, sorted; hidden files and folders are left out.
 
     Raises `UserError` if there is none, or if two of them would write the same file.
     """
     if not folder.is_dir():
         raise UserError(f"--video_dir {folder}: no such folder")
     by_stem: dict[Path, Path] = {}
-    for path in sorted(folder.rglob("*") if recursive else folder.iterdir()):
+    for path in find_files(folder, VIDEO_SUFFIXES, recursive):
         video = path.relative_to(folder)
-        is_hidden = any(part.startswith(".") for part in video.parts)
-        if path.suffix.lower() in VIDEO_SUFFIXES and not is_hidden and path.is_file():
-            output = video.parent / video.stem
-            other = by_stem.setdefault(output, video)
-            if other is not video:
-                raise UserError(f"{other} and {video} would both write {output}.pt; rename one")
+        other = by_stem.setdefault(video.with_suffix(""), video)
+        if other is not video:
+            raise UserError(f"{other} and {video} would both write {video.with_suffix('.pt')}; rename one")
     if not by_stem:
         hint = "" if recursive else "; --recursive searches subfolders"
         raise UserError(f"--video_dir {folder}: no videos in it ({' '.join(VIDEO_SUFFIXES)}{hint})")
@@ -881,10 +888,11 @@ def read_table(csv_path: Path) -> pd.DataFrame:
 def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, list[int]]:
     """Which rows name which video, by its path, file name or stem.
 
-    A row may say more or less of the path than `videos`, which are relative to one folder; a file name or stem alone
-    counts only where no other folder has it too.
+    A row may say more or less of the path than `videos`, which are relative to one folder; what it says names the
+    video of the longest path that it ends in. A file name or stem alone counts only where no other folder has it too.
     """
     depth = max(len(video.parts) for video in videos)
+    paths = {path for video in videos for path in (video.as_posix(), video.with_suffix("").as_posix())}
     by_name, by_stem = defaultdict(list), defaultdict(list)
     for row, text in enumerate(names):
         parts = text.strip().replace("\\", "/").split("/")[-depth:]
@@ -892,6 +900,8 @@ def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, list[int]
             name = "/".join(parts[first:])
             by_name[name].append(row)
             by_stem[os.path.splitext(name)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name].append(row)
+            if name in paths:
+                break
     folders = Counter(name for _, name in {(v.parent, name) for v in videos for name in (v.name, v.stem)})
     rows = {}
     for video in videos:
@@ -1142,7 +1152,7 @@ class Window:
     start: float  # seconds from the video's first frame
     end: float
     frame_indices: tuple[int, ...]  # of the frames that the video shows; empty if it shows none in this time
-    stop: int  # the first frame behind the window
+    stop: int  # the first frame after it
     fps: float  # the video's average rate
 
 
@@ -1158,7 +1168,7 @@ def plan_windows(job: Job, packets: Packets, sampling: Sampling) -> list[Window]
     for clip, (start, end, wanted) in enumerate(job.clips):
         start, end = start or 0.0, min(end or video_end, video_end)
         length, hop = sampling.window or video_end, sampling.hop or video_end
-        count = 1 + max(0, math.floor((end - start - length + TIME_TOLERANCE) / hop))
+        count = 1 + max(0, math.floor((end - start - length + TIME_TOLERANCE) / hop)) if sampling.window else 1
         for index in range(count) if wanted is None else sorted(wanted & set(range(count))):
             begin = start + index * hop
             until = min(begin + length, end)
@@ -1251,7 +1261,7 @@ def read_with_pyav(path: str) -> Iterator[ShownFrame]:
 
 
 def check_plain(path: str) -> None:
-    """Raise where decord or OpenCV may take another track, not turn or mirror, map colours, or show black."""
+    """Raise `RuntimeError` for videos that decord or OpenCV may read wrongly."""
     with open_track(path) as (container, stream, _):
         frame = next(container.decode(stream))
         # HDR has wide primaries too
@@ -1470,7 +1480,7 @@ class Decoder:
             reason = f"no end after {self.timeout:g} s (--decode_timeout)"
             if isinstance(error, ProcessExpired):
                 reason = f"the process died ({error.exitcode})"
-            job.failures.append(f"{list(BACKENDS)[len(job.failures)]}: {reason}")
+            job.failures.append(f"{next(islice(BACKENDS, len(job.failures), None), 'at the end')}: {reason}")
         if item is None:  # it hung or died; or it died between two tasks, and a new one knows of no videos
             self.stop()
             self.start()
@@ -1531,7 +1541,7 @@ DEFAULT_PATHS = {
 
 
 class Default(int):
-    """A size that nobody gave: it is rounded to what a model's patch divides."""
+    """A size left at its default: it is rounded to what a model's patch divides."""
 
 
 def model_and_path(text: str) -> tuple[str, Path]:
@@ -1543,9 +1553,9 @@ def model_and_path(text: str) -> tuple[str, Path]:
 
 
 def default_num_workers() -> int:
-    """Half of the cores that this process may use, at most 8: the models need the rest, and a disk feeds no more."""
+    """Half of this rank's share of the cores, at most 8: the models need the rest, and a disk feeds no more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // 2))
+    return max(1, min(8, cores // 2 // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1620,7 +1630,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="of train.py: write latents to <output_root>/<model>_motion instead of features; for one model",
     )
-    add("--overwrite", action="store_true", help="make features again that are finished")
+    add("--overwrite", action="store_true", help="make features again that exist already")
     add("--preview", action="store_true", help="draw each clip and its features: <stem>.mp4 and .png beside the .pt")
     add("--num_workers", type=number(int, 1), default=default_num_workers(), help="processes that decode")
     add("--decode_timeout", type=number(int, 1), default=300, help="seconds that a decoder may take for a video")
@@ -1688,6 +1698,8 @@ def find_models(args: argparse.Namespace) -> tuple[dict[str, VFM], list[str]]:
     for one, other in combinations(args.models, 2):
         if folder_name(one) == folder_name(other):
             raise UserError(f"--models: {one} and {other} would both write into {folder_name(one)}")
+    if args.layers and len(set(args.layers)) < len(args.layers):
+        raise UserError(f"--layers {' '.join(map(str, args.layers))}: give each block once")
     vfms, left_out = {}, []
     for name in args.models:
         try:
@@ -1804,7 +1816,7 @@ def list_clips(args: argparse.Namespace) -> list[Clip]:
         without = sum(not part.caption for group in parts.values() for part in group)
         if without:
             total = sum(map(len, parts.values()))
-            say(f"warning: {without} of {total} videos have no caption in {args.csv_path}")
+            say(f"warning: {without} of {total} clips have no caption in {args.csv_path}")
     clips = []
     for video in tqdm(videos[rank() :: num_ranks()], "looking at videos", leave=False, delay=1, disable=rank() > 0):
         try:
@@ -1823,17 +1835,10 @@ def output_folder(name: str, args: argparse.Namespace) -> Path:
 
 
 def make_folders(args: argparse.Namespace, clips: list[Clip]) -> None:
-    """Make the models' folders. Raises `UserError` where one cannot be made or written into."""
+    """Make the models' folders, without half-written files of earlier runs. Raises what `make_folder` raises."""
     for name in args.vfms:
         folder = output_folder(name, args)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(
-                f"--output_root {args.output_root}: {folder} is no folder that can be written into "
-                f"({error.strerror}); give another folder"
-            ) from error
+        make_folder(folder, "--output_root")
         for subfolder in {(folder / clip.output).parent for clip in clips}:
             remove_leftovers(subfolder)
 
@@ -1848,7 +1853,7 @@ def load_model(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
     if not args.random_weights:
         given = args.weights.get(name) or getattr(args, f"{name.lower()}_ckpt", None)
         path = given or download_weights(name, vfm)
-        weights = read_weights(path)
+        weights = read_weights(path, rename=not name.startswith("timm:"))  # whose BEiT has a q_bias of its own
     try:
         vit = build_vit(vfm, num_frames, size, weights)
     except ValueError as error:
@@ -1870,7 +1875,7 @@ def load_model(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
         "save_dtype": args.save_dtype,
         "weights": vit.weights_hash,
     }
-    if args.layers:
+    if args.layers and args.layers != [vfm.depth]:
         settings["layers"] = args.layers
     return ModelRun(name, vfm, vit.to(args.device), settings, output_folder(name, args))
 
@@ -1929,12 +1934,15 @@ def record(run: ModelRun, path: Path, data: dict, outcome: str) -> None:
 
 def is_finished(run: ModelRun, clip: Clip, window: int, saved: dict | None, preview: bool) -> bool:
     """Whether an earlier run's file can stay. A caption that changed is renewed in it, and a missing preview drawn."""
+    if saved is None:
+        return False
     path = run.path(clip, window)
-    undrawn = preview and not has_preview(path)
-    if saved is None or (undrawn and "thumbnails" not in saved):
+    renewed = clip.part.caption is not None and clip.part.caption != saved.get("caption")
+    undrawn = preview and (renewed or not has_preview(path))  # a preview is of its file as it is, caption included
+    if undrawn and "thumbnails" not in saved:
         return False
     record(run, path, saved, "skipped")
-    if clip.part.caption is not None and clip.part.caption != saved.get("caption"):
+    if renewed:
         save_atomically({**saved, "caption": clip.part.caption}, path)
     if undrawn:
         write_preview(path, saved["feature"], frames=saved["thumbnails"])
@@ -1942,7 +1950,7 @@ def is_finished(run: ModelRun, clip: Clip, window: int, saved: dict | None, prev
 
 
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
-    """Fill each run's `todo`. How many windows a clip has its first file tells; without it all are made."""
+    """Fill each run's `todo`. A clip's first file records how many windows it has; without it all are made."""
     for clip in tqdm(clips, "looking for finished features", leave=False, delay=1, disable=rank() > 0):
         for run in runs:
             first = None if args.overwrite else read_finished(run, clip, 0)
@@ -2014,17 +2022,16 @@ def save_feature(
     if preview and run.kind == "feature":  # whose preview can be drawn again from its file
         data["thumbnails"] = pictures
     save_atomically(data, path)
+    record(run, path, data, "written")
     if preview:
         write_preview(path, feature.cpu(), data.get("latent"), pictures)
-    record(run, path, data, "written")
 
 
 def decode_todo(
     runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace
 ) -> Iterator[tuple[Clip, Window | None, Clips | str]]:
-    """All windows that any run needs, and their frames, or why there are none; without a window: of the rest of a clip.
-
-    A video is decoded once for all of its clips.
+    """Every window that any run needs, as (clip, window, frames), or the reason why it has no frames; with None for a
+    window, that of all that is left of the clip. A video is decoded once for all of its clips.
     """
     left: dict[Clip, set[int] | None] = {}  # windows to come
     by_video: dict[Path, list[Clip]] = {}
@@ -2099,6 +2106,14 @@ def collect(runs: list[ModelRun]) -> None:
             run.rows += rows
 
 
+def tell_of_others(runs: list[ModelRun]) -> None:
+    """Say which folders hold more than this run made or found finished: training would take that too."""
+    for run in runs:
+        others = sum(1 for _ in run.folder.rglob("*.pt")) - run.count["written"] - run.count["skipped"]
+        if others > 0:
+            say(f"{run.folder} also holds {others} .pt files of other clips, windows or settings")
+
+
 def report(runs: list[ModelRun], left_out: list[str], output_root: Path) -> None:
     """Print the summary; write `vfm_dimensions.txt` and each model's `failed_videos.txt` and `encode_report.csv`."""
     rows = {
@@ -2163,16 +2178,10 @@ def main() -> int:
         plan(runs, clips, args)
         extract(runs, clips, args)
         collect(runs)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the memory of {args.device} is full; lower --batch_size, --dinov2_chunk or the input size, run fewer "
-            "--models at a time, or use --device cpu"
-        ) from error
+        tell_of_others(runs)
     finally:
         if rank() == 0 and (runs or left_out):
             report(runs, left_out, args.output_root)
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return 0 if any(run.count["written"] or run.count["skipped"] for run in runs) or rank() > 0 else 1
 
 

@@ -57,7 +57,7 @@ class Loop:
                 yield x
 
         start = time.perf_counter()
-        train.train_epoch(self.model, self.optimizer, counted(), [1e-4] * count, self.args)
+        train.train_epoch(self.model, train.Training(self.model), self.optimizer, counted(), [1e-4] * count, self.args)
         return tokens / (time.perf_counter() - start)
 
 

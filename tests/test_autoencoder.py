@@ -155,6 +155,8 @@ def test_what_a_position_shows_in_all_clips_costs_no_channels():
         model.code.fit(list(train))
     ours, without = (sum(errors(held_out, model(held_out)["reconstruction"])) for model in models)
     assert ours < 0.5 * without
+    with_grid = models[0](held_out.unflatten(2, (2, 5)))["reconstruction"].flatten(2, 3)  # as by --grid
+    assert sum(errors(held_out, with_grid)) < 0.5 * without
     other = held_out[:, :20]  # its positions are not known; what was encoded still decodes
     assert sum(errors(other, models[0](other)["reconstruction"])) < 2 * without
 
@@ -445,8 +447,3 @@ def test_a_checkpoint_that_does_not_fit_says_why(tmp_path, change, reason):
     torch.save({"config": model.config, "model": weights}, tmp_path / "ck.pt")
     with pytest.raises(UserError, match=re.escape(reason)):
         MotionFeatureAutoencoder.from_checkpoint(tmp_path / "ck.pt")
-
-
-def test_the_code_is_once_in_a_checkpoint():
-    names = [name for name in MotionFeatureAutoencoder(**SMALL).state_dict() if name.endswith("basis")]
-    assert names == ["code.basis"]

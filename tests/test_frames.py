@@ -340,7 +340,10 @@ def test_windows_are_made_once(tmp_path, run_here):
     (out / "a_002.pt").unlink()
     assert counts(run_here(*command)) == [1, 3, 0]
     assert counts(run_here(*command, "--hop", 0.25)) == [7, 0, 0]
-    assert counts(run_here(*command, "--hop", 0.25, "--fps", 5)) == [7, 0, 0]
+    result = run_here(*command, "--hop", 0.25, "--fps", 5)
+    assert counts(result) == [7, 0, 0] and "also holds" not in result.stderr
+    result = run_here(*command[:-1], 1)
+    assert counts(result) == [2, 0, 0] and f"{out} also holds 5 .pt files of other clips" in result.stderr
 
 
 def test_windows_of_a_run_that_was_killed(tmp_path, run_here):

@@ -76,6 +76,7 @@ MISTAKES = [
     ("vfm_feature.py --video_dir clips --models timm:a timm_a", "invalid choice: 'timm_a'"),
     ("vfm_feature.py --video_dir clips --models hf:a/b hf:a_b", "hf:a/b and hf:a_b would both write into hf_a_b"),
     ("vfm_feature.py --video_dir clips --models VJEPA2 --layers 6 25", "--layers 25: VJEPA2 has 2 blocks"),
+    ("vfm_feature.py --video_dir clips --layers 1 1", "--layers 1 1: give each block once"),
     ("vfm_feature.py --video_dir clips --layers 0", "argument --layers: 0 must be >= 1"),
     ("vfm_feature.py --video_dir clips --weights a.pth", "argument --weights: 'a.pth' is not MODEL=FILE"),
     ("vfm_feature.py --video_dir clips --weights DINOv3-B=a.pth", "--weights DINOv3-B: not one of --models"),

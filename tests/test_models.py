@@ -306,6 +306,20 @@ def test_a_timm_folder_gives_timm_s_maps(tmp_path, size, layers):
     torch.testing.assert_close(feature, torch.cat(maps, 1).permute(0, 2, 3, 1))
 
 
+def test_a_timm_model_keeps_its_own_names(tmp_path):
+    """BEiT publishes biases of queries and values, as VideoMAE does, and timm's has them too."""
+    import timm
+
+    model = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=48, num_heads=4, num_classes=0)
+    timm.models.save_for_hf(
+        model, tmp_path, model_args={"depth": 1, "embed_dim": 48, "num_heads": 4}, safe_serialization=True
+    )
+    spec = vfm.find_vfm(f"timm:{tmp_path}")
+    vit = vfm.build_vit(spec, 1, (224, 224), vfm.read_weights(spec.folder, rename=False))
+    vfm.check_tokens("it", vit, spec, (224, 224), [1])
+    assert torch.equal(vit.model.blocks[0].attn.q_bias, model.blocks[0].attn.q_bias)
+
+
 def saved(folder, kind, **settings):
     import transformers
 
@@ -374,8 +388,9 @@ def test_other_models_of_transformers_give_their_blocks_outputs(tmp_path, size):
     ("kind", "settings", "size", "message"),
     [
         ("Beit", {"intermediate_size": 96, "image_size": 64}, (64, 96), "may take any grid of its beit for a square"),
-        ("ViTMAE", {"intermediate_size": 96, "image_size": 64}, (64, 64), "gives 5 tokens for a grid of 4 x 4"),
-        ("Timesformer", {"intermediate_size": 96, "image_size": 64}, (64, 64), "of video models only VideoMAE"),
+        ("DeiT", {"intermediate_size": 96, "image_size": 64}, (64, 64), "gives 18 tokens for a grid of 4 x 4"),
+        ("ViTMAE", {"intermediate_size": 96, "image_size": 64, "mask_ratio": 0.0}, (64, 64), "that mask their input"),
+        ("Timesformer", {"intermediate_size": 96, "image_size": 64}, (64, 64), "of models of video, or that"),
         ("Bert", {"intermediate_size": 96, "vocab_size": 9}, (64, 64), "no ViT"),
         ("VideoMAE", {"intermediate_size": 96, "hidden_act": "relu"}, (64, 64), "videomae with relu for gelu"),
     ],

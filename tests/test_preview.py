@@ -164,6 +164,9 @@ def test_encode_draws_previews_with_the_frames_that_a_feature_brings(trained, tm
     (target / "0001.png").unlink()
     shutil.copy(target / "0001.mp4", target / "0002.mp4")  # another clip's
     assert "2 written, 1 skipped" in run_here(*arguments, "--preview").stdout
+    (target / "0001.mp4").write_bytes(b"somebody's video")
+    result = run_here(*arguments, "--preview", "--overwrite")
+    assert "2 written, 0 skipped, 1 failed" in result.stdout and "--preview would write over" in result.stderr
 
 
 def test_vfm_feature_draws_what_the_model_saw(tmp_path, run_here):
@@ -174,9 +177,12 @@ def test_vfm_feature_draws_what_the_model_saw(tmp_path, run_here):
     write_video(tmp_path / "clips" / "0.avi", frames, "MJPG")
     arguments = ["vfm_feature.py", "--video_dir", tmp_path / "clips", "--output_root", tmp_path, *SMALL]
     arguments += ["--models", "VideoMAE"]
-    for skipped in (0, 1):
+    for skipped in (0, 1, 1):  # the last time its caption has changed
         result = run_here(*arguments, "--preview")
         assert re.search(rf"^VideoMAE +{1 - skipped} +{skipped} +0 ", result.stdout, re.MULTILINE)
+        assert has_preview(tmp_path / "VideoMAE" / "0.pt")
+        (tmp_path / "c.csv").write_text(f"video,caption\n0.avi,caption {skipped}\n")
+        arguments += ["--csv_path", tmp_path / "c.csv"] if skipped == 0 else []
     _, video = read(tmp_path / "VideoMAE" / "0.pt")
     assert len(video) == 4
     for frame, level in zip(video, (0, 40, 70, 110), strict=True):

@@ -257,7 +257,7 @@ def test_checkpoints_are_neither_lost_nor_mixed(tmp_path, run_here):
         assert before == {path: path.read_bytes() for path in (tmp_path / "ck").iterdir()}
 
     newest = tmp_path / "ck" / "motion_ae_last.pt"
-    refused("--resume, give another --save_dir, or lose it by --overwrite", "--epochs", 2)
+    refused("--resume, give another --save_dir, or delete it with --overwrite", "--epochs", 2)
     refused(f"--epochs 3 contradicts {newest}, begun with 2", "--epochs", 3, "--resume")
     refused(f"--lr 0.5 contradicts {newest}, begun with 0.0002", "--epochs", 2, "--lr", 0.5, "--resume")
     refused("--batch_size times ranks 3 contradicts", "--epochs", 2, "--batch_size", 3, "--resume")
@@ -283,6 +283,20 @@ def test_checkpoints_are_neither_lost_nor_mixed(tmp_path, run_here):
     assert "another version began that run" in result.stderr
     newest.write_bytes(whole[: len(whole) // 2])
     refused("motion_ae_last.pt is damaged", "--epochs", 2, "--resume")
+
+    newest.write_bytes(whole)
+    shutil.copytree(tmp_path / "ck", tmp_path / "begun")
+    first_epoch = torch.load(newest)  # as if it had been stopped after one of two epochs, the better one
+    first_epoch |= {"epoch": 1, "history": [first_epoch["history"][0] | {"val_loss": 0.0}]}
+    save(tmp_path / "begun" / "motion_ae_last.pt", first_epoch)
+    save(tmp_path / "begun" / "motion_ae_best.pt", first_epoch)
+    flags[3] = tmp_path / "elsewhere"
+    went_on = run_here("train.py", *flags, "--epochs", 2, "--resume", tmp_path / "begun" / "motion_ae_last.pt")
+    assert went_on.returncode == 0, went_on.stderr
+    assert torch.load(flags[3] / "motion_ae_best.pt")["epoch"] == 1
+    (flags[3] / "motion_ae_last.pt").unlink()
+    assert "going on" in went_on.stdout
+    flags[3] = tmp_path / "ck"
 
     assert run_here("train.py", *flags, "--epochs", 1, "--overwrite").returncode == 0
     left = sorted(path.name for path in (tmp_path / "ck").glob("*.pt"))

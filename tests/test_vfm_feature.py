@@ -456,6 +456,13 @@ def test_captions(tmp_path, table, expected):
     }
 
 
+def test_a_caption_is_of_the_video_of_the_longest_path(tmp_path):
+    (tmp_path / "c.csv").write_text("video,caption\nsub/a.mp4,below\ndata/sub/b.mp4,bee\na.mp4,above\n")
+    videos = [Path("a.mp4"), Path("b.mp4"), Path("sub/a.mp4"), Path("sub/b.mp4")]
+    captions = [part.caption for (part,) in vfm.read_captions(tmp_path / "c.csv", videos).values()]
+    assert captions == ["above", "", "below", "bee"]
+
+
 @pytest.mark.parametrize(
     ("table", "error"),
     [
@@ -495,7 +502,7 @@ def test_two_models_in_one_run(clips, tmp_path, run_here):
         *("--models", "VideoMAEv2", "DINOv2", "--save_dtype", "float16"),
     )
     assert result.returncode == 0, result.stderr
-    assert "1 of 2 videos have no caption" in result.stderr
+    assert "1 of 2 clips have no caption" in result.stderr
     assert "mean NOTHING" in result.stdout
     assert f"captions: column 'video' of {clips / 'captions.csv'} names 1 of 2 videos" in result.stderr
     saved = torch.load(out / "VideoMAEv2" / "ball.pt", weights_only=True)
