@@ -43,9 +43,8 @@ STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
 CONTENT = 1 / 20  # scale of the embedding's channels of content
 FARTHEST = 0.4  # cells that each pass can add to a cell's movement
 REST = 0.01  # cells a step: movement below it counts as rest
-# Weights of the time steps around each, that movement is smoothed by: aliasing alternates, motion does not.
-CELLS_OVER_TIME = (1 / 4, 2 / 4, 1 / 4)
-CAMERA_OVER_TIME = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
+# Time steps to each side that movement is smoothed over: aliasing alternates, motion does not.
+CELLS_OVER, CAMERA_OVER, TURN_ZOOM_OVER = 1, 2, 3
 TOKENS = 2**14  # tokens that `encode_long` takes at once
 TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
 LEFTOVER_SECONDS = 24 * 3600  # after which a half-written file is nobody's
@@ -681,9 +680,10 @@ def weighted_means(x: Tensor, weights: Tensor, regions: tuple[int, int]) -> Tens
     return (pool(x * weights, regions) / pool(weights, regions)).permute(0, 2, 3, 1).flatten(1)
 
 
-def smooth_over_time(x: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """x [B, T, C] -> each step's weighted mean over the steps around it; the first and the last repeat."""
-    padded = nn.functional.pad(x.mT, (len(weights) // 2,) * 2, mode="replicate")
+def smooth_over_time(x: Tensor, radius: int) -> Tensor:
+    """x [B, T, C] -> each step's mean, by binomial weights, over `radius` steps to each side; the ends repeat."""
+    padded = nn.functional.pad(x.mT, (radius, radius), mode="replicate")
+    weights = [math.comb(2 * radius, k) / 4**radius for k in range(2 * radius + 1)]
     return sum(weight * padded[..., k : k + x.shape[1]] for k, weight in enumerate(weights)).mT
 
 
@@ -701,9 +701,10 @@ def motion_channels(maps: Tensor) -> Tensor:
         floor = STILL**2 * channels
         trust = (1 / (left + left.mean(dim=(1, 2), keepdim=True) + floor)).detach()[:, None]  # as in `camera_motion`
         cells = torch.cat([weighted_means(flow, trust, size) for size in ((1, 1), REGIONS)], dim=1)  # [N, 2 + 12]
-        cells = smooth_over_time(cells.unflatten(0, (batch, -1)), CELLS_OVER_TIME)  # [B, T - 1, 2 + 12]
+        cells = smooth_over_time(cells.unflatten(0, (batch, -1)), CELLS_OVER)  # [B, T - 1, 2 + 12]
         mean, regions = cells[..., :2], cells[..., 2:]
-        shift, turn_zoom = smooth_over_time(camera.unflatten(0, (batch, -1)), CAMERA_OVER_TIME).split(2, dim=2)
+        shift, turn_zoom = camera.unflatten(0, (batch, -1)).split(2, dim=2)
+        shift, turn_zoom = smooth_over_time(shift, CAMERA_OVER), smooth_over_time(turn_zoom, TURN_ZOOM_OVER)
 
         change = inner((b - a).square().sum(dim=1)).mean(dim=(1, 2))  # [N]
         fit = (change - left.mean(dim=(1, 2))).clamp_min(0) / (change + floor)
@@ -725,8 +726,8 @@ def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     length, steps = len(x), max(16, TOKENS // x[0, ..., 0].numel())
     parts = []
     for start in range(0, length, steps):
-        first, stop = max(0, start - 3), min(length, start + steps)
-        part = function(x[None, first : stop + 2])[0]
+        first, stop = max(0, start - 1 - TURN_ZOOM_OVER), min(length, start + steps)
+        part = function(x[None, first : stop + TURN_ZOOM_OVER])[0]
         parts.append(part[start - first : stop - first].cpu())
     return torch.cat(parts)
 

@@ -13,7 +13,7 @@ if [ $# -eq 0 ]; then
     captions=(--csv_path "$videos/captions.csv")
 else
     videos="$given"
-    out="$PWD/.quickstart/$(basename "$videos")" # one for each folder of videos, or their features would mix
+    out="$PWD/.quickstart/${videos//\//_}" # one for each folder of videos, or their features would mix
     captions=()
     [ ! -f "$videos/captions.csv" ] || captions=(--csv_path "$videos/captions.csv")
 fi

@@ -210,9 +210,9 @@ def test_a_pattern_that_is_there_in_all_clips_does_not_hold_motion_back():
 
 
 def test_a_long_clip_is_embedded_in_parts_without_seams():
-    model = MotionFeatureAutoencoder(48, latent_dim=16, model_dim=16, num_layers=1).eval()
+    model = MotionFeatureAutoencoder(48, latent_dim=32, model_dim=16, num_layers=1).eval()
     generator = torch.Generator().manual_seed(0)
-    maps = noisy(drawn(right=0.02, steps=600, size=(6, 9), channels=16))
-    latent = maps + torch.randn(1, 600, 1, 1, 16, generator=generator)
+    maps = noisy(drawn(right=0.02, steps=600, size=(6, 9), channels=32))
+    latent = maps + torch.randn(1, 600, 1, 1, 32, generator=generator)
     for x in (latent, latent.flatten(2, 3), latent[:, :17], latent[:, :1]):
         torch.testing.assert_close(model.embed_long(x[0]), model.embed(x)[0], atol=1e-5, rtol=0)

@@ -243,22 +243,6 @@ def test_a_copied_folder_is_finished(trained, tmp_path, run_here):
     assert counts == [0, 3, 0]
 
 
-@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"RANK": ""}, {"RANK": "1", "WORLD_SIZE": "1"}])
-def test_a_rank_left_in_the_environment_works_alone(environment, trained, tmp_path, run_here, monkeypatch):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    counts, result = encode_folder(run_here, trained, make_features(tmp_path / "f", count=2), tmp_path / "z")
-    assert (counts, result.returncode) == ([2, 0, 0], 0)
-
-
-def test_half_a_process_group_is_refused_in_one_line(trained, tmp_path, run_here, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    command = ["--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--input", trained[0] / "features"]
-    result = run_here("encode.py", *command, "--output", tmp_path / "z")
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "WORLD_SIZE is 2" in result.stderr and "unset WORLD_SIZE" in result.stderr
-
-
 def test_a_full_disk_ends_the_run_with_status_1(trained, tmp_path, run_here):
     source = make_features(tmp_path / "f", count=3)
     with full_disk(3000):

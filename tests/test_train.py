@@ -86,7 +86,7 @@ def test_same_seed_same_result(trained, tmp_path, run_here):
     assert first["history"][-1]["train_loss"] != other["history"][-1]["train_loss"]
 
 
-def test_files_of_different_shapes_train_together(tmp_path, run_here, one_thread):
+def test_files_of_different_shapes_train_together(tmp_path, run_here):
     make_features(tmp_path / "f" / "a", 3, (6, 2, 3, 12))
     make_features(tmp_path / "f" / "b", 3, (9, 4, 12))
     make_features(tmp_path / "f" / "c", 1, (1, 1, 2, 12))

@@ -275,15 +275,6 @@ def test_weights_that_the_model_has_no_place_for_are_refused(model, name, clips,
     assert_one_line(result, f"{path}: not the weights of {model}: {name} has no place in it")
 
 
-@pytest.mark.parametrize("model", vfm.DEFAULT_MODELS)
-def test_published_files_are_taken_with_what_no_feature_needs(model, tmp_path, small_models):
-    weights = vfm.read_weights(published_file(model, tmp_path / "weights.pth"))
-    used = vfm.build_vit(vfm.VFMS[model], 4, (112, 112), weights).state_dict()
-    assert all(
-        torch.equal(used[name], value) for name, value in weights.items() if name in used and name != "pos_embed"
-    )
-
-
 def test_the_two_kinds_of_batching_change_nothing(small_models):
     """Two clips in one pass are two passes, and DINOv2's chunks are one."""
     clips = torch.cat([pattern_clip(4, 32, 48), pattern_clip(4, 32, 48).flip(2)])
@@ -594,27 +585,6 @@ def test_ranks_and_rival_runs_write_what_one_process_writes(clips, tmp_path):
     )
     assert len(one) == 5 + 1 + 1  # features, failures, and the dimensions
     assert one == ranks == rivals
-
-
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"RANK": "1"}, None),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
-    ],
-    ids=str,
-)
-def test_what_another_job_left_in_the_environment(clips, tmp_path, run_here, monkeypatch, variables, said):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    result = run_here("--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL)
-    if said is None:
-        assert summary(result) == [2, 0, 0]
-    else:
-        assert_one_line(result, said)
-        assert not (tmp_path / "out").exists()
 
 
 def test_previews_are_drawn_from_the_files(clips, tmp_path, run_here):
