@@ -58,7 +58,6 @@ from model import (
     remove_leftovers,
     run_script,
     save_atomically,
-    weights_hash,
     whole_file,
     write_encode_report,
     write_preview,
@@ -208,12 +207,7 @@ def main() -> int:
     check_flags(args, model.config)
     if args.preview:
         check_preview_packages()
-    made_with = {
-        "weights": weights_hash(model.state_dict()),
-        **model.config,
-        "save_reconstruction": args.save_reconstruction,
-        "grid": args.grid,
-    }
+    made_with = {**model.identity(), "save_reconstruction": args.save_reconstruction, "grid": args.grid}
     model.to(device)
 
     jobs = plan(args.input, args.output, args.output_format)[rank() :: num_ranks()]

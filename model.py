@@ -40,6 +40,7 @@ POSITION_IN_BASIS = 1 / 4  # share of the position in the features that the comp
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
+EMBEDDING_VERSION = 2  # of how it is read from a latent
 CONTENT = 1 / 20  # scale of the embedding's channels of content
 FARTHEST = 0.4  # cells that each pass can add to a cell's movement
 REST = 0.01  # cells a step: movement below it counts as rest
@@ -130,9 +131,9 @@ def from_grid(grid: Tensor, like: Tensor) -> Tensor:
 
 def cosine_transform(length: int, like: Tensor) -> Tensor:
     """The orthonormal cosine transform (DCT-II) [frequency, time], in the dtype and on the device of `like`."""
-    time = torch.arange(length, device=like.device)
-    matrix = torch.cos(torch.pi / length * (time + 0.5) * time[:, None]) * (2 / length) ** 0.5
-    return (matrix * torch.where(time == 0, 0.5**0.5, 1.0)[:, None]).to(like.dtype)
+    step = torch.arange(length, device=like.device)
+    matrix = torch.cos(torch.pi / length * (step + 0.5) * step[:, None]) * (2 / length) ** 0.5
+    return (matrix * torch.where(step == 0, 0.5**0.5, 1.0)[:, None]).to(like.dtype)
 
 
 def principal_components(covariance: Tensor) -> Tensor:
@@ -185,8 +186,8 @@ def from_coefficients(coefficients: Tensor, shape: Size, size: Size) -> Tensor:
 
 def block_transform(size: Size, like: Tensor) -> Tensor:
     """The cosine transform over time, rows and columns of a block as one matrix [l * h * w, l * h * w]."""
-    time, rows, columns = (cosine_transform(length, like) for length in size)
-    return torch.kron(torch.kron(time, rows), columns)
+    steps, rows, columns = (cosine_transform(length, like) for length in size)
+    return torch.kron(torch.kron(steps, rows), columns)
 
 
 def resize_table(table: Tensor, size: Size) -> Tensor:
@@ -212,17 +213,17 @@ class SpaceTimeCode(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.codes_still_part, self.size = config.use_token, (config.block, config.side, config.side)
-        self.input_dim, self.pca_dim = config.input_dim, config.latent_dim  # each channel leads with its component
+        self.input_dim, self.latent_dim = config.input_dim, config.latent_dim  # each channel leads with its component
         self.register_buffer("mean", torch.zeros(*config.positions, config.input_dim))
         self.register_buffer("scale", torch.ones(()))  # one for all channels: one for each would weight them in errors
         self.register_buffer("basis", torch.eye(config.input_dim))  # columns: principal components
-        self.register_buffer("centre", torch.zeros(*config.positions, self.pca_dim))  # in the latent's units
-        self.register_buffer("gain", torch.ones(self.pca_dim))
+        self.register_buffer("centre", torch.zeros(*config.positions, self.latent_dim))  # in the latent's units
+        self.register_buffer("gain", torch.ones(self.latent_dim))
         self.register_buffer("guest_rms", torch.ones(()))  # of a guest, the channels having 1
         self.register_buffer("spread", torch.ones(*self.size, config.input_dim))  # of each coefficient
         # Integers, so that every machine sorts them alike.
         self.register_buffer("importance", torch.ones(self.spread.shape, dtype=torch.int64))
-        self.importance[..., : self.pca_dim] += 1
+        self.importance[..., : self.latent_dim] += 1
         self.register_buffer("smoothing", torch.zeros(()))
 
     @staticmethod
@@ -246,17 +247,17 @@ class SpaceTimeCode(nn.Module):
         """For the L * D places of a block of `size` in the latent: which coefficient lies there, its gain, and whether
         it is a guest. Of constant shapes throughout, for torch.compile."""
         importance = resize_table(self.importance, size).flatten()
-        count = len(importance) // self.input_dim * self.pca_dim
+        count = len(importance) // self.input_dim * self.latent_dim
         kept = torch.zeros_like(importance, dtype=torch.bool)
         kept[importance.argsort(descending=True, stable=True)[:count]] = True
         component = torch.arange(len(importance), device=kept.device) % self.input_dim
-        own = (component < self.pca_dim).byte().argsort(descending=True, stable=True)[:count]
-        guests = (kept & (component >= self.pca_dim)).byte().argsort(descending=True, stable=True)[:count]
+        own = (component < self.latent_dim).byte().argsort(descending=True, stable=True)[:count]
+        guests = (kept & (component >= self.latent_dim)).byte().argsort(descending=True, stable=True)[:count]
         vacant = ~kept[own]
         source = torch.where(vacant, guests[vacant.cumsum(0) - 1], own)  # the first guest to the first vacant place
 
         spread = resize_table(self.spread.double().square(), size).flatten()[source].sqrt().clamp_min(1e-3)
-        gain = torch.where(vacant, (self.guest_rms / spread).to(self.gain), self.gain.repeat(count // self.pca_dim))
+        gain = torch.where(vacant, (self.guest_rms / spread).to(self.gain), self.gain.repeat(count // self.latent_dim))
         frequency = torch.arange(size[0], device=gain.device) * torch.pi / size[0]
         damping = 1 / (1 + self.smoothing * (2 - 2 * frequency.cos()))
         return source, gain * damping.to(gain).repeat_interleave(count // size[0]), vacant
@@ -265,7 +266,7 @@ class SpaceTimeCode(nn.Module):
         """Normalised features [B, T, N, C] or [B, T, H, W, C] -> latent; at its guests' places with `addition`, which
         has the latent's shape."""
         x = to_grid(z)
-        latent = x.new_empty(*x.shape[:-1], self.pca_dim)
+        latent = x.new_empty(*x.shape[:-1], self.latent_dim)
         for where, size in blocks_of(x.shape[1:4], self.size):
             source, gain, guest = self.layout(size)
             part = x[where]
@@ -273,7 +274,7 @@ class SpaceTimeCode(nn.Module):
             coefficients = coefficients.index_select(-1, source) * gain
             if addition is not None:
                 coefficients = coefficients + guest * to_coefficients(to_grid(addition)[where], size).flatten(2)
-            latent[where] = from_coefficients(coefficients.unflatten(2, (-1, self.pca_dim)), part.shape[1:4], size)
+            latent[where] = from_coefficients(coefficients.unflatten(2, (-1, self.latent_dim)), part.shape[1:4], size)
         return from_grid(latent, like=z) + self.at(self.centre, z)
 
     def components(self, latent: Tensor, count: int) -> Tensor:
@@ -365,17 +366,17 @@ class SpaceTimeCode(nn.Module):
 
     def choose_coefficients(self, energy: Tensor, weight: Tensor, relations: TokenRelations) -> None:
         """Set `importance` from the coefficients' energy [block, side, side, C] and their frequency's weight, with the
-        least extra for components < pca_dim with which the latent's `relations` are good enough, or nearly as good as
-        they get.
+        least extra for components < latent_dim with which the latent's `relations` are good enough, or nearly as good
+        as they get.
 
         Relations feel what is lost of a token's own channels at any frequency alike, so the extra is.
         """
 
         def relation_error(extra: float) -> float:
             importance = energy * weight
-            importance[..., : self.pca_dim] += extra * weight.mean() * energy[..., : self.pca_dim]
+            importance[..., : self.latent_dim] += extra * weight.mean() * energy[..., : self.latent_dim]
             self.importance.copy_((importance / importance.amax().clamp_min(1e-30) * 2**30).round())
-            self.importance[..., : self.pca_dim] += 1  # where nothing is, own coefficients stay
+            self.importance[..., : self.latent_dim] += 1  # where nothing is, own coefficients stay
             return relations.fit_gain()
 
         low, high = 0.0, 4.0
@@ -394,10 +395,10 @@ class TokenRelations:
     def __init__(self, code: SpaceTimeCode, clips: list[Tensor], normalised: list[Tensor]) -> None:
         self.code, self.normalised = code, normalised  # [1, T, ..., C] each
         self.chosen = [self.choose_tokens(x) for x in clips]  # [2, K] each
-        self.means = (code.mean / code.scale) @ code.basis[:, : code.pca_dim]
+        self.means = (code.mean / code.scale) @ code.basis[:, : code.latent_dim]
         self.mean = self.tokens([code.at(self.means, z).expand(*z.shape[1:-1], -1) for z in normalised])
         self.wanted = self.cosines(self.tokens(clips))  # [clips, 2, K, K]
-        pca = self.tokens(normalised) @ code.basis[:, : code.pca_dim]
+        pca = self.tokens(normalised) @ code.basis[:, : code.latent_dim]
         self.reference = torch.minimum(self.error(pca), self.error(pca + self.mean)).clamp_min(1e-6)
 
     @staticmethod
@@ -611,10 +612,10 @@ def camera_flows(height: int, width: int, like: Tensor) -> Tensor:
 def warp(maps: Tensor, flow: Tensor) -> Tensor:
     """maps [N, P, H, W], read bilinearly where the flow [N, 2, H, W] from each cell leads."""
     height, width = maps.shape[-2:]
-    origin = camera_flows(height, width, flow)[3]  # a zoom by 1 is each cell's place
+    place = camera_flows(height, width, flow)[3]  # a zoom by 1 is each cell's place
     scale = 2 / torch.tensor([width, height], device=flow.device)
     return nn.functional.grid_sample(
-        maps, (origin + flow).permute(0, 2, 3, 1) * scale, padding_mode="border", align_corners=False
+        maps, (place + flow).permute(0, 2, 3, 1) * scale, padding_mode="border", align_corners=False
     )
 
 
@@ -794,6 +795,10 @@ class MotionFeatureAutoencoder(nn.Module):
             reason = " ".join(str(error).split())
             raise UserError(f"{path} does not fit this version's model, train anew: {reason[:400]}") from None
         return model.eval().requires_grad_(False)
+
+    def identity(self) -> dict[str, Any]:
+        """What the latents and embeddings depend on beside the feature: outputs of another model are made again."""
+        return {"weights": weights_hash(self.state_dict()), "embedding": EMBEDDING_VERSION, **self.config}
 
     def check_origin(self, made_by: str) -> None:
         """Raise `UserError` for features of another `origin` than the training features', where both are known."""
@@ -1072,18 +1077,18 @@ def encode_clip(
         raise UserError("what its latent decodes to is not finite; the features are too large")
     names = describe_motion_embedding(model.config)
     embedding = model.embed_long(latent)  # [T, D]
-    movement = dict.fromkeys(MOVEMENT, math.nan)
+    moves = dict.fromkeys(MOVEMENT, math.nan)
     if feature.ndim == 4:
         means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over the steps, of which t = 0 is none
-        movement |= {name: mean for name, mean in zip(names, means, strict=True) if name in MOVEMENT}
+        moves |= {name: mean for name, mean in zip(names, means, strict=True) if name in MOVEMENT}
     result = {
         "latent": latent,
         "motion_embedding": embedding,
         "embedding_channels": names,
         "compression_ratio": model.compression_ratio,
-        "pca_dim": model.code.pca_dim,
+        "pca_dim": model.code.latent_dim,
         **metrics,
-        **movement,
+        **moves,
     }
     return result | ({"reconstruction": reconstruction} if save_reconstruction else {})
 

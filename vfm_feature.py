@@ -1897,7 +1897,7 @@ def load_autoencoder(args: argparse.Namespace) -> MotionFeatureAutoencoder:
 def encode_with(autoencoder: MotionFeatureAutoencoder, run: ModelRun, device: torch.device) -> None:
     """Have `run` write latents. Raises `UserError` for an autoencoder of another model's features."""
     autoencoder.check_origin(origin(run.about))
-    run.settings["motion_autoencoder"] = {"weights": weights_hash(autoencoder.state_dict()), **autoencoder.config}
+    run.settings["motion_autoencoder"] = autoencoder.identity()
     run.autoencoder = autoencoder.to(device)
 
 

@@ -174,7 +174,7 @@ def without(model: MotionFeatureAutoencoder, *parts: str) -> MotionFeatureAutoen
     if "gain and centre" in parts:
         model.code.gain.fill_(1.0), model.code.centre.zero_()
     if "guests" in parts:
-        model.code.importance[..., : model.code.pca_dim] += 2**40
+        model.code.importance[..., : model.code.latent_dim] += 2**40
     return model
 
 
