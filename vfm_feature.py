@@ -1799,6 +1799,13 @@ class ModelRun:
     def needs(self, clip: Clip, window: int) -> bool:
         return clip in self.todo and (self.todo[clip] is None or window in self.todo[clip])
 
+    def draw(self, clip: Clip, path: Path, *pictures: torch.Tensor | None) -> None:
+        """Draw the preview of the file `path`, where no video of somebody else's is in its place."""
+        try:
+            write_preview(path, *pictures)
+        except UserError as error:
+            self.failed[clip.describe(clip.part.start, clip.part.end)] = str(error)
+
     def clip_settings(self, clip: Clip) -> dict[str, Any]:
         """What the file records; a finished feature is skipped if these are the same."""
         bounds = {"start": clip.part.start, "end": clip.part.end}
@@ -1945,7 +1952,7 @@ def is_finished(run: ModelRun, clip: Clip, window: int, saved: dict | None, prev
     if renewed:
         save_atomically({**saved, "caption": clip.part.caption}, path)
     if undrawn:
-        write_preview(path, saved["feature"], frames=saved["thumbnails"])
+        run.draw(clip, path, saved["feature"], None, saved["thumbnails"])
     return True
 
 
@@ -2024,7 +2031,7 @@ def save_feature(
     save_atomically(data, path)
     record(run, path, data, "written")
     if preview:
-        write_preview(path, feature.cpu(), data.get("latent"), pictures)
+        run.draw(clip, path, feature.cpu(), data.get("latent"), pictures)
 
 
 def decode_todo(

@@ -185,6 +185,11 @@ def test_vfm_feature_draws_what_the_model_saw(tmp_path, run_here):
         arguments += ["--csv_path", tmp_path / "c.csv"] if skipped == 0 else []
     _, video = read(tmp_path / "VideoMAE" / "0.pt")
     assert len(video) == 4
+    (tmp_path / "VideoMAE" / "0.mp4").write_bytes(b"somebody's video")
+    for more in ([], ["--overwrite"]):
+        result = run_here(*arguments, "--preview", *more)
+        assert re.search(rf"^VideoMAE +{len(more)} +{1 - len(more)} +1 ", result.stdout, re.MULTILINE), result.stdout
+        assert "--preview would write over" in (tmp_path / "VideoMAE" / "failed_videos.txt").read_text()
     for frame, level in zip(video, (0, 40, 70, 110), strict=True):
         top, bottom, left, right = box(is_colour(frame, GREEN))
         assert (right - left) / (bottom - top) == pytest.approx(0.75, rel=0.03)  # half of 2 : 3, the model's input
