@@ -1,9 +1,11 @@
 """Made-up features, and the scripts run on them as a user runs them."""
 
+import re
 import resource
 import signal
 import subprocess
 import sys
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +17,40 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--random_weights", "--num_frames", "4", "--videomae_resize_h", "32", "--videomae_resize_w", "48"]
 SMALL += ["--dinov2_resize_h", "28", "--dinov2_resize_w", "42", "--num_workers", "1"]
 SIZES = ["--input_dim", "12", "--model_dim", "16", "--latent_dim", "6", "--num_heads", "2", "--num_layers", "1"]
+
+TABLES = ("cls_token", "pos_embed", "register_tokens", "storage_tokens", "class_embedding", "positional_embedding")
+TABLES += ("video_mod_embed", "img_mod_embed")
+
+
+def filled(name, shape):
+    """The rule by which the weights of the reference figures are filled: normal numbers seeded by the parameter's name.
+
+    Matrices are scaled by their inputs' number, vectors by 0.1, the gains of norms and layer scales around 1, tokens
+    and learned positions by 0.5.
+    """
+    normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    if name in TABLES:
+        normal *= 0.5
+    elif len(shape) > 1:
+        normal /= np.float32(np.sqrt(np.prod(shape[1:])))
+    elif name.endswith("gamma") or re.search(r"(norm|ln)[^.]*\.weight$", name):
+        normal = 1 + np.float32(0.1) * normal
+    else:
+        normal *= np.float32(0.1)
+    return torch.from_numpy(normal)
+
+
+def pattern_clip(frames, height, width):
+    """The clip of the reference figures: uint8 [1, frames, height, width, 3] by a formula."""
+    t, y, x, c = np.ogrid[:frames, :height, :width, :3]
+    return torch.from_numpy(((3 * t + 2 * y + x + 80 * c + (t * y * x) // 97) % 256).astype(np.uint8))[None]
+
+
+def counts(result):
+    """[written, skipped, failed] of VideoMAE in the table that vfm_feature.py ends with."""
+    assert result.returncode == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if line.startswith("VideoMAE "))
+    return [int(number) for number in line.split()[1:4]]
 
 
 def hear_ctrl_c():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from bench_faults import judge, make_corpus
 from draw_clips import draw_frame, write_video
-from made_up import ROOT, SMALL
+from made_up import ROOT, SMALL, counts, pattern_clip
 
 import vfm_feature as vfm
 from model import UserError, find_features
@@ -202,13 +202,8 @@ def test_a_decoder_that_ends_amid_windows_is_followed_by_the_next(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pattern_clip(frames, height, width):
-    t, y, x, c = np.ogrid[:frames, :height, :width, :3]
-    return ((3 * t + 2 * y + x + 80 * c + (t * y * x) // 97) % 256).astype(np.uint8)
-
-
 # The pixels that VideoREPA's own code (commit 8002687: the transform of its data set, then `compute_loss` up to the
-# model) makes of clips filled by the rule above, brought back to levels of 0 to 255.
+# model) makes of `pattern_clip`, brought back to levels of 0 to 255.
 RECIPE_PIXELS = {  # (height, width) of the clip, the model's size: their mean, and the pixel at [frame, y, x]
     ((288, 512), (160, 240)): (
         127.527,
@@ -248,7 +243,8 @@ RECIPE_PIXELS = {  # (height, width) of the clip, the model's size: their mean, 
 @pytest.mark.parametrize(("clip", "size"), RECIPE_PIXELS)
 def test_the_recipe_s_pixels_are_videorepa_s(clip, size):
     mean, figures = RECIPE_PIXELS[clip, size]
-    ours = np.stack([vfm.fit_like_videorepa(frame, size) for frame in pattern_clip(3, *clip)]).astype(np.float32)
+    frames = pattern_clip(3, *clip)[0].numpy()
+    ours = np.stack([vfm.fit_like_videorepa(frame, size) for frame in frames]).astype(np.float32)
     assert abs(ours.mean() - mean) < 0.01
     for place, expected in figures.items():
         assert np.abs(ours[place] - expected).max() < 0.1  # of which float16 may take 0.0625
@@ -290,13 +286,6 @@ def test_the_recipe_from_end_to_end(tmp_path, run_here):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def counts(result):
-    """[written, skipped, failed] of VideoMAE."""
-    assert result.returncode == 0, result.stderr
-    line = next(line for line in result.stdout.splitlines() if line.startswith("VideoMAE"))
-    return [int(number) for number in line.split()[1:4]]
 
 
 def test_parts_of_a_csv(tmp_path, run_here):

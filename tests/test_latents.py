@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from draw_clips import draw_frame, write_video
-from made_up import ROOT, SMALL
+from made_up import ROOT, SMALL, counts
 from torch.utils.data import DataLoader
 
 import vfm_feature as vfm
@@ -43,13 +43,6 @@ def write_checkpoint(path, input_dim=24, gain=1.0):
     torch.nn.init.normal_(model.encoder.network.head.weight, std=0.1)
     torch.save({"config": model.config, "model": model.state_dict()}, path)
     return path
-
-
-def counts(result):
-    """[written, skipped, failed] of VideoMAE."""
-    assert result.returncode == 0, result.stderr
-    line = next(line for line in result.stdout.splitlines() if line.startswith("VideoMAE "))
-    return [int(number) for number in line.split()[1:4]]
 
 
 def load(path):

@@ -1,43 +1,18 @@
 """vfm_feature.py: the further models against their authors' code, and models by name against their libraries."""
 
 import json
-import re
 import shutil
 import sys
-import zlib
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from draw_clips import draw_frame, write_video
-from made_up import SMALL
+from made_up import SMALL, filled, pattern_clip
 from safetensors.torch import load_file, save_file
 
 import vfm_feature as vfm
 from model import UserError
-
-TABLES = ("cls_token", "pos_embed", "register_tokens", "storage_tokens", "class_embedding", "positional_embedding")
-TABLES += ("video_mod_embed", "img_mod_embed")
-
-
-def filled(name, shape):
-    """As in test_vfm_feature.py, with the names of more layouts."""
-    normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-    if name in TABLES:
-        normal *= 0.5
-    elif len(shape) > 1:
-        normal /= np.float32(np.sqrt(np.prod(shape[1:])))
-    elif name.endswith("gamma") or re.search(r"(norm|ln)[^.]*\.weight$", name):
-        normal = 1 + np.float32(0.1) * normal
-    else:
-        normal *= np.float32(0.1)
-    return torch.from_numpy(normal)
-
-
-def pattern_clip(frames, height, width):
-    t, y, x, c = np.ogrid[:frames, :height, :width, :3]
-    return torch.from_numpy(((3 * t + 2 * y + x + 80 * c + (t * y * x) // 97) % 256).astype(np.uint8))[None]
 
 
 def layer(name, shape):
@@ -94,14 +69,9 @@ def published_state(model, depth):
     return state
 
 
-def with_blocks(spec, depth):
-    """`spec` with fewer blocks."""
-    return replace(spec, depth=depth)
-
-
-# Made with the authors' own code on the CPU in float32, at the number of blocks that stands first, filled and fed
-# by the rules above: VideoREPA's `VideoMAE.py` (commit 8002687), facebookresearch/dinov2 `vit_*` (518 pixels, registers
-# as in its hubconf, `x_norm_patchtokens`, b8931f7), facebookresearch/dinov3 `dinov3_vitb16` (normalised patch tokens,
+# Made with the authors' own code on the CPU in float32, at the number of blocks that stands first, on `filled`
+# and `pattern_clip`: VideoREPA's `VideoMAE.py` (commit 8002687), facebookresearch/dinov2 `vit_*` (518 pixels,
+# registers as in its hubconf, `x_norm_patchtokens`, b8931f7), facebookresearch/dinov3 `dinov3_vitb16` (normalised patch tokens,
 # 6876159), facebookresearch/perception_models PE-Spatial-B16-512 (3e352cc), facebookresearch/vjepa2 `vit_huge_rope` and
 # `vit_giant_xformers_rope` (c2963a4) and, in a public copy of it that has V-JEPA 2.1, `app/vjepa_2_1`; no final norm.
 # A figure is the feature at [t, h, w], every (C // 6)th channel of it.
@@ -258,7 +228,7 @@ def test_features_are_those_of_the_authors_code(model, tmp_path):
     torch.save(state, tmp_path / "weights.pth")
     weights = vfm.read_weights(tmp_path / "weights.pth")
     (tmp_path / "weights.pth").unlink()
-    spec = with_blocks(vfm.VFMS[model], depth)
+    spec = replace(vfm.VFMS[model], depth=depth)
     vit = vfm.build_vit(spec, frames, (height, width), weights)
     feature = vfm.extract_features(vit, spec, pattern_clip(frames, height, width))[0]
     channels = feature.shape[-1]
@@ -281,7 +251,7 @@ def test_rows_of_timm_s_models_say_what_timm_says(model):
 def test_dinov3_with_biases_is_refused():
     state = {name: filled(name, shape) for name, shape in published_shapes("DINOv3-B", 1).items()}
     with pytest.raises(ValueError, match=r"qkv.bias is not zero"):
-        vfm.build_vit(with_blocks(vfm.VFMS["DINOv3-B"], 1), 1, (32, 48), vfm.to_timm_names(state))
+        vfm.build_vit(replace(vfm.VFMS["DINOv3-B"], depth=1), 1, (32, 48), vfm.to_timm_names(state))
 
 
 SMALL_VIT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

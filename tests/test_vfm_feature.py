@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import av
@@ -19,7 +18,7 @@ import pytest
 import torch
 from bench_faults import ffmpeg
 from draw_clips import draw_frame, write_video
-from made_up import ROOT, SMALL, hear_ctrl_c
+from made_up import ROOT, SMALL, counts, filled, hear_ctrl_c, pattern_clip
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -51,24 +50,6 @@ def clips(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The models against their authors' code
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def filled(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The rule by which the weights of the reference figures are filled: normal numbers seeded by the parameter's name.
-
-    Matrices are scaled by their inputs' number, vectors by 0.1, the gains of norms and layer scales around 1, the class
-    token and the learned positions by 0.5.
-    """
-    normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-    if name in ("cls_token", "pos_embed"):
-        normal *= 0.5
-    elif len(shape) > 1:
-        normal /= np.float32(np.sqrt(np.prod(shape[1:])))
-    elif name.endswith(("norm1.weight", "norm2.weight", "norm.weight", "gamma")):
-        normal = 1 + np.float32(0.1) * normal
-    else:
-        normal *= np.float32(0.1)
-    return torch.from_numpy(normal)
 
 
 def published_state(model: str) -> dict[str, torch.Tensor]:
@@ -150,13 +131,7 @@ def hub_file(path: Path) -> Path:
     return path
 
 
-def pattern_clip(frames: int, height: int, width: int) -> torch.Tensor:
-    """The clip of the reference figures: uint8 [1, frames, height, width, 3] by a formula."""
-    t, y, x, c = np.ogrid[:frames, :height, :width, :3]
-    return torch.from_numpy(((3 * t + 2 * y + x + 80 * c + (t * y * x) // 97) % 256).astype(np.uint8))[None]
-
-
-# Made with the authors' own code on the CPU in float32, filled and fed by the rules above: VideoREPA's `VideoMAEv2.py`
+# Made with the authors' own code on the CPU in float32, on `filled` and `pattern_clip`: VideoREPA's `VideoMAEv2.py`
 # and `VideoMAE.py` (`vit_base_patch16_224`, positions by its `interpolate_pos_embed`, commit 8002687),
 # facebookresearch/dinov2 `vit_base` (patch 14, 518 pixels, `x_norm_patchtokens`, commit b8931f7),
 # facebookresearch/vjepa2 `vit_large_rope` (256 pixels, 64 frames, no final norm, commit c2963a4).
@@ -515,28 +490,21 @@ def test_two_models_in_one_run(clips, tmp_path, run_here):
     torch.testing.assert_close(vfm.extract_features(vit, vfm.VFMS["VideoMAEv2"], clip)[0].half(), saved["feature"])
 
 
-def summary(result: subprocess.CompletedProcess) -> list[int]:
-    """[written, skipped, failed] of VideoMAE."""
-    assert result.returncode == 0, result.stderr
-    line = next(line for line in result.stdout.splitlines() if line.startswith("VideoMAE"))
-    return [int(number) for number in line.split()[1:4]]
-
-
 def test_finished_features_are_skipped_unless_something_changed(clips, tmp_path, run_here):
     captions, out = tmp_path / "captions.csv", tmp_path / "out"
     captions.write_text("video,caption\nball,old\nsquare,same\n")
     command = ["--video_dir", clips, "--csv_path", captions, "--output_root", out, "--models", "VideoMAE", *SMALL]
-    assert summary(run_here(*command)) == [2, 0, 0]
+    assert counts(run_here(*command)) == [2, 0, 0]
     made = (out / "VideoMAE" / "square.pt").stat().st_mtime_ns
-    assert summary(run_here(*command)) == [0, 2, 0]
+    assert counts(run_here(*command)) == [0, 2, 0]
 
     captions.write_text("video,caption\nball,new\nsquare,same\n")  # a caption is renewed without the model
-    assert summary(run_here(*command)) == [0, 2, 0]
+    assert counts(run_here(*command)) == [0, 2, 0]
     assert torch.load(out / "VideoMAE" / "ball.pt", weights_only=True)["caption"] == "new"
     assert (out / "VideoMAE" / "square.pt").stat().st_mtime_ns == made
 
     captions.write_text("video,caption\nsquare,same\n")  # nor does a caption stay that the CSV has no more
-    assert summary(run_here(*command)) == [0, 2, 0]
+    assert counts(run_here(*command)) == [0, 2, 0]
     assert torch.load(out / "VideoMAE" / "ball.pt", weights_only=True)["caption"] == ""
 
     size = (clips / "ball.mp4").stat().st_size
@@ -544,11 +512,11 @@ def test_finished_features_are_skipped_unless_something_changed(clips, tmp_path,
     box = (size - len(other)).to_bytes(4, "big") + b"free"
     (clips / "ball.mp4").write_bytes(other + box.ljust(size - len(other), b"\0"))
     (out / "VideoMAE" / "square.pt").write_bytes(b"torn")
-    assert summary(run_here(*command)) == [2, 0, 0]
+    assert counts(run_here(*command)) == [2, 0, 0]
     shutil.copytree(clips, tmp_path / "copy")  # the same video elsewhere and later is the same
-    assert summary(run_here(*command, "--video_dir", tmp_path / "copy")) == [0, 2, 0]
-    assert summary(run_here(*command, "--save_dtype", "bfloat16")) == [2, 0, 0]
-    assert summary(run_here(*command, "--save_dtype", "bfloat16", "--overwrite")) == [2, 0, 0]
+    assert counts(run_here(*command, "--video_dir", tmp_path / "copy")) == [0, 2, 0]
+    assert counts(run_here(*command, "--save_dtype", "bfloat16")) == [2, 0, 0]
+    assert counts(run_here(*command, "--save_dtype", "bfloat16", "--overwrite")) == [2, 0, 0]
     assert not [path for path in out.rglob("*") if path.suffix == ".tmp"]
 
 
@@ -577,7 +545,7 @@ def test_ranks_and_rival_runs_write_what_one_process_writes(clips, tmp_path):
     ]
     for process in started:
         result = subprocess.CompletedProcess(process.args, 0, *process.communicate(timeout=300))
-        written, skipped, failed = summary(result)
+        written, skipped, failed = counts(result)
         assert (process.returncode, written + skipped, failed) == (0, 5, 2), result.stderr
     one, ranks, rivals = (
         {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -590,18 +558,18 @@ def test_ranks_and_rival_runs_write_what_one_process_writes(clips, tmp_path):
 def test_previews_are_drawn_from_the_files(clips, tmp_path, run_here):
     out = tmp_path / "out" / "VideoMAE"
     command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL]
-    assert summary(run_here(*command)) == [2, 0, 0]
+    assert counts(run_here(*command)) == [2, 0, 0]
     assert "thumbnails" not in torch.load(out / "ball.pt", weights_only=True)
-    assert summary(run_here(*command, "--preview")) == [2, 0, 0]  # without frames in it a file is made again
+    assert counts(run_here(*command, "--preview")) == [2, 0, 0]  # without frames in it a file is made again
     thumbnails = torch.load(out / "ball.pt", weights_only=True)["thumbnails"]
     assert thumbnails.dtype == torch.uint8 and thumbnails.shape[0] == 4 and thumbnails.shape[3] == 3
     assert has_preview(out / "ball.pt") and has_preview(out / "square.pt")
 
     made = (out / "ball.pt").read_bytes()
     (out / "ball.png").unlink()
-    assert summary(run_here(*command)) == [0, 2, 0]
+    assert counts(run_here(*command)) == [0, 2, 0]
     assert not (out / "ball.png").exists()
-    assert summary(run_here(*command, "--preview")) == [0, 2, 0]
+    assert counts(run_here(*command, "--preview")) == [0, 2, 0]
     assert has_preview(out / "ball.pt") and (out / "ball.pt").read_bytes() == made
 
 
@@ -610,7 +578,7 @@ def test_batches_and_bfloat16_come_close_to_the_plain_run(clips, tmp_path, run_h
     plain = ["--video_dir", clips, "--models", "VideoMAE", *SMALL, "--output_root"]
     features = []
     for name, flags in {"plain": [], "batched": ["--batch_size", "2"], "low": ["--precision", "bfloat16"]}.items():
-        assert summary(run_here(*plain, tmp_path / name, *flags)) == [3, 0, 0]
+        assert counts(run_here(*plain, tmp_path / name, *flags)) == [3, 0, 0]
         saved = [torch.load(path, weights_only=True) for path in sorted((tmp_path / name / "VideoMAE").glob("*.pt"))]
         assert [data["video"] for data in saved] == ["ball.mp4", "gray.mp4", "square.avi"]
         features.append(torch.stack([data["feature"] for data in saved]))
@@ -623,12 +591,12 @@ def test_a_video_that_fails_is_recorded_and_the_others_are_made(clips, tmp_path,
     (clips / "broken.mp4").write_bytes(b"this is no video" * 100)
     out = tmp_path / "out"
     command = ["--video_dir", clips, "--output_root", out, "--models", "VideoMAE", *SMALL]
-    assert summary(run_here(*command)) == [2, 0, 1]
+    assert counts(run_here(*command)) == [2, 0, 1]
     name, reason = (out / "VideoMAE" / "failed_videos.txt").read_text().rstrip("\n").split("\t")
     assert name == "broken.mp4"
     assert reason.startswith("cannot be read: Invalid data")
     gray_clip(clips / "broken.mp4", 4)  # mended: the next run makes it and forgets the failure
-    assert summary(run_here(*command)) == [1, 2, 0]
+    assert counts(run_here(*command)) == [1, 2, 0]
     assert not (out / "VideoMAE" / "failed_videos.txt").exists()
 
     for path in clips.iterdir():
@@ -662,7 +630,7 @@ def test_a_decoder_that_hangs_or_dies_costs_its_process_only(tmp_path):
         text=True,
         timeout=200,
     )
-    assert summary(result) == [3, 0, 3]
+    assert counts(result) == [3, 0, 3]
     failures = (tmp_path / "out" / "VideoMAE" / "failed_videos.txt").read_text().splitlines()
     for failure, (width, reason) in zip(failures, reasons.items(), strict=True):
         assert failure.startswith(f"turned_{width}.mp4\tpyav: {reason}") and "; decord: " in failure
@@ -708,7 +676,7 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(clips, tmp_pat
     while living := processes_of_session(process.pid):
         assert time.monotonic() < deadline, living
 
-    written, skipped, failed = summary(run_here(*arguments))
+    written, skipped, failed = counts(run_here(*arguments))
     assert (written + skipped, failed) == (20, 0) and skipped >= len(finished)
     assert {path: path.read_bytes() for path in finished} == finished
     assert len([torch.load(path, weights_only=True) for path in out.glob("*.pt")]) == 20
@@ -729,10 +697,10 @@ def test_other_weights_make_the_features_again(clips, tmp_path, run_here):
     command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL[1:]]
     command += ["--videomae_ckpt", tmp_path / "weights.pth"]
     published_file("VideoMAE", tmp_path / "weights.pth")
-    assert summary(run_here(*command)) == [2, 0, 0]
-    assert summary(run_here(*command)) == [0, 2, 0]
+    assert counts(run_here(*command)) == [2, 0, 0]
+    assert counts(run_here(*command)) == [0, 2, 0]
     published_file("VideoMAE", tmp_path / "weights.pth", **{"blocks.0.norm1.bias": torch.zeros(24)})
-    assert summary(run_here(*command)) == [2, 0, 0]
+    assert counts(run_here(*command)) == [2, 0, 0]
 
 
 def test_a_package_that_is_missing(clips, tmp_path, run_here, monkeypatch):
@@ -754,7 +722,7 @@ def test_a_feature_that_is_not_finite_is_not_written(clips, tmp_path, run_here):
     assert not list((tmp_path / "out").rglob("*.pt"))
     failures = (tmp_path / "out" / "VideoMAEv2" / "failed_videos.txt").read_text()
     assert failures.splitlines()[0] == "ball.mp4\tVideoMAEv2 gave NaN or infinity in float16"
-    assert summary(run_here(*command)) == [2, 0, 0]
+    assert counts(run_here(*command)) == [2, 0, 0]
 
 
 class Malicious:
