@@ -13,20 +13,7 @@ from made_up import SIZES, SMALL, full_disk, make_features
 import vfm_feature as vfm
 
 SMALL = [*SMALL, "--models", "VideoMAE"]
-TRAINING = [
-    "--input_dim",
-    "24",
-    "--model_dim",
-    "16",
-    "--latent_dim",
-    "6",
-    "--num_heads",
-    "2",
-    "--num_layers",
-    "1",
-    "--epochs",
-    "1",
-]
+TRAINING = ["--input_dim", "24", *SIZES[2:], "--epochs", "1"]
 
 
 def small_clip(path):

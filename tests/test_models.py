@@ -69,12 +69,12 @@ def published_state(model, depth):
     return state
 
 
-# Made with the authors' own code on the CPU in float32, at the number of blocks that stands first, on `filled`
-# and `pattern_clip`: VideoREPA's `VideoMAE.py` (commit 8002687), facebookresearch/dinov2 `vit_*` (518 pixels,
-# registers as in its hubconf, `x_norm_patchtokens`, b8931f7), facebookresearch/dinov3 `dinov3_vitb16` (normalised patch tokens,
-# 6876159), facebookresearch/perception_models PE-Spatial-B16-512 (3e352cc), facebookresearch/vjepa2 `vit_huge_rope` and
-# `vit_giant_xformers_rope` (c2963a4) and, in a public copy of it that has V-JEPA 2.1, `app/vjepa_2_1`; no final norm.
-# A figure is the feature at [t, h, w], every (C // 6)th channel of it.
+# Made with the authors' own code on the CPU in float32, at the number of blocks that stands first, on `filled` and
+# `pattern_clip`: VideoREPA's `VideoMAE.py` (commit 8002687), facebookresearch/dinov2 `vit_*` (518 pixels, registers
+# as in its hubconf, `x_norm_patchtokens`, b8931f7), facebookresearch/dinov3 `dinov3_vitb16` (normalised patch tokens,
+# 6876159), facebookresearch/perception_models PE-Spatial-B16-512 (3e352cc), facebookresearch/vjepa2 `vit_huge_rope`
+# and `vit_giant_xformers_rope` (c2963a4) and, in a public copy of it that has V-JEPA 2.1, `app/vjepa_2_1`; no final
+# norm. A figure is the feature at [t, h, w], every (C // 6)th channel of it.
 MORE_REFERENCE = {  # blocks, (frames, height, width), mean, standard deviation and mean magnitude, figures
     "VideoMAE-L": (
         2,
