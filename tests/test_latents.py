@@ -135,7 +135,8 @@ def test_ranks_write_what_one_process_writes(clips, tmp_path):
         for out, command in (("one", [sys.executable]), ("ranks", torchrun))
     ]
     for process in started:
-        assert process.communicate(timeout=200) and process.returncode == 0
+        said = process.communicate(timeout=200)[1]
+        assert process.returncode == 0, said.decode()
     one, ranks = (
         {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
         for out in (tmp_path / "one", tmp_path / "ranks")
