@@ -47,9 +47,9 @@ def pattern_clip(frames, height, width):
 
 
 def counts(result):
-    """[written, skipped, failed] of VideoMAE in the table that vfm_feature.py ends with."""
+    """[written, skipped, failed] of VideoMAE or VideoMAEv2 in the table that vfm_feature.py ends with."""
     assert result.returncode == 0, result.stderr
-    line = next(line for line in result.stdout.splitlines() if line.startswith("VideoMAE "))
+    line = next(line for line in result.stdout.splitlines() if line.startswith(("VideoMAE ", "VideoMAEv2 ")))
     return [int(number) for number in line.split()[1:4]]
 
 
