@@ -230,7 +230,7 @@ class SpaceTimeCode(nn.Module):
     def at(table: Tensor, x: Tensor) -> Tensor:
         """`table` [T, ..., K] for x [B, T, ..., C] of the same positions, with a grid or without; else its mean [K]."""
         known, positions = table.shape[:-1], x.shape[1:-1]
-        if known != positions and len(known) != len(positions):  # one of them has no grid
+        if len(known) != len(positions):  # one of them has no grid
             known, positions = (known[0], known.numel()), (positions[0], positions.numel())
         return table.reshape(*x.shape[1:-1], -1) if known == positions else table.flatten(0, -2).mean(dim=0)
 
@@ -1607,7 +1607,7 @@ def run_script(main: Callable[[], int]) -> None:
         print(f"{name}: error: {error}", file=sys.stderr)
         status = 2
     except torch.OutOfMemoryError:
-        hint = "lower --batch_size, give smaller or shorter clips, or use --device cpu"
+        hint = "lower --batch_size, of vfm_feature.py also --dinov2_chunk or the input size, or use --device cpu"
         print(f"{name}: error: the device's memory is full; {hint}", file=sys.stderr)
         status = 2
     except OSError as error:  # a full disk, a folder that vanished

@@ -371,7 +371,8 @@ def open_save_dir(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
     there = sorted(args.save_dir.glob("motion_ae_*.pt"))
     last = args.save_dir / "motion_ae_last.pt"
     path = (last if last.exists() else None) if args.resume is True else args.resume
-    if there and not args.overwrite and (path is None or path.parent.resolve() != args.save_dir.resolve()):
+    elsewhere = path is not None and path.parent.resolve() != args.save_dir.resolve()
+    if there and not args.overwrite and (path is None or elsewhere):
         raise UserError(
             f"--save_dir {args.save_dir} holds {there[0].name} of another run; go on with that run by --resume, give "
             "another --save_dir, or delete it with --overwrite"
@@ -384,10 +385,11 @@ def open_save_dir(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
     if not isinstance(checkpoint, dict) or not {"settings", "epoch", "history", "optimizer"} <= checkpoint.keys():
         raise UserError(f"--resume {path}: it holds no training state; give the motion_ae_last.pt of a run")
     check_settings(settings, checkpoint["settings"], path)
-    if path.parent.resolve() != args.save_dir.resolve():  # so that the run can be resumed from here alone
-        best = path.with_name("motion_ae_best.pt")
-        if best.is_file() and load_checked(best)["epoch"] <= checkpoint["epoch"]:
-            save_atomically(load_checked(best), args.save_dir / best.name)
+    if elsewhere:  # so that the run can be resumed from here alone
+        best_path = path.with_name("motion_ae_best.pt")
+        best = load_checked(best_path) if best_path.is_file() else None
+        if best and best["epoch"] <= checkpoint["epoch"]:
+            save_atomically(best, args.save_dir / best_path.name)
         save_atomically(checkpoint, last)
     done = checkpoint["epoch"] == args.epochs
     report(

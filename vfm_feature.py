@@ -676,7 +676,8 @@ def check_tokens(name: str, vit: nn.Module, vfm: VFM, size: tuple[int, int], lay
     try:
         with torch.inference_mode():
             num_tokens = vit(torch.zeros(1, 3, *size), layers).shape[1]
-    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:  # "not this size", in code
+    # how the libraries say "not this size"
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{name} cannot take images of {size[0]} x {size[1]}: {first_line(error)}") from error
     if num_tokens != height * width:
         raise UserError(f"{name} gives {num_tokens} tokens for a grid of {height} x {width} patches")
@@ -2185,7 +2186,8 @@ def main() -> int:
         plan(runs, clips, args)
         extract(runs, clips, args)
         collect(runs)
-        tell_of_others(runs)
+        if rank() == 0:
+            tell_of_others(runs)
     finally:
         if rank() == 0 and (runs or left_out):
             report(runs, left_out, args.output_root)
