@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 RELATION_CLIPS, RELATION_TOKENS = 16, 128  # of a clip; their cosines decide which coefficients are kept, and the gains
-RELATION_TARGET = 0.77  # of PCA's error of these cosines, on training clips; on others it is up to a quarter more
+RELATION_TARGET = 0.85  # of the cosines' error when the leading components alone are kept, all of them
 POSITION_IN_BASIS = 1 / 4  # share of the position in the features that the components are taken from
+BALANCE = 1 / 3  # part of their covariance in which all frequencies count alike, over the part weighted as the loss is
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
@@ -57,11 +58,12 @@ FINGERPRINT_BYTES = 2**16
 #
 # C = 768 channels become D = 192. The linear code (`SpaceTimeCode`) is measured in closed form; two networks over time
 # are trained on top, for each position by itself. They end in a layer that starts at zero, so training starts from the
-# code. The code takes blocks of 24 time steps x 5 x 5 cells (features [B, T, N, C] have no grid: blocks of one cell).
+# code. The code takes blocks of at most 24 time steps x 16 x 16 cells: of the default features, 24 x 10 x 15 (features
+# [B, T, N, C] have no grid: blocks of one cell).
 #
 #   x [B, T, H, W, 768] --> z = (x - mean) / scale; the mean is that of each position, if all clips have the same
 #    |  measured: SpaceTimeCode.encode
-#    +--> z @ basis --> cosine transform of each block: L = 24 * 5 * 5 frequencies x 768 components
+#    +--> z @ basis --> cosine transform of each block: L = 24 * 10 * 15 frequencies x 768 components
 #    |        +--> of these L * 768 coefficients the L * 192 most important are kept, each times its gain:
 #    |             of components < 192: at their own frequency and channel -----------+--> inverse transform ---+
 #    |             of the others, the guests: small, at the places left empty -----------+                      |
@@ -91,8 +93,7 @@ class Config:
     num_layers: int = 2  # transformer layers, each way
     dropout: float = 0.1
     use_token: bool = False  # the encoder sees [x, delta_x], not delta_x alone: what stands still is coded too
-    block: int = 24  # time steps that are coded together
-    side: int = 5  # rows, and columns, of the grid that are coded together: the VFMs' default grids divide by it
+    block: tuple[int, int, int] = (24, 16, 16)  # time steps, rows and columns that are coded together, at most
     positions: tuple[int, ...] = (1, 1)  # T, N or T, H, W of the clips of which the mean of each position is known
 
     def __post_init__(self) -> None:
@@ -172,22 +173,19 @@ def blocks_of(shape: tuple[int, ...], size: Size) -> list[tuple[tuple[slice, ...
 
 def to_coefficients(x: Tensor, size: Size) -> Tensor:
     """[B, T, H, W, C] of whole blocks -> their cosine transform over all three axes, [B, blocks, l * h * w, C]."""
-    steps, rows, columns = size
-    blocks = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).unflatten(1, (-1, steps))
-    return block_transform(size, x) @ blocks.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(1, 3).flatten(2, 4)
+    for dim, length in enumerate(size, 1):
+        x = x.unflatten(2 * dim - 1, (-1, length))
+        x = (cosine_transform(length, x) @ x.movedim(2 * dim, -2)).movedim(-2, 2 * dim)
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(1, 3).flatten(2, 4)
 
 
 def from_coefficients(coefficients: Tensor, shape: Size, size: Size) -> Tensor:
     """The inverse of `to_coefficients`, for clips of `shape` T, H, W."""
-    blocks = (block_transform(size, coefficients).mT @ coefficients).unflatten(2, size)
     counts = [axis // block for axis, block in zip(shape, size, strict=True)]
-    return blocks.unflatten(1, counts).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(len(blocks), *shape, -1)
-
-
-def block_transform(size: Size, like: Tensor) -> Tensor:
-    """The cosine transform over time, rows and columns of a block as one matrix [l * h * w, l * h * w]."""
-    steps, rows, columns = (cosine_transform(length, like) for length in size)
-    return torch.kron(torch.kron(steps, rows), columns)
+    x = coefficients.unflatten(2, size).unflatten(1, counts).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    for dim, length in enumerate(size, 1):
+        x = (cosine_transform(length, x).mT @ x.movedim(dim + 1, -2)).movedim(-2, dim + 1).flatten(dim, dim + 1)
+    return x
 
 
 def resize_table(table: Tensor, size: Size) -> Tensor:
@@ -199,12 +197,12 @@ class SpaceTimeCode(nn.Module):
     """The linear path of the autoencoder: a transform code whose latent keeps the layout of the features.
 
     The features' mean is taken off: where the config names the clips' `positions`, the mean of each, since ViTs show a
-    token's position in all clips. What is left is turned into principal components, and blocks of `block` steps x
-    `side` x `side` cells of these into cosine coefficients. Of a block's L * C coefficients the L * D most important
-    are kept (reverse water-filling). Of a component j < D they stay at their frequency in channel j: transformed back,
-    that channel of the latent is component j of its own token, as far as it was kept. What was not kept leaves its
-    place to a guest, a kept coefficient of the components beyond D; there are as many guests as places. Guests are made
-    small, so that they change the cosines between tokens (VideoREPA's token relations) little.
+    token's position in all clips. What is left is turned into components, much as by PCA, and blocks of `block` steps,
+    rows and columns of these into cosine coefficients. Of a block's L * C coefficients the L * D most important are
+    kept (reverse water-filling). Of a component j < D they stay at their frequency in channel j: transformed back, that
+    channel of the latent is component j of its own token, as far as it was kept. What was not kept leaves its place to
+    a guest, a kept coefficient of the components beyond D; there are as many guests as places. Guests are made small,
+    so that they change the cosines between tokens (VideoREPA's token relations) little.
 
     `fit` measures all of it in closed form; nothing here is trained. Any T, H and W work: what is left behind the full
     blocks is coded in shorter blocks, whose energies are averages of the full block's.
@@ -212,7 +210,7 @@ class SpaceTimeCode(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.codes_still_part, self.size = config.use_token, (config.block, config.side, config.side)
+        self.codes_still_part, self.size = config.use_token, tuple(config.block)
         self.input_dim, self.latent_dim = config.input_dim, config.latent_dim  # each channel leads with its component
         self.register_buffer("mean", torch.zeros(*config.positions, config.input_dim))
         self.register_buffer("scale", torch.ones(()))  # one for all channels: one for each would weight them in errors
@@ -224,6 +222,10 @@ class SpaceTimeCode(nn.Module):
         # Integers, so that every machine sorts them alike.
         self.register_buffer("importance", torch.ones(self.spread.shape, dtype=torch.int64))
         self.importance[..., : self.latent_dim] += 1
+        # `arrange` of a full block, which takes longer than encoding.
+        self.register_buffer(
+            "source", torch.arange(self.spread.numel()).view(-1, config.input_dim)[:, : self.latent_dim].flatten()
+        )
         self.register_buffer("smoothing", torch.zeros(()))
 
     @staticmethod
@@ -243,9 +245,9 @@ class SpaceTimeCode(nn.Module):
         """The inverse of `normalise`; for motion alone, the training mean stands for what is not known."""
         return x * self.scale + self.at(self.mean, x)
 
-    def layout(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:
-        """For the L * D places of a block of `size` in the latent: which coefficient lies there, its gain, and whether
-        it is a guest. Of constant shapes throughout, for torch.compile."""
+    def arrange(self, size: Size) -> Tensor:
+        """For the L * D places of a block of `size` in the latent: which of its L * C coefficients lies there. Of
+        constant shapes throughout, for torch.compile."""
         importance = resize_table(self.importance, size).flatten()
         count = len(importance) // self.input_dim * self.latent_dim
         kept = torch.zeros_like(importance, dtype=torch.bool)
@@ -254,13 +256,21 @@ class SpaceTimeCode(nn.Module):
         own = (component < self.latent_dim).byte().argsort(descending=True, stable=True)[:count]
         guests = (kept & (component >= self.latent_dim)).byte().argsort(descending=True, stable=True)[:count]
         vacant = ~kept[own]
-        source = torch.where(vacant, guests[vacant.cumsum(0) - 1], own)  # the first guest to the first vacant place
+        return torch.where(vacant, guests[vacant.cumsum(0) - 1], own)  # the first guest to the first vacant place
 
-        spread = resize_table(self.spread.double().square(), size).flatten()[source].sqrt().clamp_min(1e-3)
-        gain = torch.where(vacant, (self.guest_rms / spread).to(self.gain), self.gain.repeat(count // self.latent_dim))
+    def layout(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+        """For the places of a block of `size` in the latent: which coefficient lies there, its gain, and whether it is
+        a guest."""
+        if size == self.size:
+            source, spread = self.source, self.spread
+        else:
+            source, spread = self.arrange(size), resize_table(self.spread.square(), size).sqrt().to(self.spread)
+        guest = source % self.input_dim >= self.latent_dim
+        guest_gain = self.guest_rms / spread.flatten()[source].clamp_min(1e-3)
+        gain = torch.where(guest, guest_gain, self.gain.repeat(math.prod(size)))
         frequency = torch.arange(size[0], device=gain.device) * torch.pi / size[0]
         damping = 1 / (1 + self.smoothing * (2 - 2 * frequency.cos()))
-        return source, gain * damping.to(gain).repeat_interleave(count // size[0]), vacant
+        return source, gain * damping.to(gain).repeat_interleave(len(source) // size[0]), guest
 
     def encode(self, z: Tensor, addition: Tensor | None = None) -> Tensor:
         """Normalised features [B, T, N, C] or [B, T, H, W, C] -> latent; at its guests' places with `addition`, which
@@ -301,9 +311,10 @@ class SpaceTimeCode(nn.Module):
         """Measure the code on clips [T, N, C] or [T, H, W, C], any sizes; all of the `positions`, if the config
         names some. Raises `UserError` for features too large to square.
 
-        Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). Coefficients kept: those of most
-        energy, each frequency weighted by what an error in it adds to the weighted loss, and as many of components
-        < latent_dim as the cosines between tokens need.
+        Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x), and of another part in which all
+        frequencies count alike: in the first slow and smooth ones decide, which are kept whatever the basis is.
+        Coefficients kept: those of most energy, each frequency weighted by what an error in it adds to the weighted
+        loss, and as many of components < latent_dim as the cosines between tokens need.
         """
         if not self.codes_still_part:  # decoding cannot restore it, so no coefficient is spent on it
             recon_weight, motion_weight = 0.0, 1.0
@@ -319,14 +330,19 @@ class SpaceTimeCode(nn.Module):
         self.smoothing.fill_(smooth_weight / 5)
 
         normalised = [self.normalise(x[None]) for x in clips]  # [1, T, ..., C] each
+        # What an error of unit energy in a cosine adds to the loss: its changes, and its jumps from block to block.
+        frequency = torch.arange(self.size[0], device=self.mean.device) * torch.pi / self.size[0]
+        jumps = (2 + 2 * frequency.cos()) / self.size[0] / (1 + (frequency == 0))
+        weight = (recon_weight + motion_weight * (2 - 2 * frequency.cos() + jumps))[:, None, None]
         # Cross-fitting: a basis takes too much of the energy of the clips that it was made from, so measure each half
         # of the clips in the basis of the other half.
         halves = [normalised[0::2], normalised[1::2] or normalised]
         # Cosines between tokens follow their position too, so latents should have the components for some of it.
         position = POSITION_IN_BASIS * ((self.mean - token) / self.scale).float()
-        moments = [
-            weighted_moment([to_sequences(x + position) for x in half], recon_weight, motion_weight) for half in halves
-        ]
+        spectrum = sum(self.measure_energy(x).mean(dim=-1) for x in normalised) / len(normalised)
+        spectrum = spectrum.clamp_min(1e-6 * spectrum.mean() + 1e-30)
+        balance = weight / (weight * spectrum).mean() + BALANCE / spectrum
+        moments = [self.measure_moment([x + position for x in half], balance) for half in halves]
         self.basis.copy_(principal_components(moments[0] + moments[1]))
         energy = 0.0
         for half, moment in zip(halves, moments[::-1], strict=True):
@@ -334,15 +350,11 @@ class SpaceTimeCode(nn.Module):
             energy = energy + sum(self.measure_energy(x @ basis) for x in half) / len(half) / 2
         # True energies fall with a component's rank, so sort them; another order is noise.
         energy = energy.sort(dim=-1, descending=True).values
-        # A block's constant moves too, from one block to the next: it counts as the slowest cosine at least.
-        energy[0] = energy[:2].amax(dim=0)
+        energy[0] = energy[:2].amax(dim=0)  # a block's constant differs from the clip's, where that is not coded
         self.spread.copy_(energy.sqrt())
-        frequency = torch.arange(self.size[0], device=energy.device) * torch.pi / self.size[0]
-        weight = recon_weight + motion_weight * (2 - 2 * frequency.cos())  # |delta|^2 of a cosine of unit energy
-        weight[0] = weight[:2].amax()
         some = slice(None, None, -(-len(clips) // RELATION_CLIPS))
         relations = TokenRelations(self, clips[some], normalised[some])
-        self.choose_coefficients(energy, weight[:, None, None, None], relations)
+        self.choose_coefficients(energy, weight[..., None], relations)
 
     def measure_position(self, clips: list[Tensor], token: Tensor) -> Tensor:
         """What its position adds to the mean token [C], in float64, as `mean`; ViTs show it in all clips.
@@ -357,17 +369,31 @@ class SpaceTimeCode(nn.Module):
         energy = position.square().flatten(0, -2).mean(dim=0).clamp_min(1e-30)
         return position * (1 - 4 * chance / energy).clamp_min(0.0)
 
-    def measure_energy(self, components: Tensor) -> Tensor:
-        """The mean energy of the coefficients of a clip's components [1, T, ..., C], [block, side, side, C]."""
-        grid = to_grid(components)
+    def coefficients_of(self, x: Tensor) -> tuple[Tensor, Size]:
+        """The coefficients of a clip's largest blocks [blocks, L, C], and the size of these; x: [1, T, ..., C]."""
+        grid = to_grid(x)
         where, size = blocks_of(grid.shape[1:4], tuple(map(min, grid.shape[1:4], self.size)))[0]
-        energy = to_coefficients(grid[where], size).square().mean(dim=(0, 1)).unflatten(0, size)
-        return resize_table(energy, self.size)
+        return to_coefficients(grid[where], size).flatten(0, 1), size
+
+    def measure_energy(self, x: Tensor) -> Tensor:
+        """The mean energy of the coefficients of a clip [1, T, ..., C], [*block, C]."""
+        coefficients, size = self.coefficients_of(x)
+        return resize_table(coefficients.square().mean(dim=0).unflatten(0, size), self.size)
+
+    def measure_moment(self, clips: list[Tensor], weight: Tensor) -> Tensor:
+        """The mean of weight * E[c c^T] over the frequencies, [C, C], of the coefficients c of clips [1, T, ..., C];
+        weight: [*block]."""
+        total = torch.zeros_like(self.basis, dtype=torch.float64)
+        for x in clips:
+            coefficients, size = self.coefficients_of(x)
+            rows = coefficients * resize_table(weight[..., None], size).flatten(0, 2).sqrt().to(coefficients)
+            rows = rows.flatten(0, 1)
+            total += rows.mT @ rows / len(rows)
+        return total / len(clips)
 
     def choose_coefficients(self, energy: Tensor, weight: Tensor, relations: TokenRelations) -> None:
-        """Set `importance` from the coefficients' energy [block, side, side, C] and their frequency's weight, with the
-        least extra for components < latent_dim with which the latent's `relations` are good enough, or nearly as good
-        as they get.
+        """Set `importance` from the coefficients' energy [*block, C] and their frequency's weight, with the least extra
+        for components < latent_dim with which the latent's `relations` are good enough, or nearly as good as they get.
 
         Relations feel what is lost of a token's own channels at any frequency alike, so the extra is.
         """
@@ -377,6 +403,7 @@ class SpaceTimeCode(nn.Module):
             importance[..., : self.latent_dim] += extra * weight.mean() * energy[..., : self.latent_dim]
             self.importance.copy_((importance / importance.amax().clamp_min(1e-30) * 2**30).round())
             self.importance[..., : self.latent_dim] += 1  # where nothing is, own coefficients stay
+            self.source.copy_(self.arrange(self.size))
             return relations.fit_gain()
 
         low, high = 0.0, 4.0
@@ -736,13 +763,13 @@ def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 Tile = tuple[slice, ...]  # of the axes [T, N] or [T, H, W] of a clip
 
 
-def tiles(length: int, grid: tuple[int, ...], side: int, tokens: int) -> list[Tile]:
+def tiles(length: int, grid: tuple[int, ...], block: Size, tokens: int) -> list[Tile]:
     """Cut the grid [N] or [H, W] of a clip of T = `length` steps at borders of blocks, time staying whole: tiles of at
     most `tokens` tokens, or of one block of the grid where that is more."""
     height, width = (*grid, 1)[:2]
-    side = side if len(grid) == 2 else 1
-    columns = min(width, max(side, tokens // (length * side) // side * side))
-    rows = max(side, tokens // (length * columns) // side * side)
+    block_rows, block_columns = block[1:] if len(grid) == 2 else (1, 1)
+    columns = min(width, max(block_columns, tokens // (length * block_rows) // block_columns * block_columns))
+    rows = max(block_rows, tokens // (length * columns) // block_rows * block_rows)
     cuts = [
         (slice(None), slice(top, min(top + rows, height)), slice(left, min(left + columns, width)))
         for top in range(0, height, rows)
@@ -825,7 +852,7 @@ class MotionFeatureAutoencoder(nn.Module):
         tokens, or of one block's T.
         """
         latent = torch.empty(*x.shape[:-1], self.config["latent_dim"])
-        for tile in tiles(len(x), x.shape[1:-1], self.config["side"], TOKENS):
+        for tile in tiles(len(x), x.shape[1:-1], self.config["block"], TOKENS):
             part = x[tile][None].to(self.code.mean)  # [1, T, ..., C], the model's device and dtype
             latent[tile] = self.encode(part)[0].cpu()
         if not latent.isfinite().all():
@@ -839,7 +866,7 @@ class MotionFeatureAutoencoder(nn.Module):
     def decode_long(self, latent: Tensor) -> Iterator[tuple[Tile, Tensor]]:
         """The latent of one clip [T, N, D] or [T, H, W, D] -> its reconstruction in parts [T, ..., C], on the model's
         device, each with its place in it."""
-        for tile in tiles(len(latent), latent.shape[1:-1], self.config["side"], TOKENS):
+        for tile in tiles(len(latent), latent.shape[1:-1], self.config["block"], TOKENS):
             yield tile, self.decode(latent[tile][None].to(self.code.mean))[0]
 
     def embed(self, latent: Tensor) -> Tensor:
@@ -878,7 +905,7 @@ class MotionFeatureAutoencoder(nn.Module):
         motion, device = None, self.code.mean.device
         if latent.ndim == 4:
             maps = torch.empty(*latent.shape[:-1], self.map_dim)
-            for tile in tiles(len(latent), latent.shape[1:-1], self.config["side"], TOKENS):
+            for tile in tiles(len(latent), latent.shape[1:-1], self.config["block"], TOKENS):
                 maps[tile] = self.maps(latent[tile][None].to(device))[0].cpu()
             motion = in_parts(lambda part: motion_channels(part.to(device)), maps)[None]
         return self.with_content(latent[None].cpu(), motion)[0]

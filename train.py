@@ -42,6 +42,7 @@ from model import (
     ArgumentParser,
     Config,
     MotionFeatureAutoencoder,
+    SpaceTimeCode,
     Tile,
     UserError,
     add_model_flags,
@@ -58,21 +59,23 @@ from model import (
     number,
     open_device,
     origin,
+    principal_components,
     rank,
     remove_leftovers,
     run_script,
     save_atomically,
     say,
     tiles,
+    to_sequences,
+    weighted_moment,
     whole_file,
 )
 
 STEP_TOKENS = 2**13  # of a clip, in a training step; larger clips are cut into tiles, all of which an epoch sees
 MEASURE_TOKENS = 2**14  # of a clip, that errors are measured on
 FIT_CLIPS, FIT_TOKENS = 256, 2**18  # that the linear code is measured on, at most
-MAX_BLOCK = 24  # time steps that are coded together: what vfm_feature.py gives by default, or half of it
 WORTH = 0.02  # of the error; training that takes off less is not worth its time
-MODEL_FLAGS = [field.name for field in fields(Config) if field.name not in ("block", "side", "positions")]
+MODEL_FLAGS = [field.name for field in fields(Config) if field.name not in ("block", "positions")]
 # With the features and the clips of a step, these flags decide the result; --resume checks that they are the same.
 RUN_FLAGS = [
     *MODEL_FLAGS,
@@ -177,6 +180,11 @@ class Clips(Dataset):
 
     def __init__(self, files: list[FeatureFile], input_dim: int) -> None:
         self.files, self.input_dim = files, input_dim
+        shapes = [(length, *grid) if len(grid) == 2 else (length, 1, 1) for length, *grid in (f.shape for f in files)]
+        length, *grid = map(max, zip(*shapes, strict=True))
+        # The blocks that are coded together: of the grid as few as `Config.block` allows, of one size.
+        most = [math.ceil(size / math.ceil(size / most)) for size, most in zip(grid, Config.block[1:], strict=True)]
+        self.block = (min(length, Config.block[0]), *most)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -197,7 +205,7 @@ class Clips(Dataset):
     def tiles(self, index: int, tokens: int) -> list[Tile]:
         """A clip, cut into tiles of about that many tokens."""
         length, *grid = self.files[index].shape
-        return tiles(length, tuple(grid), Config.side, tokens)
+        return tiles(length, tuple(grid), self.block, tokens)
 
     def random_tile(self, index: int, tokens: int, seed: str) -> Tensor:
         return self[index, random.Random(f"{seed} {index}").choice(self.tiles(index, tokens))]
@@ -307,11 +315,13 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 class PrincipalComponents(nn.Module):
-    """Motion-weighted PCA of the latent's size, by the model's own mean and basis: what the model has to beat."""
+    """Motion-weighted PCA of `clips` [T, ..., C], of the latent's size, after the code's mean: what the model has to
+    beat."""
 
-    def __init__(self, model: MotionFeatureAutoencoder) -> None:
+    def __init__(self, code: SpaceTimeCode, clips: list[Tensor], weights: LossWeights) -> None:
         super().__init__()
-        self.code, self.basis = model.code, model.code.basis[:, : model.config["latent_dim"]]
+        moment = weighted_moment([to_sequences(code.normalise(x[None])) for x in clips], *weights[:2])
+        self.code, self.basis = code, principal_components(moment)[:, : code.latent_dim].float()
 
     def encode(self, x: Tensor) -> Tensor:
         return self.code.normalise(x) @ self.basis
@@ -467,13 +477,13 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | None) -> MotionFeatureAutoencoder:
-    """The model of the checkpoint `last`, or a new one, whose linear code rank 0 measures. Raises `UserError` for a
-    checkpoint of another version."""
+def start_model(
+    args: argparse.Namespace, clips: Clips, last: dict[str, Any] | None, weights: LossWeights
+) -> tuple[MotionFeatureAutoencoder, PrincipalComponents | None]:
+    """The model of the checkpoint `last`; or a new one, whose linear code rank 0 measures, and PCA of the same clips.
+    Raises `UserError` for a checkpoint of another version."""
     torch.manual_seed(args.seed)
-    block = min(MAX_BLOCK, max(file.shape[0] for file in clips.files))
-    side = Config.side if any(len(file.shape) == 3 for file in clips.files) else 1
-    sizes = {"block": block, "side": side, "positions": clips.positions or Config.positions}
+    sizes = {"block": clips.block, "positions": clips.positions or Config.positions}
     model = MotionFeatureAutoencoder(**{name: getattr(args, name) for name in MODEL_FLAGS}, **sizes)
     model.to(args.device)
     if last:
@@ -484,7 +494,8 @@ def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | N
     elif rank() == 0:
         sample = [x.to(args.device) for x in clips_to_fit(clips, args.seed)]
         model.code.fit(sample, args.recon_weight, args.motion_weight, args.smooth_weight)
-    return model
+        return model, PrincipalComponents(model.code, sample, weights)
+    return model, None
 
 
 class Training(nn.Module):
@@ -540,7 +551,7 @@ def train(
     loader = make_loader(train_set, order, args)
     weights = (args.recon_weight, args.motion_weight, args.smooth_weight)
     compared = weights if args.use_token else (0.0, 1.0, 0.0)  # with PCA; motion alone does not code the rest
-    model = start_model(args, train_set, last)
+    model, components = start_model(args, train_set, last, compared)
     network = Training(model)
     if num_ranks() > 1:
         network = DistributedDataParallel(network)  # gives every rank the parameters and buffers of rank 0
@@ -549,8 +560,8 @@ def train(
     if last:
         optimizer.load_state_dict(last["optimizer"])
     elif rank() == 0:
-        pca = measure(PrincipalComponents(model.eval()), clips_to_measure(val_set, args), weights)
-        code = measure(model, clips_to_measure(val_set, args), weights)
+        pca = measure(components, clips_to_measure(val_set, args), weights)
+        code = measure(model.eval(), clips_to_measure(val_set, args), weights)
         last = {"history": [], "pca_errors": pca, "code_errors": code, "config": model.config, "settings": settings}
         last |= {"trained_on": next((file.origin for file in files[0] if file.origin), ""), **describe_run(args)}
         report(f"{measured_on}, motion-weighted PCA: {describe(pca)}")

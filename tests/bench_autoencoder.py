@@ -174,7 +174,8 @@ def without(model: MotionFeatureAutoencoder, *parts: str) -> MotionFeatureAutoen
     if "gain and centre" in parts:
         model.code.gain.fill_(1.0), model.code.centre.zero_()
     if "guests" in parts:
-        model.code.importance[..., : model.code.latent_dim] += 2**40
+        model.code.importance[..., model.code.latent_dim :] = 0
+        model.code.source.copy_(model.code.arrange(model.code.size))
     return model
 
 
@@ -182,7 +183,9 @@ def ablation(model: MotionFeatureAutoencoder, paths: list[Path], weight: float) 
     """The model without each of its parts. Blocks of one cell are measured anew, without networks."""
     parts = ("encoder network", "decoder network", "gain and centre", "guests")
     codes = {f"without {part}": our_code(without(model, part)) for part in parts}
-    cells = linear_code(paths, model.config | {"side": 1}, weight, 5 * model.code.smoothing.item())
+    cells = linear_code(
+        paths, model.config | {"block": (model.config["block"][0], 1, 1)}, weight, 5 * model.code.smoothing.item()
+    )
     return codes | {"without networks, blocks of one cell": our_code(cells)}
 
 

@@ -27,7 +27,7 @@ def test_shapes(shape, use_token):
 
 
 def test_both_layouts_say_the_same_where_cells_are_coded_one_by_one():
-    model = awake(MotionFeatureAutoencoder(**SMALL, use_token=True, side=1).eval())
+    model = awake(MotionFeatureAutoencoder(**SMALL, use_token=True, block=(24, 1, 1)).eval())
     x = torch.randn(2, 5, 2, 3, 12)
     grid, flat = model(x), model(x.flatten(2, 3))
     torch.testing.assert_close(grid["reconstruction"].flatten(2, 3), flat["reconstruction"])
@@ -45,7 +45,7 @@ def awake(model):
 def test_positions_do_not_mix():
     """Those of a layout without a grid, and those of different blocks of a grid."""
     model = awake(fitted(made_up_clips().unflatten(2, (2, 5))))
-    for grid, place, block in (((4,), (2,), (2,)), ((7, 10), (2, 6), (slice(0, 5), slice(5, 10)))):
+    for grid, place, block in (((4,), (2,), (2,)), ((7, 10), (2, 6), (slice(2, 4), slice(5, 10)))):
         x = torch.randn(1, 24, *grid, 48)
         changed = x.clone()
         changed[(slice(None), slice(None), *place)] += 1.0
@@ -124,7 +124,8 @@ def made_up_clips(count=24, length=24, seed=0):
 
 
 def fitted(x, latent_dim=16, use_token=True):
-    model = MotionFeatureAutoencoder(48, 16, latent_dim, 2, 1, use_token=use_token, block=min(24, x.shape[1])).eval()
+    block = (min(24, x.shape[1]), *(x.shape[2:4] if x.ndim == 5 else (1, 1)))
+    model = MotionFeatureAutoencoder(48, 16, latent_dim, 2, 1, use_token=use_token, block=block).eval()
     model.code.fit(list(x))
     return model
 
@@ -208,7 +209,7 @@ def test_the_code_of_all_dimensions_loses_nothing():
 
 
 def test_cells_of_a_block_share_what_they_have_in_common():
-    """Fields that are smooth over the grid take fewer errors in blocks of 5 x 5 cells than of one."""
+    """Fields that are smooth over the grid take fewer errors in blocks of 5 x 7 cells than of one."""
 
     def smooth(count, seed):
         rng = torch.Generator().manual_seed(seed)
@@ -327,7 +328,7 @@ def test_a_long_clip_encodes_as_in_one_pass(shape, use_token):
     torch.manual_seed(0)
     model = awake(fitted(made_up_clips(), use_token=use_token).requires_grad_(False))
     x = torch.randn(shape).cumsum(dim=0)
-    assert len(tiles(shape[0], shape[1:-1], model.config["side"], TOKENS)) > 1 or shape[0] == 7
+    assert len(tiles(shape[0], shape[1:-1], model.config["block"], TOKENS)) > 1 or shape[0] == 7
     latent, expected = model.encode_long(x), model.encode(x[None])[0]
     torch.testing.assert_close(latent, expected, rtol=0, atol=1e-5 * expected.std().item())
     reconstruction = torch.empty(shape)

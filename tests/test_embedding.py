@@ -201,7 +201,13 @@ def test_a_pattern_that_is_there_in_all_clips_does_not_hold_motion_back():
         [drawn(right=right, steps=6, seed=seed) for seed, right in enumerate((0.3, -0.2, 0.1, -0.3) * 2)]
     )
     pattern = 2 * moving.std() * torch.randn(moving.shape[2:], generator=torch.Generator().manual_seed(5))
-    sizes = {"latent_dim": moving.shape[-1], "model_dim": 16, "num_layers": 1, "use_token": True, "block": 6}
+    sizes = {
+        "latent_dim": moving.shape[-1],
+        "model_dim": 16,
+        "num_layers": 1,
+        "use_token": True,
+        "block": (6, *moving.shape[2:4]),
+    }
     model = MotionFeatureAutoencoder(moving.shape[-1], **sizes, positions=moving.shape[1:4]).eval()
     model.code.fit(list(moving + pattern))
     names = describe_motion_embedding(model.config)

@@ -14,7 +14,7 @@ from model import MotionFeatureAutoencoder
 @pytest.fixture
 def checkpoint(tmp_path):
     """A model whose networks, which start at zero, take part."""
-    model = MotionFeatureAutoencoder(768, 16, 192, 2, 1, use_token=True, block=6)
+    model = MotionFeatureAutoencoder(768, 16, 192, 2, 1, use_token=True, block=(6, 2, 2))
     for network in (model.encoder.network, model.decoder.network):
         nn.init.normal_(network.head.weight, std=0.1)
     torch.save({"config": model.config, "model": model.state_dict()}, tmp_path / "motion_ae_best.pt")

@@ -387,10 +387,10 @@ def test_the_code_is_fitted_on_so_many_tokens_and_no_more(tmp_path, monkeypatch)
     monkeypatch.setattr(train, "STEP_TOKENS", 3000)
     files = []
     for index in range(6):
-        torch.save(torch.randn(50, 8, 9, 4), tmp_path / f"{index}.pt")
-        files.append(train.FeatureFile(tmp_path / f"{index}.pt", (50, 8, 9), "", ""))
+        torch.save(torch.randn(25, 20, 9, 4), tmp_path / f"{index}.pt")
+        files.append(train.FeatureFile(tmp_path / f"{index}.pt", (25, 20, 9), "", ""))
     sample = train.clips_to_fit(train.Clips(files, 4), seed=0)
     tokens = [x[..., 0].numel() for x in sample]
-    assert sum(tokens[:-1]) < 3000 <= sum(tokens) and max(tokens) <= 50 * 25
+    assert sum(tokens[:-1]) < 3000 <= sum(tokens) and max(tokens) <= 25 * 10 * 9
     monkeypatch.setattr(train, "STEP_TOKENS", 2**13)  # the clips fit into a step: taken whole
-    assert [x.shape for x in train.clips_to_fit(train.Clips(files, 4), seed=0)] == [(50, 8, 9, 4)]
+    assert [x.shape for x in train.clips_to_fit(train.Clips(files, 4), seed=0)] == [(25, 20, 9, 4)]
