@@ -330,7 +330,8 @@ class SpaceTimeCode(nn.Module):
         self.smoothing.fill_(smooth_weight / 5)
 
         normalised = [self.normalise(x[None]) for x in clips]  # [1, T, ..., C] each
-        # What an error of unit energy in a cosine adds to the loss: its changes, and its jumps from block to block.
+        # What an error of unit energy in a cosine adds to the loss: its changes, and its jumps from block to block, as
+        # if their errors were independent. That is a little too much; it keeps reconstruction at large motion weights.
         frequency = torch.arange(self.size[0], device=self.mean.device) * torch.pi / self.size[0]
         jumps = (2 + 2 * frequency.cos()) / self.size[0] / (1 + (frequency == 0))
         weight = (recon_weight + motion_weight * (2 - 2 * frequency.cos() + jumps))[:, None, None]

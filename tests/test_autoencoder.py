@@ -235,6 +235,16 @@ def test_motion_weight_buys_motion():
     assert found[1] < reference
 
 
+def test_a_large_motion_weight_keeps_most_of_what_stands_still():
+    """It would be free to go, did it not jump from block to block."""
+    train, held_out = made_up_clips(length=48), made_up_clips(count=8, length=48, seed=1)
+    model, found = fitted(train), []
+    for weight in (1.0, 100.0):
+        model.code.fit(list(train), 1.0, weight)
+        found.append(errors(held_out, model(held_out)["reconstruction"])[0])
+    assert found[1] < 1.25 * found[0]
+
+
 def test_smooth_weight_smooths_and_loses_nothing():
     train, held_out = made_up_clips(), made_up_clips(count=8, seed=1)
     smoothness, total = [], []

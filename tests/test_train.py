@@ -72,6 +72,25 @@ def test_the_errors_are_what_numpy_says(trained):
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+def test_what_the_model_has_to_beat_is_pca(trained):
+    """Motion-weighted PCA of the training files, made by numpy, of the held-out one."""
+    folder, _ = trained
+    checkpoint = torch.load(folder / "ck" / "motion_ae_epoch2.pt", weights_only=True)
+    mean = checkpoint["model"]["code.mean"].double().numpy()
+    files, (held_out,) = train.split_files(sorted((folder / "features" / "nested").iterdir()), 0.1, 0)
+    x = np.stack([load_feature(path)[0].double().numpy() for path in files]) - mean
+    moment = sum(part.reshape(-1, 12).T @ part.reshape(-1, 12) / (part.size / 12) for part in (x, np.diff(x, axis=1)))
+    basis = np.linalg.eigh(moment)[1][:, -6:]
+    clip = load_feature(held_out)[0].double().numpy()
+    error = (clip - mean) @ basis @ basis.T + mean - clip
+    expected = {
+        "pca_reconstruction_error": (error**2).sum() / ((clip - clip.mean(axis=(0, 1, 2))) ** 2).sum(),
+        "pca_motion_error": (np.diff(error, axis=0) ** 2).sum() / (np.diff(clip, axis=0) ** 2).sum(),
+    }
+    found = {name: checkpoint["history"][-1][name] for name in expected}
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
 def test_same_seed_same_result(trained, tmp_path, run_here):
     folder, _ = trained
     flags = ["--feature_dir", folder / "features", *SIZES, "--epochs", 2, "--use_token"]
