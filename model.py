@@ -331,10 +331,15 @@ class SpaceTimeCode(nn.Module):
 
         normalised = [self.normalise(x[None]) for x in clips]  # [1, T, ..., C] each
         # What an error of unit energy in a cosine adds to the loss: its changes, and its jumps from block to block, as
-        # if their errors were independent. That is a little too much; it keeps reconstruction at large motion weights.
+        # if their errors were independent. That is a little too much: it keeps reconstruction at large motion weights.
+        # Where reconstruction is not coded, the constant alone jumps, by as much as the slowest cosine moves.
         frequency = torch.arange(self.size[0], device=self.mean.device) * torch.pi / self.size[0]
-        jumps = (2 + 2 * frequency.cos()) / self.size[0] / (1 + (frequency == 0))
-        weight = (recon_weight + motion_weight * (2 - 2 * frequency.cos() + jumps))[:, None, None]
+        changes, constant = 2 - 2 * frequency.cos(), frequency == 0
+        if self.codes_still_part:
+            jumps = (2 + 2 * frequency.cos()) / self.size[0] / (1 + constant)
+        else:
+            jumps = changes[:2].amax() * constant
+        weight = (recon_weight + motion_weight * (changes + jumps))[:, None, None]
         # Cross-fitting: a basis takes too much of the energy of the clips that it was made from, so measure each half
         # of the clips in the basis of the other half.
         halves = [normalised[0::2], normalised[1::2] or normalised]
