@@ -183,8 +183,8 @@ class Clips(Dataset):
         shapes = [(length, *grid) if len(grid) == 2 else (length, 1, 1) for length, *grid in (f.shape for f in files)]
         length, *grid = map(max, zip(*shapes, strict=True))
         # The blocks that are coded together: of the grid as few as `Config.block` allows, of one size.
-        most = [math.ceil(size / math.ceil(size / most)) for size, most in zip(grid, Config.block[1:], strict=True)]
-        self.block = (min(length, Config.block[0]), *most)
+        sides = [math.ceil(size / math.ceil(size / most)) for size, most in zip(grid, Config.block[1:], strict=True)]
+        self.block = (min(length, Config.block[0]), *sides)
 
     def __len__(self) -> int:
         return len(self.files)
