@@ -19,6 +19,7 @@ the same weights, are skipped. A single file is always written.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -27,41 +28,270 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from losses import FeatureErrors
+from losses import METRICS, FeatureErrors
 from model import (
     FEATURE_SUFFIXES,
-    METRICS,
-    MOVEMENT,
+    FRAME_MOTION,
     ArgumentParser,
     MotionFeatureAutoencoder,
     UserError,
     add_model_flags,
     check_numbers,
-    check_preview_packages,
-    encode_clip,
+    describe_motion_embedding,
     file_fingerprint,
     find_features,
-    gather,
-    has_preview,
-    join_ranks,
+    in_parts,
     load_entries,
     load_feature,
-    num_ranks,
+    motion_channels,
     number,
     open_device,
     origin,
-    print_summary,
-    rank,
+    principal_components,
+    ranks,
     remove_leftovers,
     run_script,
     save_atomically,
     whole_file,
-    write_encode_report,
-    write_preview,
 )
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One clip's result, and the report on all
+# ---------------------------------------------------------------------------------------------------------------------
+
+MOVEMENT = ["right", "down", "log speed"]  # channels of the motion embedding, of which a clip's means are kept
+LEGEND = """What decoding the latents loses. reconstruction: squared error over the clip's variance (0: nothing is lost,
+1: all but the clip's mean is); motion: the same of the changes from step to step (1: as a still
+picture would); cosine: between a token and its reconstruction (1: the same direction)."""
+
+
+def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstruction: bool = False) -> dict[str, Any]:
+    """A clip's feature [T, N, C] or [T, H, W, C], anywhere -> the entries of its output: latent, motion embedding,
+    `METRICS`, `MOVEMENT` and what describes them; tensors in float32 on the CPU.
+
+    Raises `UserError` for another C than the model's, and where latent or reconstruction are not finite.
+    """
+    if feature.shape[-1] != model.config["input_dim"]:
+        raise UserError(
+            f"C is {feature.shape[-1]}, but the checkpoint was trained on features of C = {model.config['input_dim']}; "
+            "give the one that was trained on this model's features"
+        )
+    latent = model.encode_long(feature)
+    errors = FeatureErrors()
+    reconstruction = torch.empty(feature.shape) if save_reconstruction else None
+    for tile, part in model.decode_long(latent):
+        errors.add(feature[tile][None].to(part), part[None])  # [1, T, ..., C]
+        if save_reconstruction:
+            reconstruction[tile] = part.cpu()
+    metrics = errors.figures()
+    if not math.isfinite(metrics["cosine"]):
+        raise UserError("what its latent decodes to is not finite; the features are too large")
+    names = describe_motion_embedding(model.config)
+    embedding = model.embed_long(latent)  # [T, D]
+    moves = dict.fromkeys(MOVEMENT, math.nan)
+    if feature.ndim == 4:
+        means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over the steps, of which t = 0 is none
+        moves |= {name: mean for name, mean in zip(names, means, strict=True) if name in MOVEMENT}
+    result = {
+        "latent": latent,
+        "motion_embedding": embedding,
+        "embedding_channels": names,
+        "compression_ratio": model.compression_ratio,
+        "pca_dim": model.code.latent_dim,
+        **metrics,
+        **moves,
+    }
+    return result | ({"reconstruction": reconstruction} if save_reconstruction else {})
+
+
+def print_summary(rows: list[dict[str, Any]]) -> None:
+    """Each metric's mean over the files that were encoded and its worst file, and how their pictures move."""
+    table = pd.DataFrame(row for row in rows if row["outcome"] != "failed")
+    if table.empty:
+        return
+    table = table.set_index("file")
+    summary = {}
+    for name in METRICS:
+        values = table[name].dropna()
+        if len(values):
+            worst = values.idxmin() if name == "cosine" else values.idxmax()
+            summary[name.removesuffix("_error")] = {"mean": values.mean(), "worst": values[worst], "": worst}
+    if summary:
+        print(pd.DataFrame.from_dict(summary, orient="index").to_string(float_format="%.3f"))
+        print(LEGEND)
+    known = table[MOVEMENT].dropna(axis=1, how="all")
+    if not known.empty:
+        print("How the pictures move, in grid cells a step; log speed: log(1 + (cells / 0.01)^2) / 2.")
+        extremes = known.agg(["mean", "min", "idxmin", "max", "idxmax"]).T.infer_objects()
+        print(extremes.set_axis(["mean", "least", "in", "most", "in"], axis=1).to_string(float_format="%.3f"))
+    if unknown := int(table["right"].isna().sum()):
+        print(f"grid unknown in {unknown} files [T, N, C]: the embedding's motion channels are 0; give --grid H W")
+
+
+def write_encode_report(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write `encode_report.csv`: of each file its `METRICS` and `MOVEMENT`, or why it failed."""
+    table = pd.DataFrame(rows, columns=["file", *METRICS, *MOVEMENT, "failure"]).sort_values("file")
+    text = table.to_csv(index=False, float_format="%.6g", na_rep="nan")
+    with whole_file(folder / "encode_report.csv") as file:
+        file.write(text.encode(errors="backslashreplace"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Previews
+# ---------------------------------------------------------------------------------------------------------------------
+
+PREVIEW_STEPS = 240  # the most time steps that a preview shows
+SHEET_PIXELS = 120 * 180  # of a picture
+MARGIN, GAP, TITLE, CURVES = 40, 10, 25, 150  # pixels: left of the pictures, between them, above them, below them
+THUMBNAIL_PIXELS = 120 * 180
+
+
+def preview_steps(length: int) -> list[int]:
+    """The time steps of a clip that its preview shows: all, or `PREVIEW_STEPS` of them evenly spread."""
+    return torch.linspace(0, length - 1, min(length, PREVIEW_STEPS), dtype=torch.float64).round().int().tolist()
+
+
+def thumbnails(clip: np.ndarray) -> Tensor:
+    """Frames, uint8 RGB [F, H, W, 3] -> as a preview shows them, uint8 [min(F, 240), h, w, 3]: evenly spread over the
+    clip, of the same aspect ratio and at most 120 * 180 pixels each."""
+    height, width = clip.shape[1:3]
+    shrink = min(1.0, (THUMBNAIL_PIXELS / (height * width)) ** 0.5)
+    size = max(1, round(height * shrink)), max(1, round(width * shrink))
+    frames = torch.from_numpy(clip[preview_steps(len(clip))]).permute(0, 3, 1, 2)  # [F', 3, H, W]
+    small = nn.functional.interpolate(frames, size, mode="bilinear", antialias=True)
+    return small.permute(0, 2, 3, 1).contiguous()
+
+
+def noise_floor(x: Tensor) -> Tensor:
+    """Differences below this are rounding, which a preview must not magnify."""
+    return 1e-4 * x.square().mean().sqrt() + 1e-12
+
+
+def leading_components(x: Tensor) -> tuple[Tensor, float]:
+    """Features [T, H, W, C] -> their first three principal components at `preview_steps` [steps, H, W, 3], and their
+    share of the variance. Basis and scale are the whole clip's: [-0.5, 0.5] spans the 2nd to 98th percentile.
+    Where nothing varies all are 0."""
+    tokens = x.flatten(0, -2)
+    sample = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), 4096)).long()].float()
+    mean = sample.mean(dim=0)
+    covariance = (sample - mean).mT @ (sample - mean) / len(sample)
+    basis = nn.functional.pad(principal_components(covariance)[:, :3], (0, max(0, 3 - x.shape[-1])))
+    spread = (sample - mean) @ basis  # [K, 3]
+    low, high = spread.quantile(0.02, dim=0), spread.quantile(0.98, dim=0)
+    noise = noise_floor(sample)
+    steps = torch.stack([(x[step].float() - mean) @ basis for step in preview_steps(len(x))])
+    share = spread.square().mean(dim=0).sum() / covariance.trace().clamp_min(noise**2)
+    return (steps - (low + high) / 2) / (high - low).clamp_min(noise), share.item()
+
+
+def spread_of(x: Tensor) -> Tensor:
+    """The root mean square of features [T, ..., C] around their mean, over the steps that a preview shows."""
+    some = x[preview_steps(len(x))].float()
+    return (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(noise_floor(some))
+
+
+def relative_motion(x: Tensor) -> np.ndarray:
+    """How far features [T, ..., C] move at each step but the first, [T - 1]: the root mean square of delta_x over that
+    of x around its mean, so that features and latents can be compared."""
+    scale = spread_of(x)
+    return np.array([((b.float() - a.float()).square().mean().sqrt() / scale).item() for a, b in itertools.pairwise(x)])
+
+
+def movement(x: Tensor) -> dict[str, np.ndarray]:
+    """How far the picture of features [T, H, W, C] moves to the right and down at each step but the first [T - 1], in
+    cells: by `motion_channels` of at most 64 channels, which suffice."""
+    x = x[..., :: math.ceil(x.shape[-1] / 64)]
+    scale = spread_of(x)
+    moves = in_parts(lambda part: motion_channels(part / scale), x)[1:]
+    return {name: moves[:, FRAME_MOTION.index(name)].numpy() for name in ("right", "down")}
+
+
+def draw_clip(pictures: dict[str, np.ndarray], motions: list[dict[str, np.ndarray]], steps: list[int]) -> Figure:
+    """A figure of some time steps of a clip.
+
+    pictures: uint8 [F, h, w, 3] by title, a row each, of the first one's aspect ratio. motions: curves [T - 1] by name,
+    drawn below, a plot for each dict.
+    """
+    _, height, width, _ = next(iter(pictures.values())).shape
+    aspect = min(max(width / height, 1 / 8), 8.0)
+    width, height = round((SHEET_PIXELS * aspect) ** 0.5), round((SHEET_PIXELS / aspect) ** 0.5)
+    page_width = max(480, MARGIN + len(steps) * (width + GAP))
+    page_height = len(pictures) * (TITLE + height) + len(motions) * CURVES
+    figure = Figure(figsize=(page_width / 100, page_height / 100), dpi=100)
+
+    page = figure.add_axes((0, 0, 1, 1), xlim=(0, page_width), ylim=(page_height, 0), autoscale_on=False)  # in pixels
+    page.set_axis_off()
+    length = len(next(iter(motions[0].values()))) + 1
+    for index, (title, shown) in enumerate(pictures.items()):
+        smoothing = "bilinear" if title == "frames" else "nearest"  # a token stays a block
+        for column, step in enumerate(steps):
+            x, y = MARGIN + column * (width + GAP), TITLE + index * (TITLE + height)
+            place = {"extent": (x, x + width, y + height, y), "aspect": "auto"}
+            page.imshow(shown[step * len(shown) // length], interpolation=smoothing, **place)
+        page.text(MARGIN, y - 5, title, fontsize=8)
+
+    for index, motion in enumerate(reversed(motions)):
+        box = MARGIN, TITLE + index * CURVES, page_width - MARGIN - GAP, CURVES - 2 * TITLE
+        curves = figure.add_axes((box[0] / page_width, box[1] / page_height, box[2] / page_width, box[3] / page_height))
+        curves.set_prop_cycle(
+            color=["tab:green", "tab:purple"] if index < len(motions) - 1 else ["tab:blue", "tab:orange"]
+        )
+        for name, curve in motion.items():
+            curves.plot(range(1, length), curve, linewidth=1.2, label=name)
+        values = np.concatenate(list(motion.values()))
+        low, high = values.min(initial=0.0), values.max(initial=0.1)
+        curves.set(xlim=(0, max(1, length - 1)), ylim=(1.1 * low, high + 0.4 * (high - low)))
+        curves.axhline(0, color="lightgrey", linewidth=0.8)
+        curves.tick_params(labelsize=7)
+        curves.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
+        for step in steps:
+            curves.axvline(step, color="tab:red", linewidth=2, clip_on=False)
+    return figure
+
+
+def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, frames: Tensor | None = None) -> None:
+    """Beside the file `path`, `<stem>.png`: what a clip's features look like, and how they move.
+
+    feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: `thumbnails`
+    of the clip; all pictures have their aspect ratio, or without them the grid's. The file is written whole or not at
+    all. Raises `OSError` if it cannot be written.
+    """
+    pictures, energy, moves = {}, {}, {}
+    if frames is not None:
+        pictures["frames"] = frames.numpy()
+    for name, x in {"features": feature, "latent": latent}.items():
+        if x is None:
+            continue
+        if x.ndim == 4:
+            moves = {f"{way} (cells a step)": curve for way, curve in movement(x).items()}
+        else:
+            rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
+            x = x.unflatten(1, (rows, -1))
+        components, share = leading_components(x)
+        told = f"{share:.0%} of the variance" if components.abs().max() > 0.01 else "NOTHING VARIES"
+        if name == "features":
+            reference = components
+        else:  # rotated towards the features' colours (orthogonal Procrustes)
+            u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
+            components = components @ (u @ v)
+        pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
+        energy[f"motion of the {name}"] = relative_motion(x)
+
+    motions = [energy, moves] if moves else [energy]
+    moments = np.linspace(0, len(feature) - 1, 6).round().astype(int).tolist()
+    with whole_file(path.with_suffix(".png")) as file:
+        draw_clip(pictures, motions, moments).savefig(file, format="png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,7 +310,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--save_reconstruction", action="store_true", help="keep the reconstructed feature too")
     add("--overwrite", action="store_true", help="make outputs of a folder again that are finished")
-    add("--preview", action="store_true", help="draw each clip: <stem>.mp4 and .png beside the output")
+    add("--preview", action="store_true", help="draw each clip: <stem>.png beside the output")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1...")
     model = parser.add_argument_group("model", "The checkpoint records these; a value given here must agree.")
     add_model_flags(model, optional=True)
@@ -158,30 +388,26 @@ def encode_file(
     row = {"file": str(path.relative_to(args.input)) if in_folder else path.name, "failure": ""}
     try:
         settings = json.dumps({**made_with, "feature": file_fingerprint(path)})
-        may_skip = in_folder and not args.overwrite and (has_preview(output) or not args.preview)
+        may_skip = in_folder and not args.overwrite
         if may_skip and (figures := finished_figures(output, settings)):
             return row | figures | {"outcome": "skipped"}
         feature, metadata = load_feature(path, mmap=True)
         check_numbers(feature, path)
-        frames = metadata.pop("thumbnails", None)
         if args.grid and feature.ndim == 3:
             if math.prod(args.grid) != feature.shape[1]:
                 raise UserError(f"{path}: N is {feature.shape[1]}, but --grid is {args.grid[0]} x {args.grid[1]}")
             feature = feature.unflatten(1, args.grid)
         try:
             model.check_origin(origin(metadata))
-            result = encode_clip(model, feature, FeatureErrors(), args.save_reconstruction)
+            result = encode_clip(model, feature, args.save_reconstruction)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
     except (UserError, OSError) as error:
         return row | {"failure": str(error), "outcome": "failed"}
     kept = {name: value for name, value in metadata.items() if name not in result}
     save({**result, **kept, "settings": settings}, output)
-    try:
-        if args.preview:
-            write_preview(output, feature, result["latent"], frames)
-    except UserError as error:  # a video of that name is somebody else's
-        return row | {"failure": str(error), "outcome": "failed"}
+    if args.preview:
+        write_preview(output, feature, result["latent"])
     return row | {name: result[name] for name in METRICS + MOVEMENT} | {"outcome": "written"}
 
 
@@ -200,24 +426,22 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
 @torch.inference_mode()
 def main() -> int:
     args = parse_args()
-    join_ranks()
-    first = rank() == 0
+    ranks.join()
+    first = ranks.index == 0
     device = open_device(args.device)
     model = MotionFeatureAutoencoder.from_checkpoint(args.checkpoint)
     check_flags(args, model.config)
-    if args.preview:
-        check_preview_packages()
     made_with = {**model.identity(), "save_reconstruction": args.save_reconstruction, "grid": args.grid}
     model.to(device)
 
-    jobs = plan(args.input, args.output, args.output_format)[rank() :: num_ranks()]
+    jobs = plan(args.input, args.output, args.output_format)[ranks.index :: ranks.count]
     for folder in {output.parent for _, output in jobs}:
         remove_leftovers(folder)
     rows: list[dict[str, Any]] = []
     try:
         for path, output in tqdm(jobs, unit="file", disable=None if len(jobs) > 1 and first else True):
             rows.append(encode_file(model, path, output, made_with, args))
-        rows = [row for part in gather(rows) for row in part]
+        rows = [row for part in ranks.gather(rows) for row in part]
     finally:  # of a run that is stopped too
         if first and args.input.is_dir():
             report(rows, args.output)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+METRICS = ["reconstruction_error", "motion_error", "cosine"]  # of `FeatureErrors`
+
 
 def motion_autoencoder_loss(
     x: Tensor,

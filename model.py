@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -27,11 +27,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
-    from matplotlib.lines import Line2D
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
 RELATION_CLIPS, RELATION_TOKENS = 16, 128  # of a clip; their cosines decide which coefficients are kept, and the gains
@@ -1009,7 +1004,7 @@ def is_plain(value: Any) -> bool:
 
 def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -> tuple[Tensor, dict[str, Any]]:
     """One feature file and what else is in it: `caption`, `video`, `model` and all that are strings, numbers or
-    sequences of these; and `thumbnails` (uint8 [F, h, w, 3]).
+    sequences of these.
 
     The file holds a tensor, an array (.npy), or a dict, read by `feature`, else `features`, else its first key. Where
     it also holds `grid` ([H, W]), a feature [T, H * W, C] becomes [T, H, W, C].
@@ -1024,11 +1019,8 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
     if isinstance(data, dict):
         key = next((key for key in ("feature", "features") if key in data), next(iter(data), None))
         feature = data.get(key)
-        names = [name for name in data if isinstance(name, str) and name not in (key, "thumbnails", "grid")]
+        names = [name for name in data if isinstance(name, str) and name not in (key, "grid")]
         metadata = {name: data[name] for name in names if is_plain(data[name])}
-        frames = data.get("thumbnails")
-        if isinstance(frames, Tensor) and frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[3] == 3:
-            metadata["thumbnails"] = frames
     if not isinstance(feature, Tensor) or feature.layout != torch.strided or feature.is_meta or feature.is_quantized:
         raise UserError(f"{path} holds no feature tensor; it holds {type(feature).__name__}")
     shape = list(feature.shape)
@@ -1077,89 +1069,6 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Latents: what encode.py and vfm_feature.py --motion_checkpoint write of a clip, and how trainers read it
 # ---------------------------------------------------------------------------------------------------------------------
-
-METRICS = ["reconstruction_error", "motion_error", "cosine"]  # of `FeatureErrors`
-MOVEMENT = ["right", "down", "log speed"]  # channels of the motion embedding, of which a clip's means are kept
-LEGEND = """What decoding the latents loses. reconstruction: squared error over the clip's variance (0: nothing is lost,
-1: all but the clip's mean is); motion: the same of the changes from step to step (1: as a still
-picture would); cosine: between a token and its reconstruction (1: the same direction)."""
-
-
-def encode_clip(
-    model: MotionFeatureAutoencoder, feature: Tensor, errors: Any, save_reconstruction: bool = False
-) -> dict[str, Any]:
-    """A clip's feature [T, N, C] or [T, H, W, C], anywhere -> the entries of its output: latent, motion embedding,
-    `METRICS`, `MOVEMENT` and what describes them; tensors in float32 on the CPU.
-
-    errors: a new `FeatureErrors` of losses.py. Raises `UserError` for another C than the model's, and where latent or
-    reconstruction are not finite.
-    """
-    if feature.shape[-1] != model.config["input_dim"]:
-        raise UserError(
-            f"C is {feature.shape[-1]}, but the checkpoint was trained on features of C = {model.config['input_dim']}; "
-            "give the one that was trained on this model's features"
-        )
-    latent = model.encode_long(feature)
-    reconstruction = torch.empty(feature.shape) if save_reconstruction else None
-    for tile, part in model.decode_long(latent):
-        errors.add(feature[tile][None].to(part), part[None])  # [1, T, ..., C]
-        if save_reconstruction:
-            reconstruction[tile] = part.cpu()
-    metrics = errors.figures()
-    if not math.isfinite(metrics["cosine"]):
-        raise UserError("what its latent decodes to is not finite; the features are too large")
-    names = describe_motion_embedding(model.config)
-    embedding = model.embed_long(latent)  # [T, D]
-    moves = dict.fromkeys(MOVEMENT, math.nan)
-    if feature.ndim == 4:
-        means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over the steps, of which t = 0 is none
-        moves |= {name: mean for name, mean in zip(names, means, strict=True) if name in MOVEMENT}
-    result = {
-        "latent": latent,
-        "motion_embedding": embedding,
-        "embedding_channels": names,
-        "compression_ratio": model.compression_ratio,
-        "pca_dim": model.code.latent_dim,
-        **metrics,
-        **moves,
-    }
-    return result | ({"reconstruction": reconstruction} if save_reconstruction else {})
-
-
-def print_summary(rows: list[dict[str, Any]]) -> None:
-    """Each metric's mean over the files that were encoded and its worst file, and how their pictures move."""
-    import pandas as pd  # for reports alone; programs that import this module do without
-
-    table = pd.DataFrame(row for row in rows if row["outcome"] != "failed")
-    if table.empty:
-        return
-    table = table.set_index("file")
-    summary = {}
-    for name in METRICS:
-        values = table[name].dropna()
-        if len(values):
-            worst = values.idxmin() if name == "cosine" else values.idxmax()
-            summary[name.removesuffix("_error")] = {"mean": values.mean(), "worst": values[worst], "": worst}
-    if summary:
-        print(pd.DataFrame.from_dict(summary, orient="index").to_string(float_format="%.3f"))
-        print(LEGEND)
-    known = table[MOVEMENT].dropna(axis=1, how="all")
-    if not known.empty:
-        print("How the pictures move, in grid cells a step; log speed: log(1 + (cells / 0.01)^2) / 2.")
-        extremes = known.agg(["mean", "min", "idxmin", "max", "idxmax"]).T.infer_objects()
-        print(extremes.set_axis(["mean", "least", "in", "most", "in"], axis=1).to_string(float_format="%.3f"))
-    if unknown := int(table["right"].isna().sum()):
-        print(f"grid unknown in {unknown} files [T, N, C]: the embedding's motion channels are 0; give --grid H W")
-
-
-def write_encode_report(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write `encode_report.csv`: of each file its `METRICS` and `MOVEMENT`, or why it failed."""
-    import pandas as pd
-
-    table = pd.DataFrame(rows, columns=["file", *METRICS, *MOVEMENT, "failure"]).sort_values("file")
-    text = table.to_csv(index=False, float_format="%.6g", na_rep="nan")
-    with whole_file(folder / "encode_report.csv") as file:
-        file.write(text.encode(errors="backslashreplace"))
 
 
 def load_entries(path: Path, names: list[str]) -> dict[str, Any]:
@@ -1213,229 +1122,6 @@ class LatentDataset(Dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Previews
-# ---------------------------------------------------------------------------------------------------------------------
-
-PREVIEW_MARK = "vfm_encoder preview"  # in the video's comment, which tells it from a clip of the same name
-PREVIEW_STEPS = 240  # the most time steps that a preview shows
-PREVIEW_FPS = 8
-PANEL_PIXELS = 180 * 270  # of a picture in the video
-SHEET_PIXELS = 120 * 180  # of one in the sheet
-MARGIN, GAP, TITLE, CURVES = 40, 10, 25, 150  # pixels: left of the pictures, between them, above them, below them
-THUMBNAIL_PIXELS = 120 * 180
-
-
-def check_preview_packages() -> None:
-    """Raise `UserError` if a package that only previews need is missing."""
-    try:
-        import av  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--preview needs the package {error.name}; install it, or leave --preview out") from None
-
-
-def preview_steps(length: int) -> list[int]:
-    """The time steps of a clip that its preview shows: all, or `PREVIEW_STEPS` of them evenly spread."""
-    return torch.linspace(0, length - 1, min(length, PREVIEW_STEPS), dtype=torch.float64).round().int().tolist()
-
-
-def thumbnails(clip: np.ndarray) -> Tensor:
-    """Frames, uint8 RGB [F, H, W, 3] -> as a preview shows them, uint8 [min(F, 240), h, w, 3]: evenly spread over the
-    clip, of the same aspect ratio and at most 120 * 180 pixels each."""
-    height, width = clip.shape[1:3]
-    shrink = min(1.0, (THUMBNAIL_PIXELS / (height * width)) ** 0.5)
-    size = max(1, round(height * shrink)), max(1, round(width * shrink))
-    frames = torch.from_numpy(clip[preview_steps(len(clip))]).permute(0, 3, 1, 2)  # [F', 3, H, W]
-    small = nn.functional.interpolate(frames, size, mode="bilinear", antialias=True)
-    return small.permute(0, 2, 3, 1).contiguous()
-
-
-def preview_comment(video: Path) -> str:
-    """The comment in a video's metadata; empty if it has none, or the file is no video."""
-    import av
-
-    try:
-        with av.open(str(video)) as container:
-            return container.metadata.get("comment", "")
-    except (av.FFmpegError, OSError):
-        return ""
-
-
-def has_preview(path: Path) -> bool:
-    """Whether the preview beside the file `path` was drawn from it as it is now."""
-    video, sheet = path.with_suffix(".mp4"), path.with_suffix(".png")
-    there = path.exists() and video.exists() and sheet.exists()
-    return there and preview_comment(video) == f"{PREVIEW_MARK} of {file_fingerprint(path)}"
-
-
-def noise_floor(x: Tensor) -> Tensor:
-    """Differences below this are rounding, which a preview must not magnify."""
-    return 1e-4 * x.square().mean().sqrt() + 1e-12
-
-
-def leading_components(x: Tensor) -> tuple[Tensor, float]:
-    """Features [T, H, W, C] -> their first three principal components at `preview_steps` [steps, H, W, 3], and their
-    share of the variance. Basis and scale are the whole clip's: [-0.5, 0.5] spans the 2nd to 98th percentile.
-    Where nothing varies all are 0."""
-    tokens = x.flatten(0, -2)
-    sample = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), 4096)).long()].float()
-    mean = sample.mean(dim=0)
-    covariance = (sample - mean).mT @ (sample - mean) / len(sample)
-    basis = nn.functional.pad(principal_components(covariance)[:, :3], (0, max(0, 3 - x.shape[-1])))
-    spread = (sample - mean) @ basis  # [K, 3]
-    low, high = spread.quantile(0.02, dim=0), spread.quantile(0.98, dim=0)
-    noise = noise_floor(sample)
-    steps = torch.stack([(x[step].float() - mean) @ basis for step in preview_steps(len(x))])
-    share = spread.square().mean(dim=0).sum() / covariance.trace().clamp_min(noise**2)
-    return (steps - (low + high) / 2) / (high - low).clamp_min(noise), share.item()
-
-
-def spread_of(x: Tensor) -> Tensor:
-    """The root mean square of features [T, ..., C] around their mean, over the steps that a preview shows."""
-    some = x[preview_steps(len(x))].float()
-    return (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(noise_floor(some))
-
-
-def relative_motion(x: Tensor) -> np.ndarray:
-    """How far features [T, ..., C] move at each step but the first, [T - 1]: the root mean square of delta_x over that
-    of x around its mean, so that features and latents can be compared."""
-    scale = spread_of(x)
-    return np.array([((b.float() - a.float()).square().mean().sqrt() / scale).item() for a, b in itertools.pairwise(x)])
-
-
-def movement(x: Tensor) -> dict[str, np.ndarray]:
-    """How far the picture of features [T, H, W, C] moves to the right and down at each step but the first [T - 1], in
-    cells: by `motion_channels` of at most 64 channels, which suffice."""
-    x = x[..., :: math.ceil(x.shape[-1] / 64)]
-    scale = spread_of(x)
-    moves = in_parts(lambda part: motion_channels(part / scale), x)[1:]
-    return {name: moves[:, FRAME_MOTION.index(name)].numpy() for name in ("right", "down")}
-
-
-def draw_clip(
-    pictures: dict[str, np.ndarray], motions: list[dict[str, np.ndarray]], steps: list[int], area: int
-) -> tuple[Figure, list[AxesImage], list[Line2D]]:
-    """A figure of some time steps of a clip, the images in it, and the cursors on its curves.
-
-    pictures: uint8 [F, h, w, 3] by title. Each has a row; of a single step they are side by side. All are drawn with
-    `area` pixels and the first one's aspect ratio. motions: curves [T - 1] by name, drawn below, a plot for each dict.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    _, height, width, _ = next(iter(pictures.values())).shape
-    aspect = min(max(width / height, 1 / 8), 8.0)
-    width, height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-    rows, columns = (len(pictures), len(steps)) if len(steps) > 1 else (1, len(pictures))
-    page_width = max(480, MARGIN + columns * (width + GAP))
-    page_height = rows * (TITLE + height) + len(motions) * CURVES
-    page_width, page_height = page_width + page_width % 2, page_height + page_height % 2  # H.264 wants even numbers
-    figure = Figure(figsize=(page_width / 100, page_height / 100), dpi=100)
-    FigureCanvasAgg(figure)
-
-    page = figure.add_axes((0, 0, 1, 1), xlim=(0, page_width), ylim=(page_height, 0), autoscale_on=False)  # in pixels
-    page.set_axis_off()
-    images, length = [], len(next(iter(motions[0].values()))) + 1
-    for index, (title, shown) in enumerate(pictures.items()):
-        smoothing = "bilinear" if title == "frames" else "nearest"  # a token stays a block
-        for step_index, step in enumerate(steps):
-            row, column = (index, step_index) if len(steps) > 1 else (0, index)
-            x, y = MARGIN + column * (width + GAP), TITLE + row * (TITLE + height)
-            place = {"extent": (x, x + width, y + height, y), "aspect": "auto"}
-            images.append(page.imshow(shown[step * len(shown) // length], interpolation=smoothing, **place))
-        page.text(MARGIN if len(steps) > 1 else x, y - 5, title, fontsize=8)
-
-    cursors = []
-    for index, motion in enumerate(reversed(motions)):
-        box = MARGIN, TITLE + index * CURVES, page_width - MARGIN - GAP, CURVES - 2 * TITLE
-        curves = figure.add_axes((box[0] / page_width, box[1] / page_height, box[2] / page_width, box[3] / page_height))
-        curves.set_prop_cycle(
-            color=["tab:green", "tab:purple"] if index < len(motions) - 1 else ["tab:blue", "tab:orange"]
-        )
-        for name, curve in motion.items():
-            curves.plot(range(1, length), curve, linewidth=1.2, label=name)
-        values = np.concatenate(list(motion.values()))
-        low, high = values.min(initial=0.0), values.max(initial=0.1)
-        curves.set(xlim=(0, max(1, length - 1)), ylim=(1.1 * low, high + 0.4 * (high - low)))
-        curves.axhline(0, color="lightgrey", linewidth=0.8)
-        curves.tick_params(labelsize=7)
-        curves.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
-        cursors += [curves.axvline(step, color="tab:red", linewidth=2, clip_on=False) for step in steps]
-    return figure, images, cursors
-
-
-def write_video(
-    file: BinaryIO, pictures: dict[str, np.ndarray], motions: list[dict[str, np.ndarray]], comment: str
-) -> None:
-    """The clip as H.264 in MP4, in the form that browsers play: its pictures side by side, over the motion."""
-    import av
-
-    figure, images, cursors = draw_clip(pictures, motions, [0], PANEL_PIXELS)
-    canvas = figure.canvas
-    for artist in (*images, *cursors):
-        artist.set_animated(True)  # drawn for each frame; all else is drawn once
-    canvas.draw()
-    still = canvas.copy_from_bbox(figure.bbox)
-    count, length = max(map(len, pictures.values())), len(next(iter(motions[0].values()))) + 1
-    with av.open(file, mode="w", format="mp4") as container:
-        container.metadata["comment"] = comment
-        stream = container.add_stream("libx264", rate=PREVIEW_FPS, options={"crf": "20", "preset": "veryfast"})
-        stream.width, stream.height = canvas.get_width_height()
-        stream.pix_fmt, stream.thread_count = "yuv420p", 1  # the cores are the models'
-        for index in range(count):
-            canvas.restore_region(still)
-            for image, shown in zip(images, pictures.values(), strict=True):
-                image.set_data(shown[index * len(shown) // count])
-            for cursor in cursors:
-                cursor.set_xdata([index * length / count] * 2)
-            for artist in (*images, *cursors):
-                artist.axes.draw_artist(artist)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(canvas.buffer_rgba()), format="rgba")))
-        container.mux(stream.encode())
-
-
-def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, frames: Tensor | None = None) -> None:
-    """Beside the file `path`, `<stem>.mp4` and `<stem>.png`: what a clip's features look like, and how they move.
-
-    feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: `thumbnails`
-    of the clip; all pictures have their aspect ratio, or without them the grid's. Both files are written whole or not
-    at all. Raises `OSError` if they cannot be written, and `UserError` if a file of that name is no preview: it can be
-    the clip itself.
-    """
-    video, sheet = path.with_suffix(".mp4"), path.with_suffix(".png")
-    if (video.exists() or sheet.exists()) and not preview_comment(video).startswith(PREVIEW_MARK):
-        raise UserError(f"--preview would write over {video} or {sheet.name}; give another output folder")
-    pictures, energy, moves = {}, {}, {}
-    if frames is not None:
-        pictures["frames"] = frames.numpy()
-    for name, x in {"features": feature, "latent": latent}.items():
-        if x is None:
-            continue
-        if x.ndim == 4:
-            moves = {f"{way} (cells a step)": curve for way, curve in movement(x).items()}
-        else:
-            rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
-            x = x.unflatten(1, (rows, -1))
-        components, share = leading_components(x)
-        told = f"{share:.0%} of the variance" if components.abs().max() > 0.01 else "NOTHING VARIES"
-        if name == "features":
-            reference = components
-        else:  # rotated towards the features' colours (orthogonal Procrustes)
-            u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
-            components = components @ (u @ v)
-        pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
-        energy[f"motion of the {name}"] = relative_motion(x)
-
-    sheet.unlink(missing_ok=True)  # written last: a video alone is an unfinished preview
-    motions = [energy, moves] if moves else [energy]
-    with whole_file(video) as file:
-        write_video(file, pictures, motions, f"{PREVIEW_MARK} of {file_fingerprint(path)}")
-    moments = np.linspace(0, len(feature) - 1, 6).round().astype(int).tolist()
-    with whole_file(sheet) as file:
-        draw_clip(pictures, motions, moments, SHEET_PIXELS)[0].savefig(file, format="png")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What every script does: errors in one line, ranks, whole files
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1486,66 +1172,70 @@ def add_model_flags(parser: argparse.ArgumentParser, optional: bool = False) -> 
     add("use_token", "the encoder sees [x, delta_x], not delta_x alone", action="store_true")
 
 
-def join_ranks() -> None:
-    """Open torchrun's process group, if `WORLD_SIZE` says that there is one; ranks wait for each other without limit.
+class Ranks:
+    """The processes that torchrun started, of which this is one; without torchrun the only one, index 0 of 1."""
 
-    Another job can have left variables in the environment: `RANK` alone is ignored, and `WORLD_SIZE` without the others
-    raises `UserError`, as does a group that cannot be opened.
-    """
-    world_size = os.environ.get("WORLD_SIZE") or "1"
-    if world_size == "1":
-        return
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise UserError(
-            f"WORLD_SIZE is {world_size}, but {', '.join(missing)} not set; start with torchrun, or unset WORLD_SIZE"
-        )
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=timedelta(days=365))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"RANK {os.environ['RANK']} and WORLD_SIZE {world_size} describe no process group ({error}); start with "
-            "torchrun, or unset them"
-        ) from None
+    def join(self) -> None:
+        """Open torchrun's process group, if `WORLD_SIZE` says that there is one; ranks wait a day for each other.
+
+        Another job can have left variables in the environment: `RANK` alone is ignored, and `WORLD_SIZE` without the
+        others raises `UserError`, as does a group that cannot be opened.
+        """
+        world_size = os.environ.get("WORLD_SIZE") or "1"
+        if world_size == "1":
+            return
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise UserError(
+                f"WORLD_SIZE is {world_size}, but {', '.join(missing)} not set; start with torchrun, or unset "
+                "WORLD_SIZE"
+            )
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(days=1))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"RANK {os.environ['RANK']} and WORLD_SIZE {world_size} describe no process group ({error}); start "
+                "with torchrun, or unset them"
+            ) from None
+
+    @property
+    def index(self) -> int:
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def count(self) -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        values = [value]
+        if dist.is_initialized():
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in their order, on rank 0; on the others an empty list."""
+        if not dist.is_initialized():
+            return [value]
+        values = [None] * self.count if self.index == 0 else None
+        dist.gather_object(value, values)
+        return values or []
 
 
-def rank() -> int:
-    """Which of torchrun's processes this is; 0 if it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def num_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def from_first_rank(value: Any) -> Any:
-    """Rank 0's `value`, on every rank."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def gather(value: Any) -> list[Any]:
-    """Every rank's `value`, in their order, on rank 0; on the others an empty list."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * num_ranks() if rank() == 0 else None
-    dist.gather_object(value, values)
-    return values or []
+ranks = Ranks()
 
 
 def say(message: str) -> None:
     """One line on standard error, above the progress bars; only rank 0 prints it."""
-    if rank() == 0:
+    if ranks.index == 0:
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
 
 
 def open_device(name: str) -> torch.device:
     """The torch device of that name; `cuda` is this rank's GPU. Raises `UserError` where the machine lacks it."""
     try:
-        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and num_ranks() > 1 else name)
+        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and ranks.count > 1 else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name} is not on this machine; use cpu, cuda or cuda:N") from None

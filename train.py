@@ -36,9 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from losses import FeatureErrors, motion_autoencoder_loss
+from losses import METRICS, FeatureErrors, motion_autoencoder_loss
 from model import (
-    METRICS,
     ArgumentParser,
     Config,
     MotionFeatureAutoencoder,
@@ -49,18 +48,14 @@ from model import (
     check_numbers,
     file_fingerprint,
     find_features,
-    from_first_rank,
-    gather,
-    join_ranks,
     load_checked,
     load_feature,
     make_folder,
-    num_ranks,
     number,
     open_device,
     origin,
     principal_components,
-    rank,
+    ranks,
     remove_leftovers,
     run_script,
     save_atomically,
@@ -220,7 +215,7 @@ class EqualShapeBatches(Sampler[list[tuple[int, Tile]]]):
     """
 
     def __init__(self, clips: Clips, batch_size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = batch_size * num_ranks(), seed, 0
+        self.size, self.seed, self.epoch = batch_size * ranks.count, seed, 0
         self.groups: dict[tuple[int, ...], list[tuple[int, Tile]]] = {}  # by the tiles' shape
         for index, file in enumerate(clips.files):
             for tile in clips.tiles(index, STEP_TOKENS):
@@ -235,11 +230,11 @@ class EqualShapeBatches(Sampler[list[tuple[int, Tile]]]):
         batches = []
         for group in self.groups.values():
             order = chance.sample(group, len(group))
-            order += [order[i % len(order)] for i in range(-len(order) % num_ranks())]
+            order += [order[i % len(order)] for i in range(-len(order) % ranks.count)]
             batches += [order[start : start + self.size] for start in range(0, len(order), self.size)]
         chance.shuffle(batches)
         for batch in batches:
-            yield batch[rank() :: num_ranks()]
+            yield batch[ranks.index :: ranks.count]
 
 
 def ignore_sigterm(worker: int) -> None:
@@ -262,7 +257,7 @@ def make_loader(clips: Clips, sampler: EqualShapeBatches, args: argparse.Namespa
 def training_batches(loader: DataLoader, device: str) -> Iterator[Tensor]:
     """Batches [B, T, ..., C] on `device`. Raises `UserError` for a file that cannot be read and for a killed worker."""
     try:
-        for batch in tqdm(loader, unit="batch", leave=False, disable=True if rank() else None):
+        for batch in tqdm(loader, unit="batch", leave=False, disable=True if ranks.index else None):
             yield batch.to(device, non_blocking=True).float()  # float16 travels, float32 is computed with
     except UserError as error:  # from a worker its text is a traceback, the last line of which is ours
         raise UserError(str(error).splitlines()[-1].removeprefix("model.UserError: ")) from None
@@ -464,7 +459,7 @@ def remove_outputs(save_dir: Path) -> None:
 
 
 def report(line: str) -> None:
-    if rank() == 0:
+    if ranks.index == 0:
         print(line, flush=True)  # a job's log shows it at once
 
 
@@ -491,7 +486,7 @@ def start_model(
             model.load_state_dict(last["model"])
         except RuntimeError:
             raise UserError("--resume: another version began that run; train anew in another --save_dir") from None
-    elif rank() == 0:
+    elif ranks.index == 0:
         sample = [x.to(args.device) for x in clips_to_fit(clips, args.seed)]
         model.code.fit(sample, args.recon_weight, args.motion_weight, args.smooth_weight)
         return model, PrincipalComponents(model.code, sample, weights)
@@ -535,7 +530,7 @@ def train_epoch(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     model.eval()
-    return pd.DataFrame(gather(pd.DataFrame(losses).mean().to_dict())).mean().to_dict()
+    return pd.DataFrame(ranks.gather(pd.DataFrame(losses).mean().to_dict())).mean().to_dict()
 
 
 def train(
@@ -553,13 +548,13 @@ def train(
     compared = weights if args.use_token else (0.0, 1.0, 0.0)  # with PCA; motion alone does not code the rest
     model, components = start_model(args, train_set, last, compared)
     network = Training(model)
-    if num_ranks() > 1:
+    if ranks.count > 1:
         network = DistributedDataParallel(network)  # gives every rank the parameters and buffers of rank 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     first = last["epoch"] + 1 if last else 1
     if last:
         optimizer.load_state_dict(last["optimizer"])
-    elif rank() == 0:
+    elif ranks.index == 0:
         pca = measure(components, clips_to_measure(val_set, args), weights)
         code = measure(model.eval(), clips_to_measure(val_set, args), weights)
         last = {"history": [], "pca_errors": pca, "code_errors": code, "config": model.config, "settings": settings}
@@ -570,12 +565,14 @@ def train(
 
     for epoch in range(first, args.epochs + 1):
         start = time.perf_counter()
-        torch.manual_seed(args.seed + epoch + 1_000_003 * rank())  # with the order of clips, all chance of an epoch
+        torch.manual_seed(
+            args.seed + epoch + 1_000_003 * ranks.index
+        )  # with the order of clips, all chance of an epoch
         order.epoch = epoch
         steps = range((epoch - 1) * len(loader), epoch * len(loader))
         rates = [learning_rate(step, args.epochs * len(loader), args.lr) for step in steps]
         trained = train_epoch(model, network, optimizer, training_batches(loader, args.device), rates, args)
-        if rank() > 0:
+        if ranks.index > 0:
             continue
         measured = measure(model, clips_to_measure(val_set, args), weights)
         ratio = compare(measured, last["pca_errors"], compared)
@@ -591,28 +588,28 @@ def train(
         )
         save_atomically(last, args.save_dir / "motion_ae_last.pt")
         write_outputs(last, measured_on, args.save_dir)
-    if rank() == 0:
+    if ranks.index == 0:
         report(describe_gain(last, measured_on, compared))
 
 
 def main() -> int:
     args = parse_args()
-    join_ranks()
+    ranks.join()
     device = open_device(args.device)
     args.device = str(device)  # of this rank
     if device.type == "cuda":
         torch.cuda.set_device(device)  # which NCCL and pinned memory go by
-    all_files = from_first_rank(look_at_files(args.feature_dir, args.input_dim) if rank() == 0 else None)
+    all_files = ranks.from_first(look_at_files(args.feature_dir, args.input_dim) if ranks.index == 0 else None)
     files = split_files(all_files, args.val_fraction, args.seed)
     settings = {name: getattr(args, name) for name in RUN_FLAGS}
-    settings["clips_per_step"] = args.batch_size * num_ranks()
+    settings["clips_per_step"] = args.batch_size * ranks.count
     settings["features"] = hash_of_files(all_files, args.feature_dir)
-    last = from_first_rank(open_save_dir(args, settings) if rank() == 0 else None)
-    if last and rank() == 0:
+    last = ranks.from_first(open_save_dir(args, settings) if ranks.index == 0 else None)
+    if last and ranks.index == 0:
         write_outputs(last, "held out" if files[1] else "training files", args.save_dir)
     if not last or last["epoch"] < args.epochs:
         shapes = len({file.shape for file in files[0]})
-        where = f"{num_ranks()} x {device.type}" if num_ranks() > 1 else device
+        where = f"{ranks.count} x {device.type}" if ranks.count > 1 else device
         report(f"{len(files[0])} training files, {len(files[1])} held out, {shapes} shapes; on {where}")
         train(args, files, settings, last)
     return 0

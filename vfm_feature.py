@@ -3,8 +3,8 @@
 In:  a folder of videos and, if there is one, a CSV of captions.
 Out: `<output_root>/<model>/<video's stem>.pt`, or `<stem>_000.pt`, `<stem>_001.pt`, ... of its parts or windows: a dict
      with `feature` [T, H, W, C], `caption`, `video`, `model`, `weights`, `license`, `settings`, and what the model saw:
-     `frame_indices`, `fps`, `start`, `end`, `windows`; with --preview also `thumbnails`, small frames, and pictures
-     beside it; `<output_root>/vfm_dimensions.txt`; where videos failed, `<output_root>/<model>/failed_videos.txt`.
+     `frame_indices`, `fps`, `start`, `end`, `windows`; with --preview a picture beside it, `<stem>.png`;
+     `<output_root>/vfm_dimensions.txt`; where videos failed, `<output_root>/<model>/failed_videos.txt`.
      With --motion_checkpoint the feature stays in memory: `<output_root>/<model>_motion/` gets what encode.py would
      make of it, and `encode_report.csv`.
 
@@ -60,39 +60,28 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from losses import FeatureErrors
+from encode import MOVEMENT, encode_clip, print_summary, thumbnails, write_encode_report, write_preview
+from losses import METRICS
 from model import (
-    METRICS,
-    MOVEMENT,
     ArgumentParser,
     MotionFeatureAutoencoder,
     UserError,
     check_file,
-    check_preview_packages,
-    encode_clip,
     file_fingerprint,
     find_files,
-    gather,
-    has_preview,
-    join_ranks,
     load_checked,
     make_folder,
-    num_ranks,
     number,
     open_device,
     origin,
-    print_summary,
-    rank,
+    ranks,
     remove_leftovers,
     reuse_memory,
     run_script,
     save_atomically,
     say,
-    thumbnails,
     weights_hash,
     whole_file,
-    write_encode_report,
-    write_preview,
 )
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -1632,7 +1621,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of train.py: write latents to <output_root>/<model>_motion instead of features; for one model",
     )
     add("--overwrite", action="store_true", help="make features again that exist already")
-    add("--preview", action="store_true", help="draw each clip and its features: <stem>.mp4 and .png beside the .pt")
+    add("--preview", action="store_true", help="draw each clip and its features: <stem>.png beside the .pt")
     add("--num_workers", type=number(int, 1), default=default_num_workers(), help="processes that decode")
     add("--decode_timeout", type=number(int, 1), default=300, help="seconds that a decoder may take for a video")
     args = parser.parse_args(argv)
@@ -1800,13 +1789,6 @@ class ModelRun:
     def needs(self, clip: Clip, window: int) -> bool:
         return clip in self.todo and (self.todo[clip] is None or window in self.todo[clip])
 
-    def draw(self, clip: Clip, path: Path, *pictures: torch.Tensor | None) -> None:
-        """Draw the preview of the file `path`, where no video of somebody else's is in its place."""
-        try:
-            write_preview(path, *pictures)
-        except UserError as error:
-            self.failed[clip.describe(clip.part.start, clip.part.end)] = str(error)
-
     def clip_settings(self, clip: Clip) -> dict[str, Any]:
         """What the file records; a finished feature is skipped if these are the same."""
         bounds = {"start": clip.part.start, "end": clip.part.end}
@@ -1826,7 +1808,9 @@ def list_clips(args: argparse.Namespace) -> list[Clip]:
             total = sum(map(len, parts.values()))
             say(f"warning: {without} of {total} clips have no caption in {args.csv_path}")
     clips = []
-    for video in tqdm(videos[rank() :: num_ranks()], "looking at videos", leave=False, delay=1, disable=rank() > 0):
+    for video in tqdm(
+        videos[ranks.index :: ranks.count], "looking at videos", leave=False, delay=1, disable=ranks.index > 0
+    ):
         try:
             fingerprint = file_fingerprint(args.video_dir / video)
         except OSError:  # decoding will say why
@@ -1940,26 +1924,20 @@ def record(run: ModelRun, path: Path, data: dict, outcome: str) -> None:
         run.rows.append({"file": file, **figures, "failure": "", "outcome": outcome})
 
 
-def is_finished(run: ModelRun, clip: Clip, window: int, saved: dict | None, preview: bool) -> bool:
-    """Whether an earlier run's file can stay. A caption that changed is renewed in it, and a missing preview drawn."""
+def is_finished(run: ModelRun, clip: Clip, window: int, saved: dict | None) -> bool:
+    """Whether an earlier run's file can stay. A caption that changed is renewed in it."""
     if saved is None:
         return False
     path = run.path(clip, window)
-    renewed = clip.part.caption is not None and clip.part.caption != saved.get("caption")
-    undrawn = preview and (renewed or not has_preview(path))  # a preview is of its file as it is, caption included
-    if undrawn and "thumbnails" not in saved:
-        return False
     record(run, path, saved, "skipped")
-    if renewed:
+    if clip.part.caption is not None and clip.part.caption != saved.get("caption"):
         save_atomically({**saved, "caption": clip.part.caption}, path)
-    if undrawn:
-        run.draw(clip, path, saved["feature"], None, saved["thumbnails"])
     return True
 
 
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
     """Fill each run's `todo`. A clip's first file records how many windows it has; without it all are made."""
-    for clip in tqdm(clips, "looking for finished features", leave=False, delay=1, disable=rank() > 0):
+    for clip in tqdm(clips, "looking for finished features", leave=False, delay=1, disable=ranks.index > 0):
         for run in runs:
             first = None if args.overwrite else read_finished(run, clip, 0)
             if first is None:
@@ -1967,9 +1945,7 @@ def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> N
                 continue
             files = {index: read_finished(run, clip, index) for index in range(1, first["windows"])}
             missing = [
-                index
-                for index, saved in {0: first, **files}.items()
-                if not is_finished(run, clip, index, saved, args.preview)
+                index for index, saved in {0: first, **files}.items() if not is_finished(run, clip, index, saved)
             ]
             if missing:
                 run.todo[clip] = frozenset(missing)
@@ -1994,7 +1970,7 @@ def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) ->
 
 def contents(run: ModelRun, feature: torch.Tensor) -> dict[str, Any]:
     """What the file of a clip holds of its feature [T, H, W, C]. Raises `UserError` for NaN or infinity."""
-    made = {"feature": feature} if run.autoencoder is None else encode_clip(run.autoencoder, feature, FeatureErrors())
+    made = {"feature": feature} if run.autoencoder is None else encode_clip(run.autoencoder, feature)
     dtype = run.settings["save_dtype"]
     made[run.kind] = made[run.kind].to(getattr(torch, dtype)).cpu().clone()  # a part of a batch is saved with the batch
     if not torch.isfinite(made[run.kind]).all():
@@ -2026,13 +2002,11 @@ def save_feature(
         "windows": window.count,
     }
     path = run.path(clip, window.index)
-    pictures = thumbnails(frames.round().clip(0, 255).astype(np.uint8)) if preview else None
-    if preview and run.kind == "feature":  # whose preview can be drawn again from its file
-        data["thumbnails"] = pictures
     save_atomically(data, path)
     record(run, path, data, "written")
     if preview:
-        run.draw(clip, path, feature.cpu(), data.get("latent"), pictures)
+        pictures = thumbnails(frames.round().clip(0, 255).astype(np.uint8))
+        write_preview(path, feature.cpu(), data.get("latent"), pictures)
 
 
 def decode_todo(
@@ -2056,7 +2030,7 @@ def decode_todo(
     sizes = tuple(sorted({run.size for run in runs}))
     sampling = Sampling(args.num_frames, sizes, args.sampling, args.fps, args.window, args.hop, args.fit)
     with (
-        tqdm(total=sum(len(windows or [0]) for windows in left.values()), unit="clip", disable=rank() > 0) as bar,
+        tqdm(total=sum(len(windows or [0]) for windows in left.values()), unit="clip", disable=ranks.index > 0) as bar,
         closing(decode_ahead(jobs, sampling, args.num_workers, args.decode_timeout)) as decoded,
     ):
         for item in decoded:
@@ -2103,7 +2077,7 @@ def extract(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -
 
 def collect(runs: list[ModelRun]) -> None:
     """Add the other ranks' results to rank 0's."""
-    for results in gather({run.name: (run.count, run.failed, run.shape, run.rows) for run in runs})[1:]:
+    for results in ranks.gather({run.name: (run.count, run.failed, run.shape, run.rows) for run in runs})[1:]:
         for run in runs:
             if run.name not in results:  # that rank left the model out
                 continue
@@ -2167,11 +2141,9 @@ def report(runs: list[ModelRun], left_out: list[str], output_root: Path) -> None
 
 def main() -> int:
     args = parse_args()
-    join_ranks()
+    ranks.join()
     args.device = open_device(args.device)
     autoencoder = load_autoencoder(args) if args.motion_checkpoint else None
-    if args.preview:
-        check_preview_packages()
     clips = list_clips(args)
     make_folders(args, clips)
     if args.random_weights:
@@ -2186,12 +2158,12 @@ def main() -> int:
         plan(runs, clips, args)
         extract(runs, clips, args)
         collect(runs)
-        if rank() == 0:
+        if ranks.index == 0:
             tell_of_others(runs)
     finally:
-        if rank() == 0 and (runs or left_out):
+        if ranks.index == 0 and (runs or left_out):
             report(runs, left_out, args.output_root)
-    return 0 if any(run.count["written"] or run.count["skipped"] for run in runs) or rank() > 0 else 1
+    return 0 if any(run.count["written"] or run.count["skipped"] for run in runs) or ranks.index > 0 else 1
 
 
 if __name__ == "__main__":
