@@ -1,15 +1,14 @@
 """Compress features to latents with a trained motion autoencoder.
 
-In: a checkpoint of train.py, and one feature file (.pt, .pth, .npy) or a folder of them.
-Out: a dict that `torch.load` reads (or a .npz for numpy) of `latent` [T, N, D] or [T, H, W, D], `motion_embedding`
-     [T, D], `embedding_channels` (its channels' names), `compression_ratio` (D / C), `pca_dim` (how many channels lead
-     with a principal component: all), how well the latent decodes, how the picture moves on average (`right`, `down`,
-     `log speed`), and the input's `caption`, `video` and `model` where it had them. A folder's files are
-     mirrored, and `encode_report.csv` has a row for each.
+In: a checkpoint of train.py, and one feature file (.pt, .pth, .npy, .safetensors) or a folder of them.
+Out: a dict that `torch.load` reads (or a .safetensors) of `latent` [T, N, D] or [T, H, W, D], `motion_embedding`
+     [T, D], `embedding_channels` (its channels' names), `compression_ratio` (D / C), how well the latent decodes, how
+     the picture moves on average (`right`, `down`, `log speed`), and the input's `caption`, `video` and `model` where
+     it had them. A folder's files are mirrored, and `encode_report.csv` has a row for each.
 
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features/0000.pt --output latents/0000.pt
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features --output latents
-    python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features --output latents --output_format npz
+    python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features/0000.pt --output 0000.safetensors
     torchrun --nproc_per_node=4 encode.py --checkpoint ... --input features --output latents   # shared by four GPUs
 
 A run over a folder that was stopped goes on where it was: outputs that exist already, made of the same feature with
@@ -23,6 +22,8 @@ import itertools
 import json
 import math
 import sys
+import textwrap
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -31,31 +32,31 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from losses import METRICS, FeatureErrors
 from model import (
-    FEATURE_SUFFIXES,
     FRAME_MOTION,
     ArgumentParser,
     MotionFeatureAutoencoder,
     UserError,
     add_model_flags,
-    check_numbers,
     describe_motion_embedding,
     file_fingerprint,
     find_features,
+    group_by_reason,
+    how_to_permute,
     in_parts,
     load_entries,
     load_feature,
+    make_folder,
     motion_channels,
     number,
     open_device,
-    origin,
-    principal_components,
+    provenance,
     ranks,
-    remove_leftovers,
     run_script,
     save_atomically,
     whole_file,
@@ -78,9 +79,11 @@ def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstru
     Raises `UserError` for another C than the model's, and where latent or reconstruction are not finite.
     """
     if feature.shape[-1] != model.config["input_dim"]:
+        input_dim = model.config["input_dim"]
         raise UserError(
-            f"C is {feature.shape[-1]}, but the checkpoint was trained on features of C = {model.config['input_dim']}; "
-            "give the one that was trained on this model's features"
+            how_to_permute(list(feature.shape), input_dim)
+            or f"C is {feature.shape[-1]}, but the checkpoint was trained on features of C = {input_dim}; give the one "
+            "that was trained on this model's features"
         )
     latent = model.encode_long(feature)
     errors = FeatureErrors()
@@ -103,7 +106,6 @@ def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstru
         "motion_embedding": embedding,
         "embedding_channels": names,
         "compression_ratio": model.compression_ratio,
-        "pca_dim": model.code.latent_dim,
         **metrics,
         **moves,
     }
@@ -132,6 +134,8 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
         print(extremes.set_axis(["mean", "least", "in", "most", "in"], axis=1).to_string(float_format="%.3f"))
     if unknown := int(table["right"].isna().sum()):
         print(f"grid unknown in {unknown} files [T, N, C]: the embedding's motion channels are 0; give --grid H W")
+    if still := int(table["motion_error"].isna().sum()):
+        print(f"no motion in {still} files: of one time step, or of steps that are all the same")
 
 
 def write_encode_report(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -148,8 +152,11 @@ def write_encode_report(rows: list[dict[str, Any]], folder: Path) -> None:
 
 PREVIEW_STEPS = 240  # the most time steps that a preview shows
 SHEET_PIXELS = 120 * 180  # of a picture
-MARGIN, GAP, TITLE, CURVES = 40, 10, 25, 150  # pixels: left of the pictures, between them, above them, below them
+MARGIN, GAP, TITLE = 70, 10, 25  # pixels: left of the pictures, between them, above each row
+CURVES, LEGEND_WIDTH = 110, 80  # pixels: height of a plot, width of what is right of it
+FONTS = ("DejaVu Sans", "Noto Sans CJK TC", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang TC")  # or fewer
 THUMBNAIL_PIXELS = 120 * 180
+PREVIEW_MARK = "a preview of vfm_encoder"  # in the PNG's text
 
 
 def preview_steps(length: int) -> list[int]:
@@ -181,7 +188,8 @@ def leading_components(x: Tensor) -> tuple[Tensor, float]:
     sample = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), 4096)).long()].float()
     mean = sample.mean(dim=0)
     covariance = (sample - mean).mT @ (sample - mean) / len(sample)
-    basis = nn.functional.pad(principal_components(covariance)[:, :3], (0, max(0, 3 - x.shape[-1])))
+    basis = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :3]
+    basis = nn.functional.pad(basis, (0, max(0, 3 - x.shape[-1])))
     spread = (sample - mean) @ basis  # [K, 3]
     low, high = spread.quantile(0.02, dim=0), spread.quantile(0.98, dim=0)
     noise = noise_floor(sample)
@@ -212,56 +220,85 @@ def movement(x: Tensor) -> dict[str, np.ndarray]:
     return {name: moves[:, FRAME_MOTION.index(name)].numpy() for name in ("right", "down")}
 
 
-def draw_clip(pictures: dict[str, np.ndarray], motions: list[dict[str, np.ndarray]], steps: list[int]) -> Figure:
+def draw_clip(
+    title: str,
+    pictures: dict[str, np.ndarray],
+    energy: dict[str, np.ndarray],
+    moves: dict[str, np.ndarray],
+    steps: list[int],
+) -> Figure:
     """A figure of some time steps of a clip.
 
-    pictures: uint8 [F, h, w, 3] by title, a row each, of the first one's aspect ratio. motions: curves [T - 1] by name,
-    drawn below, a plot for each dict.
+    pictures: uint8 [F, h, w, 3] by title, a row each, of the first one's aspect ratio. Curves [T - 1] by name, drawn
+    below: energy, of `relative_motion`; moves, of `movement`, if there are any.
     """
     _, height, width, _ = next(iter(pictures.values())).shape
     aspect = min(max(width / height, 1 / 8), 8.0)
     width, height = round((SHEET_PIXELS * aspect) ** 0.5), round((SHEET_PIXELS / aspect) ** 0.5)
-    page_width = max(480, MARGIN + len(steps) * (width + GAP))
-    page_height = len(pictures) * (TITLE + height) + len(motions) * CURVES
+    plots = [(energy, "change a step\n(1: the clip's spread)", ["tab:blue", "tab:orange"])]
+    plots += [(moves, "movement\n(cells a step)", ["tab:green", "tab:purple"])] if moves else []
+    page_width = max(640, MARGIN + len(steps) * (width + GAP))
+    page_height = TITLE + len(pictures) * (TITLE + height) + len(plots) * CURVES + TITLE
     figure = Figure(figsize=(page_width / 100, page_height / 100), dpi=100)
 
     page = figure.add_axes((0, 0, 1, 1), xlim=(0, page_width), ylim=(page_height, 0), autoscale_on=False)  # in pixels
     page.set_axis_off()
-    length = len(next(iter(motions[0].values()))) + 1
-    for index, (title, shown) in enumerate(pictures.items()):
-        smoothing = "bilinear" if title == "frames" else "nearest"  # a token stays a block
+    letters = (page_width - MARGIN - GAP) // 7
+    fonts = [font for font in FONTS if font in get_font_names()]
+    title = textwrap.shorten(title, letters, placeholder=" ...")
+    page.text(MARGIN, TITLE - 6, title, fontsize=10, parse_math=False, family=fonts)
+    length = len(next(iter(energy.values()))) + 1
+    for index, (name, shown) in enumerate(pictures.items()):
+        smoothing = "bilinear" if name == "frames" else "nearest"  # a token stays a block
+        top = 2 * TITLE + index * (TITLE + height)
         for column, step in enumerate(steps):
-            x, y = MARGIN + column * (width + GAP), TITLE + index * (TITLE + height)
-            place = {"extent": (x, x + width, y + height, y), "aspect": "auto"}
+            left = MARGIN + column * (width + GAP)
+            place = {"extent": (left, left + width, top + height, top), "aspect": "auto"}
             page.imshow(shown[step * len(shown) // length], interpolation=smoothing, **place)
-        page.text(MARGIN, y - 5, title, fontsize=8)
+            if index == 0:
+                page.text(left + width, top - 5, f"step {step}", fontsize=8, ha="right")
+        page.text(MARGIN, top - 5, name, fontsize=8)
 
-    for index, motion in enumerate(reversed(motions)):
-        box = MARGIN, TITLE + index * CURVES, page_width - MARGIN - GAP, CURVES - 2 * TITLE
-        curves = figure.add_axes((box[0] / page_width, box[1] / page_height, box[2] / page_width, box[3] / page_height))
-        curves.set_prop_cycle(
-            color=["tab:green", "tab:purple"] if index < len(motions) - 1 else ["tab:blue", "tab:orange"]
+    for index, (curves, label, colours) in enumerate(plots):
+        low = TITLE + (len(plots) - 1 - index) * CURVES + TITLE / 2
+        box = (
+            MARGIN / page_width,
+            low / page_height,
+            1 - (MARGIN + LEGEND_WIDTH) / page_width,
+            (CURVES - TITLE) / page_height,
         )
-        for name, curve in motion.items():
-            curves.plot(range(1, length), curve, linewidth=1.2, label=name)
-        values = np.concatenate(list(motion.values()))
-        low, high = values.min(initial=0.0), values.max(initial=0.1)
-        curves.set(xlim=(0, max(1, length - 1)), ylim=(1.1 * low, high + 0.4 * (high - low)))
-        curves.axhline(0, color="lightgrey", linewidth=0.8)
-        curves.tick_params(labelsize=7)
-        curves.legend(fontsize=7, loc="upper right", frameon=False, ncols=len(motion))
-        for step in steps:
-            curves.axvline(step, color="tab:red", linewidth=2, clip_on=False)
+        axes = figure.add_axes(box)
+        for (name, curve), colour in zip(curves.items(), colours, strict=False):
+            axes.plot(range(1, length), curve, linewidth=1.2, label=name, color=colour)
+        values = np.concatenate([*curves.values(), [0.0]])
+        room = 0.1 * max(0.1, np.ptp(values))
+        axes.set(xlim=(0, max(1, length - 1)), ylim=(values.min() - room, values.max() + room))
+        axes.set_ylabel(label, fontsize=7)
+        axes.axhline(0, color="lightgrey", linewidth=0.8)
+        axes.tick_params(labelsize=7, labelbottom=index == len(plots) - 1)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        for step in steps:  # that the pictures show
+            axes.axvline(step, color="lightgrey", linewidth=0.8, zorder=0)
+    axes.set_xlabel("time step; grey: the pictures above", fontsize=7)
     return figure
 
 
-def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, frames: Tensor | None = None) -> None:
+def write_preview(
+    path: Path,
+    feature: Tensor,
+    latent: Tensor | None = None,
+    frames: Tensor | None = None,
+    about: dict[str, Any] | None = None,
+) -> None:
     """Beside the file `path`, `<stem>.png`: what a clip's features look like, and how they move.
 
     feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: `thumbnails`
-    of the clip; all pictures have their aspect ratio, or without them the grid's. The file is written whole or not at
-    all. Raises `OSError` if it cannot be written.
+    of the clip; all pictures have their aspect ratio, or without them the grid's. about: the clip's `video`, `model`
+    and `caption`, for the title. The file is written whole or not at all. Raises `OSError` if it cannot be written, and
+    `UserError` where another picture has its name.
     """
+    path = path.with_suffix(".png")
+    refuse_other_picture(path)
     pictures, energy, moves = {}, {}, {}
     if frames is not None:
         pictures["frames"] = frames.numpy()
@@ -269,7 +306,7 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
         if x is None:
             continue
         if x.ndim == 4:
-            moves = {f"{way} (cells a step)": curve for way, curve in movement(x).items()}
+            moves = {f"{way}": curve for way, curve in movement(x).items()}
         else:
             rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
             x = x.unflatten(1, (rows, -1))
@@ -281,12 +318,21 @@ def write_preview(path: Path, feature: Tensor, latent: Tensor | None = None, fra
             u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
             components = components @ (u @ v)
         pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
-        energy[f"motion of the {name}"] = relative_motion(x)
+        energy[name] = relative_motion(x)
 
-    motions = [energy, moves] if moves else [energy]
     moments = np.linspace(0, len(feature) - 1, 6).round().astype(int).tolist()
-    with whole_file(path.with_suffix(".png")) as file:
-        draw_clip(pictures, motions, moments).savefig(file, format="png")
+    title = "  |  ".join(str(about[name]) for name in ("video", "model", "caption") if about and about.get(name))
+    with whole_file(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a caption; a box stands for it
+        draw_clip(title, pictures, energy, moves, moments).savefig(
+            file, format="png", metadata={"Source": PREVIEW_MARK}
+        )
+
+
+def refuse_other_picture(path: Path) -> None:
+    """Raise `UserError` if `path` is there and no preview: it would be lost."""
+    if path.exists() and PREVIEW_MARK.encode() not in path.read_bytes()[:1000]:
+        raise UserError(f"--preview would write over {path}, which it has not made; move that away")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,8 +345,10 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="of train.py: motion_ae_best.pt or a motion_ae_epoch*.pt")
     add("--input", type=Path, required=True, help="a feature file, or a folder, searched recursively")
-    add("--output", type=Path, required=True, help="the file to write (.npz: for numpy); a folder, if --input is one")
-    add("--output_format", choices=["pt", "npz"], default="pt", help="of the files of a folder")
+    add(
+        "--output", type=Path, required=True, help="the file to write: .pt or .safetensors; a folder, if --input is one"
+    )
+    add("--output_format", choices=["pt", "safetensors"], default="pt", help="of the files of a folder")
     add(
         "--grid",
         type=number(int, 1),
@@ -310,7 +358,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--save_reconstruction", action="store_true", help="keep the reconstructed feature too")
     add("--overwrite", action="store_true", help="make outputs of a folder again that are finished")
-    add("--preview", action="store_true", help="draw each clip: <stem>.png beside the output")
+    add("--preview", action="store_true", help="draw each clip that is encoded: <stem>.png beside the output")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1...")
     model = parser.add_argument_group("model", "The checkpoint records these; a value given here must agree.")
     add_model_flags(model, optional=True)
@@ -330,19 +378,20 @@ def check_flags(args: argparse.Namespace, config: dict[str, Any]) -> None:
 def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Path]]:
     """(feature file, file to write) pairs. A folder is mirrored, each file's suffix becoming that of `output_format`.
 
-    Raises `UserError` where nothing is to be read, or two features would write one file.
+    Raises `UserError` where nothing is to be read, two features would write one file, or nothing can be written.
     """
     if not source.exists():
         raise UserError(f"--input {source} does not exist")
     if target.exists() and target.samefile(source):
         raise UserError(f"--output {target} is the --input; the features would be lost, give another place")
     if not source.is_dir():
-        if source.suffix.lower() not in FEATURE_SUFFIXES:
-            raise UserError(f"--input {source} is not a {', '.join(FEATURE_SUFFIXES)} file")
         if target.is_dir():
             raise UserError(f"--output {target} is a folder; give the file to write, such as {target / 'latent.pt'}")
-        if output_format == "npz" and target.suffix != ".npz":
-            raise UserError(f"--output {target}: the suffix of a single file says its format; end it in .npz")
+        if target.suffix not in (".pt", ".safetensors") or output_format not in ("pt", target.suffix[1:]):
+            raise UserError(
+                f"--output {target}: the suffix of a single file says its format; end it in .pt or .safetensors"
+            )
+        make_folder(target.parent, "--output")
         return [(source, target)]
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {target} is a file, but --input is a folder; give a folder")
@@ -356,22 +405,14 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
         features[output] = path
     if not features:
         raise UserError(f"--input {source} holds no features beside those in --output {target}")
+    make_folder(target, "--output")
     return [(path, output) for output, path in features.items()]
-
-
-def save(result: dict[str, Any], output: Path) -> None:
-    """Write an output dict by its suffix, whole or not at all. In a .npz, strings and numbers are 0-d arrays."""
-    if output.suffix == ".npz":
-        with whole_file(output) as file:
-            np.savez(file, **{name: np.asarray(value) for name, value in result.items()})
-    else:
-        save_atomically(result, output)
 
 
 def finished_figures(output: Path, settings: str) -> dict[str, float] | None:
     """The `METRICS` and `MOVEMENT` of an output that an earlier run made with the same settings, or None."""
     try:
-        saved = load_entries(output, [*METRICS, *MOVEMENT, "settings"])
+        saved = load_entries(output)
         return {name: float(saved[name]) for name in METRICS + MOVEMENT} if saved["settings"] == settings else None
     except Exception:  # a file of somebody else's can be anything; it is made again
         return None
@@ -391,67 +432,72 @@ def encode_file(
         may_skip = in_folder and not args.overwrite
         if may_skip and (figures := finished_figures(output, settings)):
             return row | figures | {"outcome": "skipped"}
+        if args.preview:
+            refuse_other_picture(output.with_suffix(".png"))
         feature, metadata = load_feature(path, mmap=True)
-        check_numbers(feature, path)
         if args.grid and feature.ndim == 3:
             if math.prod(args.grid) != feature.shape[1]:
                 raise UserError(f"{path}: N is {feature.shape[1]}, but --grid is {args.grid[0]} x {args.grid[1]}")
             feature = feature.unflatten(1, args.grid)
         try:
-            model.check_origin(origin(metadata))
+            model.check_provenance(provenance(metadata))
             result = encode_clip(model, feature, args.save_reconstruction)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
     except (UserError, OSError) as error:
         return row | {"failure": str(error), "outcome": "failed"}
     kept = {name: value for name, value in metadata.items() if name not in result}
-    save({**result, **kept, "settings": settings}, output)
+    save_atomically({**result, **kept, "settings": settings}, output)
     if args.preview:
-        write_preview(output, feature, result["latent"])
+        write_preview(output, feature, result["latent"], about={"video": path.name, **metadata})
     return row | {name: result[name] for name in METRICS + MOVEMENT} | {"outcome": "written"}
 
 
-def report(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Print what came of the files, and write `encode_report.csv`."""
-    write_encode_report(rows, folder)
-    for row in sorted(rows, key=lambda row: row["file"]):
-        if row["outcome"] == "failed":
-            print(f"failed: {row['failure']}", file=sys.stderr)
-    count = Counter(row["outcome"] for row in rows)
-    counts = ", ".join(f"{count[outcome]} {outcome}" for outcome in ("written", "skipped", "failed"))
-    print(f"{counts}; file by file: {folder}/encode_report.csv")
+def report(rows: list[dict[str, Any]], planned: int, args: argparse.Namespace) -> None:
+    """Write `encode_report.csv`, and print what came of the files."""
+    write_encode_report(rows, args.output)
+    failures = {str(args.input / row["file"]): row["failure"] for row in rows if row["outcome"] == "failed"}
+    for line in group_by_reason(failures):
+        print(f"failed: {line}", file=sys.stderr)
     print_summary(rows)
+    count = Counter(row["outcome"] for row in rows)
+    counts = [f"{count[outcome]} {outcome}" for outcome in ("written", "skipped", "failed")]
+    if len(rows) < planned:
+        counts.append(f"{planned - len(rows)} of {planned} not reached")
+    why = "; its column failure says why" if failures else ""
+    print(f"{', '.join(counts)}; file by file: {args.output / 'encode_report.csv'}{why}")
 
 
 @torch.inference_mode()
 def main() -> int:
-    args = parse_args()
     ranks.join()
-    first = ranks.index == 0
-    device = open_device(args.device)
-    model = MotionFeatureAutoencoder.from_checkpoint(args.checkpoint)
-    check_flags(args, model.config)
+    with ranks.first_then_others():
+        args = parse_args()
+        device = open_device(args.device)
+        model = MotionFeatureAutoencoder.from_checkpoint(args.checkpoint).to(device)
+        check_flags(args, model.config)
     made_with = {**model.identity(), "save_reconstruction": args.save_reconstruction, "grid": args.grid}
-    model.to(device)
 
-    jobs = plan(args.input, args.output, args.output_format)[ranks.index :: ranks.count]
-    for folder in {output.parent for _, output in jobs}:
-        remove_leftovers(folder)
+    jobs = ranks.from_first(lambda: plan(args.input, args.output, args.output_format))
+    mine = jobs[ranks.index :: ranks.count]
     rows: list[dict[str, Any]] = []
     try:
-        for path, output in tqdm(jobs, unit="file", disable=None if len(jobs) > 1 and first else True):
+        for path, output in tqdm(mine, unit="file", disable=None if len(jobs) > 1 and ranks.index == 0 else True):
             rows.append(encode_file(model, path, output, made_with, args))
         rows = [row for part in ranks.gather(rows) for row in part]
     finally:  # of a run that is stopped too
-        if first and args.input.is_dir():
-            report(rows, args.output)
+        if ranks.index == 0 and args.input.is_dir():
+            report(rows, len(jobs), args)
 
-    if first and not args.input.is_dir():
-        if rows[0]["outcome"] == "failed":
-            raise UserError(rows[0]["failure"])
-        print(f"written to {args.output}, compression_ratio {model.compression_ratio:g}")
-        print_summary(rows)
-    return 0 if not first or any(row["outcome"] != "failed" for row in rows) else 1
+    if ranks.index > 0:
+        return 0
+    if not args.input.is_dir():
+        [row] = rows
+        if row["outcome"] == "failed":
+            raise UserError(row["failure"])
+        figures = ", ".join(f"{name.removesuffix('_error')} {row[name]:.3f}" for name in METRICS)
+        print(f"written to {args.output}, compression_ratio {model.compression_ratio:g}; {figures}")
+    return 0 if any(row["outcome"] != "failed" for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import hashlib
 import itertools
+import json
 import math
 import os
 import re
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -24,17 +27,23 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-FEATURE_SUFFIXES = (".pt", ".pth", ".npy")
+FEATURE_SUFFIXES = (".pt", ".pth", ".npy", ".safetensors")
 RELATION_CLIPS, RELATION_TOKENS = 16, 128  # of a clip; their cosines decide which coefficients are kept, and the gains
 RELATION_TARGET = 0.85  # of the cosines' error when the leading components alone are kept, all of them
 POSITION_IN_BASIS = 1 / 4  # share of the position in the features that the components are taken from
 BALANCE = 1 / 6  # part of their covariance in which all frequencies count alike, over the part weighted as the loss is
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+POINTERS = {  # how what stands in place of a file begins, what puts it there, what fetches the file
+    b"version https://git-lfs.github.com/spec/": ("Git LFS", "git lfs pull"),
+    b"/annex/objects/": ("git-annex", "git annex get"),
+}
+OTHER_VALUES = "other values as JSON"  # entry of a .safetensors' metadata, which is strings alone
 STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
 EMBEDDING_VERSION = 2  # of how it is read from a latent
 CONTENT = 1 / 20  # scale of the embedding's channels of content
@@ -791,7 +800,7 @@ class MotionFeatureAutoencoder(nn.Module):
         super().__init__()
         config = Config(*args, **kwargs)
         self.config = asdict(config)
-        self.trained_on = ""  # `origin` of the features
+        self.trained_on = ""  # `provenance` of the features
         self.map_dim = min(config.latent_dim * 3 // 2, config.input_dim)  # components that movement is read from
         self.code = SpaceTimeCode(config)
         self.encoder = MotionFeatureEncoder(config)
@@ -828,8 +837,8 @@ class MotionFeatureAutoencoder(nn.Module):
         """What the latents and embeddings depend on beside the feature: outputs of another model are made again."""
         return {"weights": weights_hash(self.state_dict()), "embedding": EMBEDDING_VERSION, **self.config}
 
-    def check_origin(self, made_by: str) -> None:
-        """Raise `UserError` for features of another `origin` than the training features', where both are known."""
+    def check_provenance(self, made_by: str) -> None:
+        """Raise `UserError` for features of another `provenance` than the training features', where both are known."""
         if made_by and self.trained_on and made_by != self.trained_on:
             raise UserError(
                 f"the checkpoint was trained on features of {self.trained_on}, not of {made_by}; give the one that was "
@@ -923,14 +932,32 @@ class MotionFeatureAutoencoder(nn.Module):
 
 def find_files(folder: Path, suffixes: tuple[str, ...], recursive: bool = True) -> list[Path]:
     """Every file in `folder`, and below if `recursive`, with one of `suffixes`, sorted; hidden files and folders
-    (half-written files among them) are left out."""
-    return sorted(
-        path
-        for path in (folder.rglob("*") if recursive else folder.iterdir())
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    (half-written files among them), pipes and devices are left out.
+
+    Linked folders are searched as well, unless what they lead to is searched anyway. A link that leads nowhere is
+    listed like a file, so that reading it fails and names it. Raises `UserError` for a folder that cannot be listed.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename} cannot be searched ({error.strerror})")
+
+    found = []
+    for here, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        visible = [Path(here, name) for name in names if not name.startswith(".")]
+        found += [path for path in visible if path.suffix.lower() in suffixes and (path.is_file() or not path.exists())]
+        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
+        subfolders[:] = [name for name in subfolders if not is_searched_anyway(Path(here, name), folder.resolve())]
+    return sorted(found)
+
+
+def is_searched_anyway(subfolder: Path, top: Path) -> bool:
+    """Whether a subfolder is a link to a folder below `top` that is not hidden, or to one that it lies in."""
+    if not subfolder.is_symlink():
+        return False
+    target = subfolder.resolve()
+    if target.is_relative_to(top):
+        return not any(part.startswith(".") for part in target.relative_to(top).parts)
+    return any(target == parent.resolve() for parent in subfolder.parents)
 
 
 def find_features(folder: Path) -> list[Path]:
@@ -944,30 +971,63 @@ def find_features(folder: Path) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raise `UserError` if `path` is no file (a pipe would be waited for), or only Git LFS's pointer to one."""
-    if not path.is_file():
+    """Raise `UserError` if `path` is no file (a pipe would be waited for), a link to nothing, or only the pointer that
+    Git LFS or git-annex leaves in place of a file that was not fetched."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(64)
+        for mark, (tool, command) in POINTERS.items():
+            if start.startswith(mark):
+                raise UserError(f"{path} is a {tool} pointer, not the file itself; run `{command}` in its repository")
+    elif path.is_symlink() and not path.exists():
+        target = os.readlink(path)
+        advice = "run `git annex get` in its repository" if "annex/objects" in target else "mend or remove the link"
+        raise UserError(f"{path} is a link to {target}, which is not there; {advice}")
+    else:
         raise UserError(f"{path} is no file" if path.exists() else f"{path} does not exist")
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
-def load_checked(path: Path, mmap: bool = False) -> Any:
-    """`torch.load` on the CPU that never runs code from the file. `mmap` leaves tensors on disk.
+def refuse_unreadable(path: Path, error: Exception, what: str) -> NoReturn:
+    """Raise the `UserError` that says why `path` cannot be read: `error`, which damaged files can raise of any kind."""
+    cause = (str(error).splitlines() or [""])[0][:200]
+    if is_out_of_memory(error):
+        raise UserError(f"{path} does not fit into memory ({cause})") from None
+    if "weights_only" in str(error):
+        raise UserError(f"{path} holds objects that only unsafe loading could read; save plain tensors") from None
+    raise UserError(f"{path} is {what} ({cause or type(error).__name__}); make or download it again") from None
+
+
+def check_crc(path: Path) -> None:
+    """Raise `UserError` that names the first entry of a zip archive, as torch.save writes them, whose bytes are not
+    those that were written. torch.load does not look; here a checkpoint of 60 MB takes 0.07 s, loading it 0.09 s."""
+    if not zipfile.is_zipfile(path):  # torch < 1.6
+        return
+    with zipfile.ZipFile(path) as archive:
+        has_crc = any(entry.CRC for entry in archive.infolist())  # torch can be told to write none
+        if has_crc and (entry := archive.testzip()):
+            raise UserError(f"{path} is damaged: {entry.partition('/')[2]} in it; make or download it again")
+
+
+def load_checked(path: Path, mmap: bool = False, check: bool = True) -> Any:
+    """`torch.load` on the CPU that never runs code from the file. `mmap` leaves tensors on disk; `check` reads the
+    file once to see whether its checksums are right.
 
     Raises `UserError` when the file is absent, damaged, or holds more than tensors and plain values.
     """
     check_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # damaged files raise almost anything
-        if mmap:  # files of torch < 1.6 cannot be mapped
-            return load_checked(path)
-        if "weights_only" in str(error):
-            reason = "holds objects that only unsafe loading could read; save plain tensors"
-        else:
-            reason = f"is damaged or of another format ({type(error).__name__}); make or download it again"
-        raise UserError(f"{path} {reason}") from None
+        if check:
+            check_crc(path)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception:
+            if not mmap:
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # of torch < 1.6; others fail again
+    except UserError:
+        raise
+    except Exception as error:
+        refuse_unreadable(path, error, "damaged or of another format")
 
 
 def load_array(path: Path, mmap: bool = False) -> Tensor:
@@ -976,10 +1036,32 @@ def load_array(path: Path, mmap: bool = False) -> Tensor:
     try:
         data = np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
         return torch.from_numpy(data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("=")))
-    except Exception as error:  # damaged, an archive, Python objects, text
-        raise UserError(
-            f"{path} is damaged or no array of numbers ({type(error).__name__}); save it with numpy.save"
-        ) from None
+    except Exception as error:  # an archive, Python objects, text
+        refuse_unreadable(path, error, "damaged or no array of numbers")
+
+
+def load_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors of a .safetensors, which stay on disk, and its metadata: strings, and what `save_atomically` wrote of
+    numbers and lists."""
+    check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            metadata = file.metadata() or {}
+        return tensors | json.loads(metadata.pop(OTHER_VALUES, "{}")) | metadata
+    except Exception as error:
+        refuse_unreadable(path, error, "damaged or no .safetensors")
+
+
+def load_entries(path: Path, mmap: bool = True, check: bool = False) -> Any:
+    """What a file of `FEATURE_SUFFIXES` holds: a dict, or of a .npy a tensor. `mmap`, `check`: as in `load_checked`;
+    but a .safetensors is always mapped, and formats other than .pt have no checksums."""
+    suffix = path.suffix.lower()
+    if suffix not in FEATURE_SUFFIXES:
+        raise UserError(f"{path} is not a {', '.join(FEATURE_SUFFIXES)} file")
+    if suffix == ".npy":
+        return load_array(path, mmap)
+    return load_safetensors(path) if suffix == ".safetensors" else load_checked(path, mmap, check)
 
 
 def check_numbers(feature: Tensor, path: Path) -> None:
@@ -994,6 +1076,14 @@ def check_numbers(feature: Tensor, path: Path) -> None:
         )
 
 
+def how_to_permute(shape: list[int], input_dim: int) -> str:
+    """What to do about a feature whose channels are not on its last axis; "" if they are on no axis."""
+    if input_dim not in shape:
+        return ""
+    axes = sorted(range(len(shape)), key=lambda axis: axis == shape.index(input_dim))
+    return f"shape {shape} has C = {input_dim} on axis {axes[-1]}, not last; save x.permute{tuple(axes)}"
+
+
 def is_plain(value: Any) -> bool:
     """Whether an entry of a feature file is a string, a number, or a sequence of these."""
     if isinstance(value, Tensor):
@@ -1002,18 +1092,21 @@ def is_plain(value: Any) -> bool:
     return all(isinstance(item, str | int | float) for item in items)
 
 
-def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -> tuple[Tensor, dict[str, Any]]:
+def load_feature(
+    path: Path, input_dim: int | None = None, mmap: bool = False, check: bool = True
+) -> tuple[Tensor, dict[str, Any]]:
     """One feature file and what else is in it: `caption`, `video`, `model` and all that are strings, numbers or
     sequences of these.
 
-    The file holds a tensor, an array (.npy), or a dict, read by `feature`, else `features`, else its first key. Where
-    it also holds `grid` ([H, W]), a feature [T, H * W, C] becomes [T, H, W, C].
+    The file holds a tensor, an array (.npy), or a dict (.pt, .safetensors), read by `feature`, else `features`, else
+    its first key. Where it also holds `grid` ([H, W]), a feature [T, H * W, C] becomes [T, H, W, C].
 
     Returns the feature [T, N, C] or [T, H, W, C] in the dtype that it was stored in (float8 as float32). With `mmap`
-    the numbers stay on disk and are not looked at; `check_numbers` does. Raises `UserError` that names the file: not
-    readable, wrong rank, `C != input_dim`, not floating point, and what `check_numbers` refuses.
+    its numbers stay on disk. Raises `UserError` that names the file: not readable, wrong rank, `C != input_dim`, not
+    floating point; with `check`, which reads all numbers once, also wrong checksums, nothing but zeros, and what
+    `check_numbers` refuses.
     """
-    data = load_array(path, mmap) if path.suffix.lower() == ".npy" else load_checked(path, mmap)
+    data = load_entries(path, mmap, check)
     metadata: dict[str, Any] = {}
     feature = data
     if isinstance(data, dict):
@@ -1034,12 +1127,15 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
         raise UserError(f"{path}: shape {shape}, but a feature is [T, N, C] or [T, H, W, C], not empty")
     if not feature.is_floating_point():
         raise UserError(f"{path}: dtype {feature.dtype}, but a feature is floating point")
-    if input_dim is not None and shape[-1] != input_dim:
-        raise UserError(f"{path}: C is {shape[-1]}, but --input_dim is {input_dim}; give --input_dim {shape[-1]}")
+    if input_dim not in (None, shape[-1]):
+        other = f"C is {shape[-1]}, but --input_dim is {input_dim}; give --input_dim {shape[-1]}"
+        raise UserError(f"{path}: {how_to_permute(shape, input_dim) or other}")
     if feature.element_size() == 1:  # few functions take float8
         feature = feature.float()
-    if not mmap:
+    if check:
         check_numbers(feature, path)
+        if not any(step.any() for step in feature):
+            raise UserError(f"{path} holds nothing but zeros; make it again, or remove it")
     if isinstance(data, dict) and len(shape) == 3:
         grid = data.get("grid")
         grid = grid.tolist() if isinstance(grid, Tensor) else grid
@@ -1049,7 +1145,16 @@ def load_feature(path: Path, input_dim: int | None = None, mmap: bool = False) -
     return feature.detach(), metadata
 
 
-def origin(metadata: dict[str, Any]) -> str:
+def group_by_reason(failures: dict[str, str]) -> list[str]:
+    """What went wrong, by file -> a line for each reason, that names one of its files and how many more there are."""
+    files: dict[str, list[str]] = {}
+    for file, message in failures.items():
+        files.setdefault(message.removeprefix(file), []).append(file)
+    more = {reason: f" and {len(group) - 1} more" if len(group) > 1 else "" for reason, group in files.items()}
+    return [f"{group[0]}{more[reason]}{reason}" for reason, group in files.items()]
+
+
+def provenance(metadata: dict[str, Any]) -> str:
     """What a feature comes from, as far as its file says: the VFM, its weights and layers; "" if it does not."""
     if not {"model", "weights"} <= metadata.keys():
         return ""
@@ -1071,54 +1176,53 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_entries(path: Path, names: list[str]) -> dict[str, Any]:
-    """Those of the entries `names` that an output has; tensors of a .pt stay on disk, entries of a .npz are arrays.
-
-    Raises `UserError` where the file cannot be read.
-    """
-    if path.suffix != ".npz":
-        saved = load_checked(path, mmap=True)
-        return {name: saved[name] for name in names if name in saved} if isinstance(saved, dict) else {}
-    check_file(path)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names if name in archive}
-    except Exception as error:  # damaged files raise almost anything
-        raise UserError(f"{path} is damaged or no .npz ({type(error).__name__}); make it again") from None
-
-
 class LatentDataset(Dataset):
-    """The latents below a folder, of encode.py (.pt, .npz) or of vfm_feature.py --motion_checkpoint, for a DataLoader.
+    """The latents below a folder (.pt, .safetensors), of encode.py or vfm_feature.py --motion_checkpoint, for a
+    DataLoader.
 
     `dataset[0]`, or by stem `dataset["0000"]`, is a dict of `stem` (the file's path in the folder without its suffix;
-    `dataset.stems` has all), `latent` [T, N, D] or [T, H, W, D], `motion_embedding` [T, D], `caption` ("" if the
-    file has none) and, where the file says it, `frame_indices` [F] of the video. Of a .pt no more is read from disk
-    than is used: `dataset["0000"]["latent"][:8]` reads eight steps.
+    `dataset.stems` has all), `latent` [T, N, D] or [T, H, W, D], `motion_embedding` [T, D], `caption` ("" if the file
+    has none) and, if the first file has them, `frame_indices` [F] of the video (-1 where another file does not say).
+    No more is read from disk than is used: `dataset["0000"]["latent"][:8]` reads eight steps.
 
     Raises `UserError` for a folder without latents, and for a file that is none.
     """
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
-        files = find_files(folder, (".pt", ".npz"))
+        files = find_files(folder, (".pt", ".safetensors")) if folder.is_dir() else []
         if not files:
             raise UserError(
                 f"{folder} holds no latents; make them with encode.py or vfm_feature.py --motion_checkpoint"
             )
-        self.paths = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+        self.paths: dict[str, Path] = {}
+        for file in files:
+            stem = file.relative_to(folder).with_suffix("").as_posix()
+            if stem in self.paths:
+                raise UserError(f"{self.paths[stem]} and {file} are both {stem}; keep one of them")
+            self.paths[stem] = file
         self.stems = list(self.paths)
-        self[0]  # a folder of features is refused here
+        self.frame_indices = self.load(self.stems[0]).get("frame_indices")  # a folder of features is refused here
 
     def __len__(self) -> int:
         return len(self.stems)
 
+    def load(self, stem: str) -> dict[str, Any]:
+        """All that the file of a clip holds, its tensors on disk."""
+        saved = load_entries(self.paths[stem])
+        if not isinstance(saved, dict) or not {"latent", "motion_embedding"} <= saved.keys():
+            raise UserError(f"{self.paths[stem]} holds no latent; give a folder of encode.py's outputs alone")
+        return saved
+
     def __getitem__(self, which: int | str) -> dict[str, Any]:
         stem = which if isinstance(which, str) else self.stems[which]
-        saved = load_entries(self.paths[stem], ["latent", "motion_embedding", "caption", "frame_indices"])
-        if not {"latent", "motion_embedding"} <= saved.keys():
-            raise UserError(f"{self.paths[stem]} holds no latent; give a folder of encode.py's outputs alone")
-        tensors = {name: torch.as_tensor(saved[name]) for name in saved if name != "caption"}
-        return {"stem": stem, "caption": str(saved.get("caption", "")), **tensors}
+        saved = self.load(stem)
+        item = {"stem": stem, "caption": str(saved.get("caption", ""))}
+        item |= {name: saved[name] for name in ("latent", "motion_embedding")}
+        if self.frame_indices is not None:
+            unknown = torch.full((len(self.frame_indices),), -1)
+            item["frame_indices"] = torch.as_tensor(saved.get("frame_indices", unknown))
+        return item
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1155,15 +1259,17 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 
 
 def add_model_flags(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    """The flags of `Config`. With `optional`, those not given are absent from the parsed arguments."""
+    """The flags of `Config`. Absent from the parsed arguments unless given: all with `optional`, else `input_dim`."""
 
     def add(name: str, help: str, **options: Any) -> None:
         default = getattr(Config, name)
-        if optional:
+        if optional or name == "input_dim":
             default, help = argparse.SUPPRESS, f"{help} (default: {default})"
         parser.add_argument(f"--{name}", default=default, help=help, **options)
 
-    add("input_dim", "channels C of the features", type=number(int, 1))
+    add(
+        "input_dim", "channels C of the features; if not given, the files or the checkpoint say it", type=number(int, 1)
+    )
     add("model_dim", "width of encoder and decoder", type=number(int, 1))
     add("latent_dim", "channels of the latent", type=number(int, 2))
     add("num_heads", "attention heads", type=number(int, 1))
@@ -1173,7 +1279,11 @@ def add_model_flags(parser: argparse.ArgumentParser, optional: bool = False) -> 
 
 
 class Ranks:
-    """The processes that torchrun started, of which this is one; without torchrun the only one, index 0 of 1."""
+    """The processes that torchrun started, of which this is one; without torchrun the only one, index 0 of 1.
+
+    Rank 0 lists, plans and reports. A process that finds another one gone ends too: rank 0 says so, the others, which
+    may wait for a rank 0 that has said what is wrong, are silent.
+    """
 
     def join(self) -> None:
         """Open torchrun's process group, if `WORLD_SIZE` says that there is one; ranks wait a day for each other.
@@ -1207,19 +1317,53 @@ class Ranks:
     def count(self) -> int:
         return dist.get_world_size() if dist.is_initialized() else 1
 
-    def from_first(self, value: Any) -> Any:
+    @contextmanager
+    def in_touch(self) -> Iterator[None]:
+        """For a step in which ranks wait for each other."""
+        try:
+            yield
+        except RuntimeError:  # the connection is closed
+            if self.index > 0:
+                sys.exit(1)
+            raise UserError("another process of this run has ended; what it said says why") from None
+
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
         values = [value]
         if dist.is_initialized():
-            dist.broadcast_object_list(values)
+            with self.in_touch():
+                dist.broadcast_object_list(values)
         return values[0]
+
+    @contextmanager
+    def first_then_others(self) -> Iterator[None]:
+        """Rank 0 runs the body of `with`, then the others do: they find what it has downloaded or made. If an error
+        ends it there, they end with the same status and say nothing."""
+        if self.index > 0 and (status := self.broadcast(None)) is not None:
+            sys.exit(status)
+        status = None
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            status = error.code if isinstance(error, SystemExit) else 1 if isinstance(error, OSError) else 2
+            raise
+        finally:
+            if self.index == 0:
+                self.broadcast(status)
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on rank 0, which alone calls it, on every rank. An error there ends all, as above."""
+        with self.first_then_others():
+            value = make() if self.index == 0 else None
+        return self.broadcast(value)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in their order, on rank 0; on the others an empty list."""
         if not dist.is_initialized():
             return [value]
         values = [None] * self.count if self.index == 0 else None
-        dist.gather_object(value, values)
+        with self.in_touch():
+            dist.gather_object(value, values)
         return values or []
 
 
@@ -1264,7 +1408,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def make_folder(folder: Path, flag: str) -> None:
-    """Make the folder that `flag` names. Raises `UserError` where it cannot be made or written into."""
+    """Make the folder that `flag` names, and remove the half-written files of killed runs from it and below: those that
+    nobody has written to for a day. Raises `UserError` where it cannot be made or written into."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -1272,11 +1417,7 @@ def make_folder(folder: Path, flag: str) -> None:
         raise UserError(
             f"{flag} {folder} is no folder that can be written into ({error.strerror}); give another"
         ) from None
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the half-written files of killed runs from `folder`: those that nobody has written to for a day."""
-    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+    for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
         with suppress(OSError):  # another run may have removed it
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 path.unlink()
@@ -1286,10 +1427,10 @@ def file_fingerprint(path: Path) -> str:
     """A hash that tells whether a file was replaced: of its size and of 64 KiB at its start, middle and end.
 
     Unlike its time, it survives copying. Videos keep an index of their frames at one end and .pt files the checksums of
-    all tensors at theirs, so another video or feature of the same size shows there. Raises `OSError`.
+    all tensors at theirs, so another video or feature of the same size shows there. Raises what `check_file` does, and
+    `OSError`.
     """
-    if not path.is_file():
-        raise OSError(f"{path} is no file")  # a pipe would be waited for
+    check_file(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())
@@ -1300,10 +1441,18 @@ def file_fingerprint(path: Path) -> str:
 
 
 def save_atomically(data: dict[str, Any], path: Path) -> None:
-    """`torch.save` into a `whole_file`."""
+    """Write a dict into a `whole_file`: as .safetensors if that is its suffix, else by `torch.save`.
+
+    A .safetensors holds the tensors; strings are its metadata, and so are, as JSON under one name, all other values.
+    """
+    if path.suffix == ".safetensors":
+        tensors = {name: value.contiguous() for name, value in data.items() if isinstance(value, Tensor)}
+        strings = {name: value for name, value in data.items() if isinstance(value, str)}
+        others = {name: value for name, value in data.items() if name not in tensors | strings}
+        encoded = to_safetensors(tensors, {**strings, OTHER_VALUES: json.dumps(others)})
     with whole_file(path) as file:
         try:
-            torch.save(data, file)
+            file.write(encoded) if path.suffix == ".safetensors" else torch.save(data, file)
         except RuntimeError as error:  # on a full disk; the OSError behind it says so
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
@@ -1317,10 +1466,28 @@ def reuse_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory is full: Python's error, or one of those that torch has for it."""
+    told = "DefaultCPUAllocator" in str(error) or os.strerror(errno.ENOMEM) in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and told)
+
+
+def interrupt_again(lost: Any) -> None:
+    """As `sys.unraisablehook`: Python drops what is raised within a callback, so Ctrl-C is raised anew after it."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(lost)
+
+
 def run_script(main: Callable[[], int]) -> None:
     """Run a script's `main` and exit with its status; a `UserError` becomes one line on standard error and status 2."""
     name = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop jobs with it: end as after Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGALRM):  # schedulers stop jobs with SIGTERM: end as after Ctrl-C
+        signal.signal(number, signal.default_int_handler)
+    sys.unraisablehook = interrupt_again
+    for stream in (sys.stdout, sys.stderr):  # file names can hold what a terminal cannot show
+        stream.reconfigure(errors="backslashreplace")
     reuse_memory()
     try:
         status = main()
@@ -1329,13 +1496,16 @@ def run_script(main: Callable[[], int]) -> None:
     except UserError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         status = 2
-    except torch.OutOfMemoryError:
-        hint = "lower --batch_size, of vfm_feature.py also --dinov2_chunk or the input size, or use --device cpu"
-        print(f"{name}: error: the device's memory is full; {hint}", file=sys.stderr)
-        status = 2
     except OSError as error:  # a full disk, a folder that vanished
         print(f"{name}: error: {error}; finished files are whole", file=sys.stderr)
         status = 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = "lower --batch_size, of vfm_feature.py also --dinov2_chunk or the input size, or use --device cpu"
+        where = "the device's" if isinstance(error, torch.OutOfMemoryError) else "the machine's"
+        print(f"{name}: error: {where} memory is full; {hint}", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print(f"{name}: stopped; finished files are whole", file=sys.stderr)
         status = 130

@@ -48,15 +48,15 @@ from model import (
     check_numbers,
     file_fingerprint,
     find_features,
+    group_by_reason,
     load_checked,
     load_feature,
     make_folder,
     number,
     open_device,
-    origin,
     principal_components,
+    provenance,
     ranks,
-    remove_leftovers,
     run_script,
     save_atomically,
     say,
@@ -130,30 +130,49 @@ class FeatureFile(NamedTuple):
     origin: str
 
 
-def look_at_files(folder: Path, input_dim: int) -> list[FeatureFile]:
-    """Every feature file below `folder`; few of its numbers are read. Raises `UserError` after naming all misfits."""
+def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile], int]:
+    """Every feature file below `folder`, of which few numbers are read, and their channels C: `input_dim` or, without
+    it, what they have. Raises `UserError` after naming all misfits."""
 
-    def look(path: Path) -> FeatureFile | UserError:
+    def look(path: Path) -> tuple[FeatureFile, int] | str:
         try:
-            feature, metadata = load_feature(path, input_dim, mmap=True)
-        except UserError as error:
-            return error
-        return FeatureFile(path, tuple(feature.shape[:-1]), file_fingerprint(path), origin(metadata))
+            feature, metadata = load_feature(path, input_dim, mmap=True, check=False)
+            content = file_fingerprint(path)
+        except (UserError, OSError) as error:
+            return str(error)
+        *shape, channels = feature.shape
+        if input_dim is None and "model" not in metadata and channels < max(shape):
+            return (
+                f"{path}: shape {[*shape, channels]} can have its channels on any axis; give --input_dim {channels} if "
+                "it is the last"
+            )
+        return FeatureFile(path, tuple(shape), content, provenance(metadata)), channels
 
     paths = find_features(folder)
     with ThreadPoolExecutor() as pool:
-        files = list(tqdm(pool.map(look, paths), "files", len(paths), leave=False, disable=None, delay=1))
-    errors = [file for file in files if isinstance(file, UserError)]
-    if len(errors) == 1:
-        raise errors[0]
-    for error in errors:
-        say(f"warning: {error}")
-    if errors:
-        raise UserError(f"{len(errors)} of {len(paths)} feature files cannot be used; fix or remove them")
+        found = list(tqdm(pool.map(look, paths), "files", len(paths), leave=False, disable=None, delay=1))
+    failures = {str(path): reason for path, reason in zip(paths, found, strict=True) if isinstance(reason, str)}
+    lines = group_by_reason(failures)
+    if len(lines) == 1:
+        raise UserError(lines[0])
+    for line in lines:
+        say(f"warning: {line}")
+    if failures:
+        raise UserError(f"{len(failures)} of {len(paths)} feature files cannot be used; fix or remove them")
+    files = [file for file, _ in found]
+    by_channels = {channels: file.path for file, channels in found}
+    if len(by_channels) > 1:
+        told = " and ".join(f"{path} has C = {channels}" for channels, path in by_channels.items())
+        raise UserError(f"{told}; give a folder of features of one model")
+    if all(file.shape[0] == 1 for file in files):
+        raise UserError(
+            f"all features have one time step, such as {files[0].path} of shape {[*files[0].shape, *by_channels]}, and "
+            "so no motion; if that axis is a batch's, save [T, H, W, C] without it"
+        )
     origins = sorted({file.origin for file in files if file.origin})
     if len(origins) > 1:
         raise UserError(f"{folder} holds features of {' and of '.join(origins)}; give a folder of one of them")
-    return files
+    return files, *by_channels
 
 
 def hash_of_files(files: list[FeatureFile], folder: Path) -> str:
@@ -174,7 +193,7 @@ class Clips(Dataset):
     part of the clip to read."""
 
     def __init__(self, files: list[FeatureFile], input_dim: int) -> None:
-        self.files, self.input_dim = files, input_dim
+        self.files, self.input_dim, self.checked = files, input_dim, set()
         shapes = [(length, *grid) if len(grid) == 2 else (length, 1, 1) for length, *grid in (f.shape for f in files)]
         length, *grid = map(max, zip(*shapes, strict=True))
         # The blocks that are coded together: of the grid as few as `Config.block` allows, of one size.
@@ -187,7 +206,9 @@ class Clips(Dataset):
     def __getitem__(self, key: tuple[int, Tile]) -> Tensor:
         index, tile = key
         path = self.files[index].path
-        clip = load_feature(path, self.input_dim, mmap=True)[0][tile].clone()  # the file is not mapped any longer
+        clip, _ = load_feature(path, self.input_dim, mmap=True, check=index not in self.checked)
+        self.checked.add(index)
+        clip = clip[tile].clone()  # the file is not mapped any longer
         check_numbers(clip, path)
         return clip
 
@@ -372,7 +393,6 @@ def open_save_dir(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
     Raises `UserError` where checkpoints of another run would be lost, or --resume would not give what it has begun.
     """
     make_folder(args.save_dir, "--save_dir")
-    remove_leftovers(args.save_dir)
     there = sorted(args.save_dir.glob("motion_ae_*.pt"))
     last = args.save_dir / "motion_ae_last.pt"
     path = (last if last.exists() else None) if args.resume is True else args.resume
@@ -593,18 +613,20 @@ def train(
 
 
 def main() -> int:
-    args = parse_args()
     ranks.join()
-    device = open_device(args.device)
+    with ranks.first_then_others():
+        args = parse_args()
+        device = open_device(args.device)
     args.device = str(device)  # of this rank
     if device.type == "cuda":
         torch.cuda.set_device(device)  # which NCCL and pinned memory go by
-    all_files = ranks.from_first(look_at_files(args.feature_dir, args.input_dim) if ranks.index == 0 else None)
+    given = getattr(args, "input_dim", None)
+    all_files, args.input_dim = ranks.from_first(lambda: look_at_files(args.feature_dir, given))
     files = split_files(all_files, args.val_fraction, args.seed)
     settings = {name: getattr(args, name) for name in RUN_FLAGS}
     settings["clips_per_step"] = args.batch_size * ranks.count
     settings["features"] = hash_of_files(all_files, args.feature_dir)
-    last = ranks.from_first(open_save_dir(args, settings) if ranks.index == 0 else None)
+    last = ranks.from_first(lambda: open_save_dir(args, settings))
     if last and ranks.index == 0:
         write_outputs(last, "held out" if files[1] else "training files", args.save_dir)
     if not last or last["epoch"] < args.epochs:

@@ -73,9 +73,8 @@ from model import (
     make_folder,
     number,
     open_device,
-    origin,
+    provenance,
     ranks,
-    remove_leftovers,
     reuse_memory,
     run_script,
     save_atomically,
@@ -1813,7 +1812,7 @@ def list_clips(args: argparse.Namespace) -> list[Clip]:
     ):
         try:
             fingerprint = file_fingerprint(args.video_dir / video)
-        except OSError:  # decoding will say why
+        except (UserError, OSError):  # decoding will say why
             fingerprint = None
         for part in parts.get(video, [Part(caption=None)]):
             output = str(video.parent / f"{video.stem}{part.suffix}")
@@ -1826,13 +1825,10 @@ def output_folder(name: str, args: argparse.Namespace) -> Path:
     return args.output_root / (folder_name(name) + ("_motion" if args.motion_checkpoint else ""))
 
 
-def make_folders(args: argparse.Namespace, clips: list[Clip]) -> None:
+def make_folders(args: argparse.Namespace) -> None:
     """Make the models' folders, without half-written files of earlier runs. Raises what `make_folder` raises."""
     for name in args.vfms:
-        folder = output_folder(name, args)
-        make_folder(folder, "--output_root")
-        for subfolder in {(folder / clip.output).parent for clip in clips}:
-            remove_leftovers(subfolder)
+        make_folder(output_folder(name, args), "--output_root")
 
 
 def load_model(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
@@ -1888,7 +1884,7 @@ def load_autoencoder(args: argparse.Namespace) -> MotionFeatureAutoencoder:
 
 def encode_with(autoencoder: MotionFeatureAutoencoder, run: ModelRun, device: torch.device) -> None:
     """Have `run` write latents. Raises `UserError` for an autoencoder of another model's features."""
-    autoencoder.check_origin(origin(run.about))
+    autoencoder.check_provenance(provenance(run.about))
     run.settings["motion_autoencoder"] = autoencoder.identity()
     run.autoencoder = autoencoder.to(device)
 
@@ -2006,7 +2002,7 @@ def save_feature(
     record(run, path, data, "written")
     if preview:
         pictures = thumbnails(frames.round().clip(0, 255).astype(np.uint8))
-        write_preview(path, feature.cpu(), data.get("latent"), pictures)
+        write_preview(path, feature.cpu(), data.get("latent"), pictures, data)
 
 
 def decode_todo(
@@ -2145,7 +2141,7 @@ def main() -> int:
     args.device = open_device(args.device)
     autoencoder = load_autoencoder(args) if args.motion_checkpoint else None
     clips = list_clips(args)
-    make_folders(args, clips)
+    make_folders(args)
     if args.random_weights:
         say("warning: --random_weights: a dry run; the features will mean NOTHING")
     runs: list[ModelRun] = []

@@ -171,7 +171,8 @@ MISTAKES = [
     ("encode.py --checkpoint features/nested/0000.pt --input features --output z", "is not a checkpoint of train.py"),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input missing --output z", "--input missing does not exist"),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output a_file", "--output a_file is a file"),
-    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input a_file --output z", "--input a_file is not a .pt"),
+    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input a_file --output z.pt", "a_file is not a .pt"),
+    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input a_file --output z.npz", "--output z.npz: the suffix of"),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features/nested/0000.pt --output ck", "ck is a folder"),
     (
         "encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output z --latent_dim 7",
@@ -184,8 +185,8 @@ MISTAKES = [
         "would be lost",
     ),
     (
-        "encode.py --checkpoint ck/motion_ae_epoch1.pt --input same_name/a.pt --output z --output_format npz",
-        "--output z: the suffix of a single file says its format; end it in .npz",
+        "encode.py --checkpoint ck/motion_ae_epoch1.pt --input same_name/a.pt --output z --output_format safetensors",
+        "--output z: the suffix of a single file says its format; end it in .pt or .safetensors",
     ),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output z --output_format csv", "invalid choice"),
     (

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import vfm_feature as vfm
-from model import UserError, has_preview
+from model import UserError
 
 
 @pytest.fixture
@@ -553,24 +553,6 @@ def test_ranks_and_rival_runs_write_what_one_process_writes(clips, tmp_path):
     )
     assert len(one) == 5 + 1 + 1  # features, failures, and the dimensions
     assert one == ranks == rivals
-
-
-def test_previews_are_drawn_from_the_files(clips, tmp_path, run_here):
-    out = tmp_path / "out" / "VideoMAE"
-    command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL]
-    assert counts(run_here(*command)) == [2, 0, 0]
-    assert "thumbnails" not in torch.load(out / "ball.pt", weights_only=True)
-    assert counts(run_here(*command, "--preview")) == [2, 0, 0]  # without frames in it a file is made again
-    thumbnails = torch.load(out / "ball.pt", weights_only=True)["thumbnails"]
-    assert thumbnails.dtype == torch.uint8 and thumbnails.shape[0] == 4 and thumbnails.shape[3] == 3
-    assert has_preview(out / "ball.pt") and has_preview(out / "square.pt")
-
-    made = (out / "ball.pt").read_bytes()
-    (out / "ball.png").unlink()
-    assert counts(run_here(*command)) == [0, 2, 0]
-    assert not (out / "ball.png").exists()
-    assert counts(run_here(*command, "--preview")) == [0, 2, 0]
-    assert has_preview(out / "ball.pt") and (out / "ball.pt").read_bytes() == made
 
 
 def test_batches_and_bfloat16_come_close_to_the_plain_run(clips, tmp_path, run_here):
