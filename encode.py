@@ -150,29 +150,16 @@ def write_encode_report(rows: list[dict[str, Any]], folder: Path) -> None:
 # Previews
 # ---------------------------------------------------------------------------------------------------------------------
 
-PREVIEW_STEPS = 240  # the most time steps that a preview shows
-SHEET_PIXELS = 120 * 180  # of a picture
 MARGIN, GAP, TITLE = 70, 10, 25  # pixels: left of the pictures, between them, above each row
-CURVES, LEGEND_WIDTH = 110, 80  # pixels: height of a plot, width of what is right of it
+PICTURE, CURVES, LEGEND_WIDTH = 120 * 180, 110, 80  # pixels: of a picture, height of a plot, right of it
+COLOURS = ["tab:green", "tab:purple", "tab:blue", "tab:orange"]  # of curves, from below
 FONTS = ("DejaVu Sans", "Noto Sans CJK TC", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang TC")  # or fewer
-THUMBNAIL_PIXELS = 120 * 180
 PREVIEW_MARK = "a preview of vfm_encoder"  # in the PNG's text
 
 
-def preview_steps(length: int) -> list[int]:
-    """The time steps of a clip that its preview shows: all, or `PREVIEW_STEPS` of them evenly spread."""
-    return torch.linspace(0, length - 1, min(length, PREVIEW_STEPS), dtype=torch.float64).round().int().tolist()
-
-
-def thumbnails(clip: np.ndarray) -> Tensor:
-    """Frames, uint8 RGB [F, H, W, 3] -> as a preview shows them, uint8 [min(F, 240), h, w, 3]: evenly spread over the
-    clip, of the same aspect ratio and at most 120 * 180 pixels each."""
-    height, width = clip.shape[1:3]
-    shrink = min(1.0, (THUMBNAIL_PIXELS / (height * width)) ** 0.5)
-    size = max(1, round(height * shrink)), max(1, round(width * shrink))
-    frames = torch.from_numpy(clip[preview_steps(len(clip))]).permute(0, 3, 1, 2)  # [F', 3, H, W]
-    small = nn.functional.interpolate(frames, size, mode="bilinear", antialias=True)
-    return small.permute(0, 2, 3, 1).contiguous()
+def evenly(length: int, most: int) -> list[int]:
+    """All time steps of a clip, or `most` of them, evenly spread from the first to the last."""
+    return torch.linspace(0, length - 1, min(length, most), dtype=torch.float64).round().int().tolist()
 
 
 def noise_floor(x: Tensor) -> Tensor:
@@ -180,12 +167,12 @@ def noise_floor(x: Tensor) -> Tensor:
     return 1e-4 * x.square().mean().sqrt() + 1e-12
 
 
-def leading_components(x: Tensor) -> tuple[Tensor, float]:
-    """Features [T, H, W, C] -> their first three principal components at `preview_steps` [steps, H, W, 3], and their
-    share of the variance. Basis and scale are the whole clip's: [-0.5, 0.5] spans the 2nd to 98th percentile.
-    Where nothing varies all are 0."""
+def leading_components(x: Tensor, steps: list[int]) -> tuple[Tensor, float]:
+    """Features [T, H, W, C] -> their first three principal components at `steps` [steps, H, W, 3], and their share of
+    the variance. Basis and scale are the whole clip's: [-0.5, 0.5] spans the 2nd to 98th percentile. Where nothing
+    varies all are 0."""
     tokens = x.flatten(0, -2)
-    sample = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), 4096)).long()].float()
+    sample = tokens[evenly(len(tokens), 4096)].float()
     mean = sample.mean(dim=0)
     covariance = (sample - mean).mT @ (sample - mean) / len(sample)
     basis = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :3]
@@ -193,14 +180,14 @@ def leading_components(x: Tensor) -> tuple[Tensor, float]:
     spread = (sample - mean) @ basis  # [K, 3]
     low, high = spread.quantile(0.02, dim=0), spread.quantile(0.98, dim=0)
     noise = noise_floor(sample)
-    steps = torch.stack([(x[step].float() - mean) @ basis for step in preview_steps(len(x))])
     share = spread.square().mean(dim=0).sum() / covariance.trace().clamp_min(noise**2)
-    return (steps - (low + high) / 2) / (high - low).clamp_min(noise), share.item()
+    shown = (x[steps].float() - mean) @ basis
+    return (shown - (low + high) / 2) / (high - low).clamp_min(noise), share.item()
 
 
 def spread_of(x: Tensor) -> Tensor:
-    """The root mean square of features [T, ..., C] around their mean, over the steps that a preview shows."""
-    some = x[preview_steps(len(x))].float()
+    """The root mean square of features [T, ..., C] around their mean, over at most 240 steps."""
+    some = x[evenly(len(x), 240)].float()
     return (some - some.flatten(0, -2).mean(dim=0)).square().mean().sqrt().maximum(noise_floor(some))
 
 
@@ -221,96 +208,94 @@ def movement(x: Tensor) -> dict[str, np.ndarray]:
 
 
 def draw_clip(
-    title: str,
-    pictures: dict[str, np.ndarray],
-    energy: dict[str, np.ndarray],
-    moves: dict[str, np.ndarray],
-    steps: list[int],
+    title: str, pictures: dict[str, np.ndarray], plots: dict[str, dict[str, np.ndarray]], steps: list[int]
 ) -> Figure:
     """A figure of some time steps of a clip.
 
-    pictures: uint8 [F, h, w, 3] by title, a row each, of the first one's aspect ratio. Curves [T - 1] by name, drawn
-    below: energy, of `relative_motion`; moves, of `movement`, if there are any.
+    pictures: uint8 [steps, h, w, 3] by title, a row each, of the first one's aspect ratio. plots: curves [T - 1] by
+    name, by the label of the y-axis, drawn below.
     """
     _, height, width, _ = next(iter(pictures.values())).shape
     aspect = min(max(width / height, 1 / 8), 8.0)
-    width, height = round((SHEET_PIXELS * aspect) ** 0.5), round((SHEET_PIXELS / aspect) ** 0.5)
-    plots = [(energy, "change a step\n(1: the clip's spread)", ["tab:blue", "tab:orange"])]
-    plots += [(moves, "movement\n(cells a step)", ["tab:green", "tab:purple"])] if moves else []
+    width, height = round((PICTURE * aspect) ** 0.5), round((PICTURE / aspect) ** 0.5)
     page_width = max(640, MARGIN + len(steps) * (width + GAP))
-    page_height = TITLE + len(pictures) * (TITLE + height) + len(plots) * CURVES + TITLE
+    page_height = 2 * TITLE + len(pictures) * (TITLE + height) + len(plots) * CURVES
     figure = Figure(figsize=(page_width / 100, page_height / 100), dpi=100)
 
     page = figure.add_axes((0, 0, 1, 1), xlim=(0, page_width), ylim=(page_height, 0), autoscale_on=False)  # in pixels
     page.set_axis_off()
-    letters = (page_width - MARGIN - GAP) // 7
     fonts = [font for font in FONTS if font in get_font_names()]
-    title = textwrap.shorten(title, letters, placeholder=" ...")
+    title = textwrap.shorten(title, (page_width - MARGIN - GAP) // 7, placeholder=" ...")
     page.text(MARGIN, TITLE - 6, title, fontsize=10, parse_math=False, family=fonts)
-    length = len(next(iter(energy.values()))) + 1
-    for index, (name, shown) in enumerate(pictures.items()):
-        smoothing = "bilinear" if name == "frames" else "nearest"  # a token stays a block
-        top = 2 * TITLE + index * (TITLE + height)
-        for column, step in enumerate(steps):
+    for row, (name, shown) in enumerate(pictures.items()):
+        top = 2 * TITLE + row * (TITLE + height)
+        for column, (step, picture) in enumerate(zip(steps, shown, strict=True)):
             left = MARGIN + column * (width + GAP)
-            place = {"extent": (left, left + width, top + height, top), "aspect": "auto"}
-            page.imshow(shown[step * len(shown) // length], interpolation=smoothing, **place)
-            if index == 0:
+            smoothing = "antialiased" if name == "frames" else "nearest"  # a token stays a block
+            page.imshow(picture, extent=(left, left + width, top + height, top), aspect="auto", interpolation=smoothing)
+            if row == 0:
                 page.text(left + width, top - 5, f"step {step}", fontsize=8, ha="right")
         page.text(MARGIN, top - 5, name, fontsize=8)
 
-    for index, (curves, label, colours) in enumerate(plots):
-        low = TITLE + (len(plots) - 1 - index) * CURVES + TITLE / 2
-        box = (
-            MARGIN / page_width,
-            low / page_height,
-            1 - (MARGIN + LEGEND_WIDTH) / page_width,
-            (CURVES - TITLE) / page_height,
-        )
-        axes = figure.add_axes(box)
-        for (name, curve), colour in zip(curves.items(), colours, strict=False):
-            axes.plot(range(1, length), curve, linewidth=1.2, label=name, color=colour)
-        values = np.concatenate([*curves.values(), [0.0]])
+    colours = iter(COLOURS)
+    for below, (label, curves) in enumerate(reversed(plots.items())):
+        corner = MARGIN / page_width, (1.5 * TITLE + below * CURVES) / page_height
+        size = 1 - (MARGIN + LEGEND_WIDTH) / page_width, (CURVES - TITLE) / page_height
+        axes = figure.add_axes((*corner, *size))
+        values = np.concatenate([[0.0], *curves.values()])
         room = 0.1 * max(0.1, np.ptp(values))
-        axes.set(xlim=(0, max(1, length - 1)), ylim=(values.min() - room, values.max() + room))
-        axes.set_ylabel(label, fontsize=7)
-        axes.axhline(0, color="lightgrey", linewidth=0.8)
-        axes.tick_params(labelsize=7, labelbottom=index == len(plots) - 1)
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-        for step in steps:  # that the pictures show
+        axes.set(xlim=(0, max(1, steps[-1])), ylim=(values.min() - room, values.max() + room))
+        for name, curve in curves.items():
+            axes.plot(range(1, len(curve) + 1), curve, linewidth=1.2, label=name, color=next(colours))
+        for step in steps:
             axes.axvline(step, color="lightgrey", linewidth=0.8, zorder=0)
-    axes.set_xlabel("time step; grey: the pictures above", fontsize=7)
+        axes.axhline(0, color="lightgrey", linewidth=0.8, zorder=0)
+        axes.set_ylabel(label, fontsize=7)
+        axes.tick_params(labelsize=7, labelbottom=below == 0)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        if below == 0:
+            axes.set_xlabel("time step (grey: of the pictures above)", fontsize=7)
     return figure
+
+
+def refuse_other_picture(path: Path) -> None:
+    """Raise `UserError` if `path` is there and no preview: it would be lost."""
+    if path.exists() and PREVIEW_MARK.encode() not in path.read_bytes()[:1000]:
+        raise UserError(f"--preview would write over {path}, which it has not made; move that away")
 
 
 def write_preview(
     path: Path,
     feature: Tensor,
     latent: Tensor | None = None,
-    frames: Tensor | None = None,
+    frames: np.ndarray | None = None,
     about: dict[str, Any] | None = None,
 ) -> None:
     """Beside the file `path`, `<stem>.png`: what a clip's features look like, and how they move.
 
-    feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: `thumbnails`
-    of the clip; all pictures have their aspect ratio, or without them the grid's. about: the clip's `video`, `model`
-    and `caption`, for the title. The file is written whole or not at all. Raises `OSError` if it cannot be written, and
-    `UserError` where another picture has its name.
+    feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: uint8 RGB
+    [F, h, w, 3], spread over the clip; all pictures have their aspect ratio, or without them the grid's. about:
+    `video`, `model` and `caption`, for the title.
+
+    The file is written whole or not at all. Raises `OSError` if it cannot be written, and `UserError` where another
+    picture has its name.
     """
     path = path.with_suffix(".png")
     refuse_other_picture(path)
-    pictures, energy, moves = {}, {}, {}
+    steps = evenly(len(feature), 6)
+    pictures, changes, moves = {}, {}, {}
     if frames is not None:
-        pictures["frames"] = frames.numpy()
+        pictures["frames"] = frames[[step * len(frames) // len(feature) for step in steps]]
     for name, x in {"features": feature, "latent": latent}.items():
         if x is None:
             continue
+        changes[name] = relative_motion(x)
         if x.ndim == 4:
-            moves = {f"{way}": curve for way, curve in movement(x).items()}
+            moves = movement(x)
         else:
             rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
             x = x.unflatten(1, (rows, -1))
-        components, share = leading_components(x)
+        components, share = leading_components(x, steps)
         told = f"{share:.0%} of the variance" if components.abs().max() > 0.01 else "NOTHING VARIES"
         if name == "features":
             reference = components
@@ -318,21 +303,13 @@ def write_preview(
             u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
             components = components @ (u @ v)
         pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
-        energy[name] = relative_motion(x)
 
-    moments = np.linspace(0, len(feature) - 1, 6).round().astype(int).tolist()
+    plots = {"change a step\n(1: the clip's spread)": changes} | ({"movement\n(cells a step)": moves} if moves else {})
     title = "  |  ".join(str(about[name]) for name in ("video", "model", "caption") if about and about.get(name))
+    figure = draw_clip(title, pictures, plots, steps)
     with whole_file(path) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a caption; a box stands for it
-        draw_clip(title, pictures, energy, moves, moments).savefig(
-            file, format="png", metadata={"Source": PREVIEW_MARK}
-        )
-
-
-def refuse_other_picture(path: Path) -> None:
-    """Raise `UserError` if `path` is there and no preview: it would be lost."""
-    if path.exists() and PREVIEW_MARK.encode() not in path.read_bytes()[:1000]:
-        raise UserError(f"--preview would write over {path}, which it has not made; move that away")
+        figure.savefig(file, format="png", metadata={"Source": PREVIEW_MARK})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from encode import MOVEMENT, encode_clip, print_summary, thumbnails, write_encode_report, write_preview
+from encode import MOVEMENT, encode_clip, print_summary, write_encode_report, write_preview
 from losses import METRICS
 from model import (
     ArgumentParser,
@@ -2001,7 +2001,7 @@ def save_feature(
     save_atomically(data, path)
     record(run, path, data, "written")
     if preview:
-        pictures = thumbnails(frames.round().clip(0, 255).astype(np.uint8))
+        pictures = frames.round().clip(0, 255).astype(np.uint8)
         write_preview(path, feature.cpu(), data.get("latent"), pictures, data)
 
 

@@ -66,7 +66,7 @@ def test_links_pipes_and_devices_are_passed_over(tmp_path, run_here, trained):
     (folder / "folder.mp4").mkdir()
     (folder / "folder.pt").mkdir()
     for suffix in (".mp4", ".pt", ".npy", ".csv"):
-        (folder / f"itself{suffix}").symlink_to(folder / f"itself{suffix}")
+        (tmp_path / f"itself{suffix}").symlink_to(tmp_path / f"itself{suffix}")
         (folder / f"device{suffix}").symlink_to("/dev/zero")
         os.mkfifo(folder / f"pipe{suffix}")
     (folder / "empty.mp4").touch()
@@ -82,13 +82,13 @@ def test_links_pipes_and_devices_are_passed_over(tmp_path, run_here, trained):
     assert run_here("encode.py", *encoding, tmp_path / "z", "--input", folder).returncode == 0
     assert len(list((tmp_path / "z").rglob("*.pt"))) == 2
 
-    for name in ("itself", "device", "pipe"):
+    for path in (tmp_path / "itself", folder / "device", folder / "pipe"):
         for command in (
-            ["vfm_feature.py", "--video_dir", folder, "--csv_path", folder / f"{name}.csv"],
-            ["train.py", "--feature_dir", folder / f"{name}.pt"],
-            ["encode.py", *encoding, tmp_path / "one.pt", "--input", folder / f"{name}.pt"],
-            ["encode.py", *encoding, tmp_path / "one.pt", "--input", folder / f"{name}.npy"],
-            ["encode.py", "--checkpoint", folder / f"{name}.pt", "--input", folder, "--output", tmp_path / "one"],
+            ["vfm_feature.py", "--video_dir", folder, "--csv_path", f"{path}.csv"],
+            ["train.py", "--feature_dir", f"{path}.pt"],
+            ["encode.py", *encoding, tmp_path / "one.pt", "--input", f"{path}.pt"],
+            ["encode.py", *encoding, tmp_path / "one.pt", "--input", f"{path}.npy"],
+            ["encode.py", "--checkpoint", f"{path}.pt", "--input", folder, "--output", tmp_path / "one"],
         ):
             result = run_here(*command)
             assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr

@@ -7,7 +7,7 @@ from draw_clips import write_video
 from made_up import SMALL, counts, make_features
 from PIL import Image
 
-from encode import thumbnails, write_preview
+from encode import write_preview
 from model import UserError
 
 GREEN = (0, 200, 0)
@@ -20,9 +20,9 @@ def read(path):
     return np.asarray(Image.open(path.with_suffix(".png")).convert("RGB")).astype(int)
 
 
-def pictures(sheet, row, height=HEIGHT, width=WIDTH):
-    """The six pictures of a row, [6, height, width, 3]."""
-    places = [(TOP + row * (height + 25), MARGIN + column * (width + GAP)) for column in range(6)]
+def pictures(sheet, row, count=6, height=HEIGHT, width=WIDTH):
+    """The pictures of a row, [count, height, width, 3]."""
+    places = [(TOP + row * (height + 25), MARGIN + column * (width + GAP)) for column in range(count)]
     return np.stack([sheet[top : top + height, left : left + width] for top, left in places])
 
 
@@ -52,7 +52,7 @@ def draw(path, *args, **kwargs):
 
 
 def test_the_features_are_shown_where_and_as_wide_as_they_are(tmp_path):
-    frames = torch.zeros(8, 120, 180, 3, dtype=torch.uint8)
+    frames = np.zeros((8, 120, 180, 3), dtype=np.uint8)
     frames[..., 1] = 200
     sheet = draw(tmp_path / "clip.pt", moving_square(), frames=frames)
     assert is_colour(pictures(sheet, 0), GREEN).mean() > 0.97
@@ -114,18 +114,6 @@ def test_any_feature_can_be_shown(tmp_path, shape):
     assert draw(tmp_path / "clip.pt", torch.randn(shape).half()).shape[1] >= 640
 
 
-def test_thumbnails_are_small_and_evenly_spread():
-    clip = np.zeros((500, 90, 160, 3), dtype=np.uint8)
-    clip[:, :, 80:] = (np.arange(500) // 2)[:, None, None, None]
-    small = thumbnails(clip)
-    assert (small.shape, small.dtype) == ((240, 90, 160, 3), torch.uint8)
-    levels = small[:, 5:-5, 85:-5].float().mean(dim=(1, 2, 3))
-    np.testing.assert_allclose(levels, np.linspace(0, 499, 240).round() // 2, atol=1)
-    assert small[:, :, :75].max() == 0
-    large = thumbnails(np.full((3, 420, 630, 3), 77, dtype=np.uint8))
-    assert large.shape == (3, 120, 180, 3) and (large == 77).all()
-
-
 def test_encode_draws_what_it_encodes(trained, tmp_path, run_here):
     source, target = make_features(tmp_path / "f", count=3), tmp_path / "z"
     arguments = ["encode.py", "--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--input", source]
@@ -148,7 +136,7 @@ def test_vfm_feature_draws_what_the_model_saw(tmp_path, run_here):
     write_video(tmp_path / "clips" / "0.avi", frames, "MJPG")
     arguments = ["vfm_feature.py", "--video_dir", tmp_path / "clips", "--output_root", tmp_path, *SMALL]
     assert counts(run_here(*arguments, "--models", "VideoMAE", "--preview")) == [1, 0, 0]
-    shown = pictures(read(tmp_path / "VideoMAE" / "0.pt"), 0)  # 4 frames for 2 steps
-    for picture, level in zip(shown, (0, 0, 0, 70, 70, 70), strict=True):
+    shown = pictures(read(tmp_path / "VideoMAE" / "0.pt"), 0, 2)  # 4 frames for 2 steps
+    for picture, level in zip(shown, (0, 70), strict=True):
         assert is_colour(picture, GREEN)[:, 95:].mean() > 0.95
         assert np.abs(picture[10:-10, 10:80] - level).mean() < 8
