@@ -373,8 +373,11 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {target} is a file, but --input is a folder; give a folder")
     features: dict[Path, Path] = {}  # output -> feature
-    for path in find_features(source):
-        if target.resolve() in path.resolve().parents:  # latents of an earlier run are no features
+    found = find_features(source)
+    folders = {path.parent for path in found}
+    earlier = {folder for folder in folders if folder.resolve().is_relative_to(target.resolve())}
+    for path in found:
+        if path.parent in earlier:  # latents of an earlier run are no features
             continue
         output = target / path.relative_to(source).with_suffix(f".{output_format}")
         if output in features:
@@ -448,8 +451,8 @@ def report(rows: list[dict[str, Any]], planned: int, args: argparse.Namespace) -
 @torch.inference_mode()
 def main() -> int:
     ranks.join()
+    args = ranks.from_first(parse_args)
     with ranks.first_then_others():
-        args = parse_args()
         device = open_device(args.device)
         model = MotionFeatureAutoencoder.from_checkpoint(args.checkpoint).to(device)
         check_flags(args, model.config)

@@ -614,9 +614,8 @@ def train(
 
 def main() -> int:
     ranks.join()
-    with ranks.first_then_others():
-        args = parse_args()
-        device = open_device(args.device)
+    args = ranks.from_first(parse_args)
+    device = open_device(args.device)
     args.device = str(device)  # of this rank
     if device.type == "cuda":
         torch.cuda.set_device(device)  # which NCCL and pinned memory go by
