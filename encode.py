@@ -49,7 +49,7 @@ from model import (
     group_by_reason,
     how_to_permute,
     in_parts,
-    load_entries,
+    load_checked,
     load_feature,
     make_folder,
     motion_channels,
@@ -392,7 +392,7 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
 def finished_figures(output: Path, settings: str) -> dict[str, float] | None:
     """The `METRICS` and `MOVEMENT` of an output that an earlier run made with the same settings, or None."""
     try:
-        saved = load_entries(output)
+        saved = load_checked(output, mmap=True, check=False)
         return {name: float(saved[name]) for name in METRICS + MOVEMENT} if saved["settings"] == settings else None
     except Exception:  # a file of somebody else's can be anything; it is made again
         return None

@@ -987,21 +987,9 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path} is no file" if path.exists() else f"{path} does not exist")
 
 
-def refuse_unreadable(path: Path, error: Exception, what: str) -> NoReturn:
-    """Raise the `UserError` that says why `path` cannot be read: `error`, which damaged files can raise of any kind."""
-    cause = (str(error).splitlines() or [""])[0][:200]
-    if is_out_of_memory(error):
-        raise UserError(f"{path} does not fit into memory ({cause})") from None
-    if "weights_only" in str(error):
-        raise UserError(f"{path} holds objects that only unsafe loading could read; save plain tensors") from None
-    raise UserError(f"{path} is {what} ({cause or type(error).__name__}); make or download it again") from None
-
-
 def check_crc(path: Path) -> None:
-    """Raise `UserError` that names the first entry of a zip archive, as torch.save writes them, whose bytes are not
-    those that were written. torch.load does not look; here a checkpoint of 60 MB takes 0.07 s, loading it 0.09 s."""
-    if not zipfile.is_zipfile(path):  # torch < 1.6
-        return
+    """Raise `UserError` that names the first entry of a file of torch.save, a zip archive, whose bytes are not those
+    that were written. torch.load does not look. A checkpoint of 60 MB takes 0.07 s, loading it 0.09 s."""
     with zipfile.ZipFile(path) as archive:
         has_crc = any(entry.CRC for entry in archive.infolist())  # torch can be told to write none
         if has_crc and (entry := archive.testzip()):
@@ -1009,59 +997,37 @@ def check_crc(path: Path) -> None:
 
 
 def load_checked(path: Path, mmap: bool = False, check: bool = True) -> Any:
-    """`torch.load` on the CPU that never runs code from the file. `mmap` leaves tensors on disk; `check` reads the
-    file once to see whether its checksums are right.
+    """What a file holds, on the CPU: a .npy a tensor, a .safetensors a dict of tensors and of its metadata, as
+    `save_atomically` writes it, any other what `torch.load` makes of it. Never runs code from the file.
 
-    Raises `UserError` when the file is absent, damaged, or holds more than tensors and plain values.
+    `mmap` leaves tensors on disk (those of a .safetensors always stay there); `check` reads the file once to compare
+    its checksums, which torch.save alone writes. Raises `UserError` when the file is absent, damaged, larger than
+    memory, or holds more than tensors and plain values.
     """
     check_file(path)
+    suffix = path.suffix.lower()
     try:
-        if check:
+        if suffix == ".npy":
+            array = np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
+            return torch.from_numpy(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
+        if suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+                metadata = file.metadata() or {}
+            return tensors | json.loads(metadata.pop(OTHER_VALUES, "{}")) | metadata
+        is_zip = zipfile.is_zipfile(path)  # not of torch < 1.6
+        if is_zip and check:
             check_crc(path)
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except Exception:
-            if not mmap:
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # of torch < 1.6; others fail again
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except UserError:
         raise
-    except Exception as error:
-        refuse_unreadable(path, error, "damaged or of another format")
-
-
-def load_array(path: Path, mmap: bool = False) -> Tensor:
-    """`numpy.load` of a .npy that never runs code from the file; `mmap` leaves the numbers on disk."""
-    check_file(path)
-    try:
-        data = np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
-        return torch.from_numpy(data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("=")))
-    except Exception as error:  # an archive, Python objects, text
-        refuse_unreadable(path, error, "damaged or no array of numbers")
-
-
-def load_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors of a .safetensors, which stay on disk, and its metadata: strings, and what `save_atomically` wrote of
-    numbers and lists."""
-    check_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            metadata = file.metadata() or {}
-        return tensors | json.loads(metadata.pop(OTHER_VALUES, "{}")) | metadata
-    except Exception as error:
-        refuse_unreadable(path, error, "damaged or no .safetensors")
-
-
-def load_entries(path: Path, mmap: bool = True, check: bool = False) -> Any:
-    """What a file of `FEATURE_SUFFIXES` holds: a dict, or of a .npy a tensor. `mmap`, `check`: as in `load_checked`;
-    but a .safetensors is always mapped, and formats other than .pt have no checksums."""
-    suffix = path.suffix.lower()
-    if suffix not in FEATURE_SUFFIXES:
-        raise UserError(f"{path} is not a {', '.join(FEATURE_SUFFIXES)} file")
-    if suffix == ".npy":
-        return load_array(path, mmap)
-    return load_safetensors(path) if suffix == ".safetensors" else load_checked(path, mmap, check)
+    except Exception as error:  # damaged files raise almost anything
+        cause = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        if is_out_of_memory(error):
+            raise UserError(f"{path} does not fit into memory ({cause})") from None
+        if "weights_only" in str(error) or "allow_pickle" in str(error):
+            raise UserError(f"{path} holds objects that only unsafe loading could read; save plain tensors") from None
+        raise UserError(f"{path} is damaged or of another format ({cause}); make or download it again") from None
 
 
 def check_numbers(feature: Tensor, path: Path) -> None:
@@ -1106,7 +1072,9 @@ def load_feature(
     floating point; with `check`, which reads all numbers once, also wrong checksums, nothing but zeros, and what
     `check_numbers` refuses.
     """
-    data = load_entries(path, mmap, check)
+    if path.suffix.lower() not in FEATURE_SUFFIXES:
+        raise UserError(f"{path} is not a {', '.join(FEATURE_SUFFIXES)} file")
+    data = load_checked(path, mmap, check)
     metadata: dict[str, Any] = {}
     feature = data
     if isinstance(data, dict):
@@ -1209,7 +1177,7 @@ class LatentDataset(Dataset):
 
     def load(self, stem: str) -> dict[str, Any]:
         """All that the file of a clip holds, its tensors on disk."""
-        saved = load_entries(self.paths[stem])
+        saved = load_checked(self.paths[stem], mmap=True, check=False)
         if not isinstance(saved, dict) or not {"latent", "motion_embedding"} <= saved.keys():
             raise UserError(f"{self.paths[stem]} holds no latent; give a folder of encode.py's outputs alone")
         return saved

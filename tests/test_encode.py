@@ -15,7 +15,7 @@ import safetensors.numpy
 import torch
 from made_up import ROOT, SIZES, full_disk, hear_ctrl_c, make_features
 
-from model import MotionFeatureAutoencoder, load_entries
+from model import MotionFeatureAutoencoder, load_checked
 
 METRICS = ("reconstruction_error", "motion_error", "cosine")
 
@@ -113,8 +113,8 @@ def test_safetensors_hold_the_same(trained, tmp_path, run_here):
         counts, _ = encode_folder(run_here, trained, source, target, "--output_format", "safetensors")
     assert counts == [0, 4, 0]
     expected = torch.load(target / "0001.pt", weights_only=True)
-    assert load_entries(target / "0001.safetensors").keys() == expected.keys()
-    for name, value in load_entries(target / "0001.safetensors").items():
+    assert load_checked(target / "0001.safetensors").keys() == expected.keys()
+    for name, value in load_checked(target / "0001.safetensors").items():
         assert torch.equal(value, expected[name]) if isinstance(value, torch.Tensor) else value == expected[name]
     arrays = safetensors.numpy.load_file(target / "0001.safetensors")
     np.testing.assert_array_equal(arrays["latent"], expected["latent"].numpy())
@@ -138,7 +138,7 @@ def test_what_else_a_feature_file_says_goes_along(trained, tmp_path, run_here):
     }
     assert saved["frame_indices"].tolist() == [0, 3, 5]
     assert saved["cosine"] < 1.01 and isinstance(saved["settings"], str) and not {"pixels", "nothing"} & saved.keys()
-    other = load_entries(tmp_path / "z.safetensors")
+    other = load_checked(tmp_path / "z.safetensors")
     assert other.keys() == saved.keys() and other["frame_indices"].tolist() == [0, 3, 5]
     assert (other["license"], other["fps"], other["layers"]) == ("cc-by-4.0", 12.5, [6, 12])
 
@@ -180,7 +180,7 @@ def test_the_figures_are_what_numpy_says(trained, tmp_path, run_here, length):
     command = ["--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--input", source, "--save_reconstruction"]
     assert run_here("encode.py", *command, "--output", tmp_path / "z.safetensors").returncode == 0
     x = torch.load(source, weights_only=True)["feature"].double().numpy()
-    saved = load_entries(tmp_path / "z.safetensors")
+    saved = load_checked(tmp_path / "z.safetensors")
     r, found = saved["reconstruction"].double().numpy(), {name: saved[name] for name in METRICS}
     error = r - x
     expected = {

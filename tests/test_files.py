@@ -123,7 +123,7 @@ def test_a_feature_is_read_from_safetensors(tmp_path):
     whole = (tmp_path / "a.safetensors").read_bytes()
     for size in (0, 7, 200, len(whole) - 1):
         (tmp_path / "a.safetensors").write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"a\.safetensors is damaged or no \.safetensors \(\S+.*\); make"):
+        with pytest.raises(UserError, match=r"a\.safetensors is damaged or of another format \(\S+.*\); make"):
             load_feature(tmp_path / "a.safetensors")
     with full_disk(1000), pytest.raises(OSError, match="File too large"):
         save_atomically({"latent": torch.zeros(1000)}, tmp_path / "b.safetensors")

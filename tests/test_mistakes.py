@@ -18,7 +18,7 @@ BAD_FEATURES = {
     "rank.pt": (torch.zeros(3, 12), r"shape [3, 12]"),
     "empty.pt": (torch.zeros(0, 3, 12), "not empty"),
     "integers.npy": (np.zeros((2, 3, 12), dtype=np.int64), "floating point"),
-    "objects.npy": (np.array([Unsafe()], dtype=object), "no array of numbers"),
+    "objects.npy": (np.array([Unsafe()], dtype=object), "unsafe"),
     "words.pt": ({"caption": "no feature here"}, "no feature tensor"),
     "nothing.pt": ({}, "no feature tensor"),
     "unsafe.pt": ({"feature": Unsafe()}, "unsafe"),
