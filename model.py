@@ -1015,10 +1015,12 @@ def load_checked(path: Path, mmap: bool = False, check: bool = True) -> Any:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
                 metadata = file.metadata() or {}
             return tensors | json.loads(metadata.pop(OTHER_VALUES, "{}")) | metadata
-        is_zip = zipfile.is_zipfile(path)  # not of torch < 1.6
-        if is_zip and check:
+        if check and zipfile.is_zipfile(path):  # files of torch < 1.6 are none
             check_crc(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception:  # nor can they be mapped, nor files whose names are not UTF-8; others fail again
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # damaged files raise almost anything
