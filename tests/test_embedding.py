@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from encode import movement
 from model import (
     FRAME_MOTION,
     REGION_MOTION,
     MotionFeatureAutoencoder,
     describe_motion_embedding,
     motion_channels,
-    movement,
 )
 
 NAMES = [*FRAME_MOTION, *REGION_MOTION]
