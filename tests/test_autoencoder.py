@@ -406,9 +406,9 @@ def test_float8_features_are_read(tmp_path, dtype):
 
 
 def test_a_clip_of_one_step_is_not_taken_for_a_batch(tmp_path):
-    torch.save({"feature": torch.zeros(1, 2, 3, 4), "model": "DINOv2"}, tmp_path / "x.pt")  # as vfm_feature.py says
+    torch.save({"feature": torch.ones(1, 2, 3, 4), "model": "DINOv2"}, tmp_path / "x.pt")  # as vfm_feature.py says
     assert load_feature(tmp_path / "x.pt")[0].shape == (1, 2, 3, 4)
-    torch.save(torch.zeros(1, 6, 4), tmp_path / "x.pt")
+    torch.save(torch.ones(1, 6, 4), tmp_path / "x.pt")
     assert load_feature(tmp_path / "x.pt")[0].shape == (1, 6, 4)
 
 
