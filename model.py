@@ -1027,7 +1027,7 @@ def load_checked(path: Path, mmap: bool = False, check: bool = True) -> Any:
         cause = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         if is_out_of_memory(error):
             raise UserError(f"{path} does not fit into memory ({cause})") from None
-        if "weights_only" in str(error) or "allow_pickle" in str(error):
+        if re.search("weights_only|allow_pickle|Python objects", str(error)):
             raise UserError(f"{path} holds objects that only unsafe loading could read; save plain tensors") from None
         raise UserError(f"{path} is damaged or of another format ({cause}); make or download it again") from None
 

@@ -14,7 +14,7 @@ class Unsafe:
 BAD_FEATURES = {
     "nan.pt": (torch.zeros(20, 3, 12).index_fill(0, torch.tensor([19]), float("nan")), "NaN or infinity"),
     "infinity.npy": (np.full((2, 3, 12), np.inf, dtype=np.float32), "NaN or infinity"),
-    "channels.pt": (torch.zeros(2, 3, 11), "C is 11, but"),
+    "channels.pt": (torch.ones(2, 3, 11), "C is 11, but"),
     "rank.pt": (torch.zeros(3, 12), r"shape [3, 12]"),
     "empty.pt": (torch.zeros(0, 3, 12), "not empty"),
     "integers.npy": (np.zeros((2, 3, 12), dtype=np.int64), "floating point"),
