@@ -26,13 +26,11 @@ import textwrap
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
-from matplotlib.font_manager import get_font_names
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -55,12 +53,16 @@ from model import (
     motion_channels,
     number,
     open_device,
+    principal_components,
     provenance,
     ranks,
     run_script,
     save_atomically,
     whole_file,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One clip's result, and the report on all
@@ -175,8 +177,7 @@ def leading_components(x: Tensor, steps: list[int]) -> tuple[Tensor, float]:
     sample = tokens[evenly(len(tokens), 4096)].float()
     mean = sample.mean(dim=0)
     covariance = (sample - mean).mT @ (sample - mean) / len(sample)
-    basis = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :3]
-    basis = nn.functional.pad(basis, (0, max(0, 3 - x.shape[-1])))
+    basis = nn.functional.pad(principal_components(covariance)[:, :3], (0, max(0, 3 - x.shape[-1])))
     spread = (sample - mean) @ basis  # [K, 3]
     low, high = spread.quantile(0.02, dim=0), spread.quantile(0.98, dim=0)
     noise = noise_floor(sample)
@@ -215,6 +216,10 @@ def draw_clip(
     pictures: uint8 [steps, h, w, 3] by title, a row each, of the first one's aspect ratio. plots: curves [T - 1] by
     name, by the label of the y-axis, drawn below.
     """
+    # takes most of a second; --help, decoders and runs without previews do without it
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import get_font_names
+
     _, height, width, _ = next(iter(pictures.values())).shape
     aspect = min(max(width / height, 1 / 8), 8.0)
     width, height = round((PICTURE * aspect) ** 0.5), round((PICTURE / aspect) ** 0.5)
@@ -385,7 +390,7 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
         features[output] = path
     if not features:
         raise UserError(f"--input {source} holds no features beside those in --output {target}")
-    make_folder(target, "--output")
+    make_folder(target, "--output", mirrors=True)
     return [(path, output) for output, path in features.items()]
 
 

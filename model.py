@@ -1377,9 +1377,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def make_folder(folder: Path, flag: str) -> None:
-    """Make the folder that `flag` names, and remove the half-written files of killed runs from it and below: those that
-    nobody has written to for a day. Raises `UserError` where it cannot be made or written into."""
+def make_folder(folder: Path, flag: str, mirrors: bool = False) -> None:
+    """Make the folder that `flag` names, and remove the half-written files of killed runs from it, and from below if it
+    `mirrors` a tree: those that nobody has written to for a day. Raises `UserError` where it cannot be made or written
+    into."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -1387,7 +1388,7 @@ def make_folder(folder: Path, flag: str) -> None:
         raise UserError(
             f"{flag} {folder} is no folder that can be written into ({error.strerror}); give another"
         ) from None
-    for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
+    for path in folder.glob(f"{'**/' if mirrors else ''}.*{TEMPORARY_SUFFIX}"):
         with suppress(OSError):  # another run may have removed it
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 path.unlink()

@@ -60,7 +60,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from encode import MOVEMENT, encode_clip, print_summary, write_encode_report, write_preview
+from encode import MOVEMENT, encode_clip, print_summary, refuse_other_picture, write_encode_report, write_preview
 from losses import METRICS
 from model import (
     ArgumentParser,
@@ -1828,7 +1828,7 @@ def output_folder(name: str, args: argparse.Namespace) -> Path:
 def make_folders(args: argparse.Namespace) -> None:
     """Make the models' folders, without half-written files of earlier runs. Raises what `make_folder` raises."""
     for name in args.vfms:
-        make_folder(output_folder(name, args), "--output_root")
+        make_folder(output_folder(name, args), "--output_root", mirrors=True)
 
 
 def load_model(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
@@ -1903,7 +1903,7 @@ def load_models(args: argparse.Namespace) -> tuple[list[ModelRun], list[str]]:
 def read_finished(run: ModelRun, clip: Clip, window: int) -> dict | None:
     """The feature file of an earlier run if it was made with the same settings; its tensors stay on disk."""
     try:
-        saved = load_checked(run.path(clip, window), mmap=True)
+        saved = load_checked(run.path(clip, window), mmap=True, check=False)
     except UserError:  # absent, or it cannot be read: then it is made again
         return None
     same = isinstance(saved, dict) and saved.get("settings") == run.clip_settings(clip)
@@ -1979,7 +1979,10 @@ def save_feature(
 ) -> None:
     """Write the file of a window, its feature [T, H, W, C] or the latent of that, and its preview. `run` records the
     success, or why it failed."""
+    path = run.path(clip, window.index)
     try:
+        if preview:
+            refuse_other_picture(path.with_suffix(".png"))
         made = contents(run, feature)
     except UserError as error:
         bounds = (window.start, window.end) if run.settings["window"] else (clip.part.start, clip.part.end)
@@ -1997,7 +2000,6 @@ def save_feature(
         "end": window.end,
         "windows": window.count,
     }
-    path = run.path(clip, window.index)
     save_atomically(data, path)
     record(run, path, data, "written")
     if preview:

@@ -128,6 +128,20 @@ def test_encode_draws_what_it_encodes(trained, tmp_path, run_here):
     assert (target / "0000.png").exists() and (target / "0001.png").read_bytes() == b"somebody's picture"
 
 
+def test_somebody_elses_picture_costs_that_clip_alone(tmp_path, run_here):
+    (tmp_path / "clips").mkdir()
+    for name in ("0", "1"):
+        write_video(tmp_path / "clips" / f"{name}.avi", [np.zeros((64, 96, 3), dtype=np.uint8)] * 4, "MJPG")
+    folder = tmp_path / "VideoMAE"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(b"somebody's picture")
+    arguments = ["vfm_feature.py", "--video_dir", tmp_path / "clips", "--output_root", tmp_path, *SMALL]
+    assert counts(run_here(*arguments, "--models", "VideoMAE", "--preview")) == [1, 0, 1]
+    assert "--preview would write over" in (folder / "failed_videos.txt").read_text()
+    assert (folder / "0.png").read_bytes() == b"somebody's picture" and not (folder / "0.pt").exists()
+    assert (folder / "1.pt").exists() and (folder / "1.png").exists()
+
+
 def test_vfm_feature_draws_what_the_model_saw(tmp_path, run_here):
     (tmp_path / "clips").mkdir()
     frames = [np.full((64, 96, 3), 10 * index, dtype=np.uint8) for index in range(12)]
