@@ -206,10 +206,12 @@ class Clips(Dataset):
     def __getitem__(self, key: tuple[int, Tile]) -> Tensor:
         index, tile = key
         path = self.files[index].path
-        clip, _ = load_feature(path, self.input_dim, mmap=True, check=index not in self.checked)
-        self.checked.add(index)
+        is_new = index not in self.checked
+        clip, _ = load_feature(path, self.input_dim, mmap=True, check=is_new)
         clip = clip[tile].clone()  # the file is not mapped any longer
-        check_numbers(clip, path)
+        if not is_new:
+            check_numbers(clip, path)
+        self.checked.add(index)
         return clip
 
     @property
@@ -585,9 +587,8 @@ def train(
 
     for epoch in range(first, args.epochs + 1):
         start = time.perf_counter()
-        torch.manual_seed(
-            args.seed + epoch + 1_000_003 * ranks.index
-        )  # with the order of clips, all chance of an epoch
+        # with the order of clips, all chance of an epoch
+        torch.manual_seed(args.seed + epoch + 1_000_003 * ranks.index)
         order.epoch = epoch
         steps = range((epoch - 1) * len(loader), epoch * len(loader))
         rates = [learning_rate(step, args.epochs * len(loader), args.lr) for step in steps]
