@@ -37,7 +37,7 @@ class Loop:
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        self.args, self.clips = args, train.Clips(train.look_at_files(args.feature_dir, args.input_dim), args.input_dim)
+        self.args, self.clips = args, train.Clips(*train.look_at_files(args.feature_dir, args.input_dim))
         order = train.EqualShapeBatches(self.clips, args.batch_size, args.seed)
         self.loader = train.make_loader(self.clips, order, args)
         self.model = train.start_model(args, self.clips, None)

@@ -116,7 +116,7 @@ def test_safetensors_hold_the_same(trained, tmp_path, run_here):
     assert load_checked(target / "0001.safetensors").keys() == expected.keys()
     for name, value in load_checked(target / "0001.safetensors").items():
         assert type(value) is type(expected[name])
-        np.testing.assert_equal(value, expected[name])  # of numbers some are NaN
+        np.testing.assert_array_equal(value, expected[name])  # of numbers some are NaN
     arrays = safetensors.numpy.load_file(target / "0001.safetensors")
     np.testing.assert_array_equal(arrays["latent"], expected["latent"].numpy())
     with safetensors.safe_open(target / "0001.safetensors", "np") as file:

@@ -118,7 +118,7 @@ def test_an_epoch_sees_every_position_once(tmp_path, monkeypatch):
     make_features(tmp_path / "a", 3, (6, 5, 7, 12))
     make_features(tmp_path / "b", 2, (6, 80, 12))
     monkeypatch.setattr(train, "STEP_TOKENS", 100)  # of 210 and 480
-    clips = train.Clips(train.look_at_files(tmp_path, 12), 12)
+    clips = train.Clips(*train.look_at_files(tmp_path, 12))
     order = train.EqualShapeBatches(clips, 2, 0)
     seen = [torch.zeros(file.shape) for file in clips.files]
     batches = list(order)
@@ -133,7 +133,7 @@ def test_an_epoch_sees_every_position_once(tmp_path, monkeypatch):
 
 
 def test_one_token_is_enough_to_train(tmp_path, run_here):
-    save(tmp_path / "f" / "one.pt", torch.randn(1, 1, 12))
+    save(tmp_path / "f" / "one.pt", torch.randn(2, 1, 12))
     flags = ["--feature_dir", tmp_path / "f", "--save_dir", tmp_path / "ck", *SIZES, "--epochs", 1, "--use_token"]
     result = run_here("train.py", *flags)
     assert result.returncode == 0, result.stderr
