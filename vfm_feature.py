@@ -33,18 +33,23 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import re
 import resource
 import signal
 import sys
+import tempfile
+import threading
+import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as DecodeTimeoutError
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import combinations, islice, pairwise
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +60,6 @@ import torch
 from av.container import InputContainer
 from av.video.reformatter import ColorPrimaries
 from av.video.stream import VideoStream
-from pebble import ProcessExpired, ProcessPool
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -979,6 +983,14 @@ def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, list[Part]]:
 # Decoding, in processes of its own
 # ---------------------------------------------------------------------------------------------------------------------
 
+TIME_TOLERANCE = 1e-3  # seconds: containers such as Matroska round times to milliseconds
+VIDEOREPA_SIZE = (480, 720)
+MAKE_ROOM = "free memory or end other processes, or lower --num_workers"
+START_TIMEOUT = 300  # seconds in which a decoding process has to start: its packages may lie on a slow network disk
+
+# {size: RGB [num_frames, height, width, 3]}, uint8, or float16 in VideoREPA's recipe
+Frames = dict[tuple[int, int], np.ndarray]
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -986,20 +998,52 @@ class Sampling:
 
     num_frames: int
     sizes: tuple[tuple[int, int], ...]  # (height, width)
-    way: str = "spread"  # or "stride": see `frame_indices`
+    sampling: str = "spread"  # or "stride": see `frame_indices`
     fps: float | None = None  # instead: frames a second
     window: float | None = None  # seconds: cut clips into windows that start every `hop` seconds
     hop: float | None = None
     fit: str = "squash"  # a key of `FITS`
 
 
-def frame_indices(num_available: int, num_frames: int, way: str = "spread") -> np.ndarray:
+@dataclass(frozen=True)
+class Window:
+    """What one feature file is made of: a clip, or one of the windows that it is cut into.
+
+    Two are equal if they show the same frames: decoding can find that a clip has fewer windows than its packets say.
+    """
+
+    clip: int  # which of its job's spans
+    index: int  # which of that clip's windows
+    count: int = field(compare=False)  # how many windows that clip has
+    start: float  # seconds from the video's first frame
+    end: float = field(compare=False)
+    frame_indices: tuple[int, ...]  # of the frames that the video shows; empty if it shows none in this time
+    stop: int = field(compare=False)  # the first frame after it
+    fps: float  # the video's average rate
+
+    @property
+    def num_repeats(self) -> int:
+        """How many of its frames repeat another one, because the video shows fewer than were asked for."""
+        return len(self.frame_indices) - len(set(self.frame_indices))
+
+
+@dataclass(eq=False)
+class Job:
+    """A video that is decoded once for all of its clips, and the windows of these that came of it."""
+
+    path: str
+    # start and end of each clip in seconds; None: the video's
+    spans: list[tuple[float | None, float | None]] = field(default_factory=lambda: [(None, None)])
+    delivered: set[Window] = field(default_factory=set)
+
+
+def frame_indices(num_available: int, num_frames: int, sampling: str = "spread") -> np.ndarray:
     """`num_frames` of the indices 0 .. num_available - 1; when there are too few frames, some repeat.
 
     "spread": evenly from the first to the last. "stride": at the largest whole stride from the first, as VideoREPA's
     `finetune/datasets/utils.py` does; the last one repeats.
     """
-    if way == "stride":
+    if sampling == "stride":
         return np.minimum(np.arange(num_frames) * max(num_available // num_frames, 1), num_available - 1)
     return np.linspace(0, num_available - 1, num_frames).round().astype(int)
 
@@ -1045,7 +1089,6 @@ def fit_like_videorepa(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return image[0].permute(1, 2, 0).half().numpy()
 
 
-VIDEOREPA_SIZE = (480, 720)
 FITS = {"squash": resize_frame, "crop": crop_frame, "videorepa": fit_like_videorepa}
 
 
@@ -1079,6 +1122,12 @@ class Packets(NamedTuple):
     tick: float  # seconds
     rate: float  # frames a second, on average
 
+    def seconds(self) -> np.ndarray:
+        """When each frame is shown, from the first; by the average rate where the times do not rise."""
+        if None in self.times or any(later <= earlier for earlier, later in pairwise(self.times)):
+            return np.arange(len(self.times)) / self.rate
+        return (np.array(self.times) - self.times[0]) * self.tick
+
 
 def read_packets(path: str) -> Packets:
     """The packets of a video that are shown: as many as it has frames, unless some packets hold none. Decodes nothing.
@@ -1111,54 +1160,20 @@ def read_packets(path: str) -> Packets:
     return Packets(shown if None in shown else sorted(shown), tick, rate)
 
 
-def presentation_times(packets: Packets) -> np.ndarray:
-    """When each frame is shown, in seconds from the first; by the average rate where they do not rise."""
-    ticks = packets.times
-    if None in ticks or any(later <= earlier for earlier, later in pairwise(ticks)):
-        return np.arange(len(ticks)) / packets.rate
-    return (np.array(ticks) - ticks[0]) * packets.tick
-
-
-@dataclass
-class Job:
-    """A video that is decoded once for all of its clips, and what has come of it."""
-
-    number: int
-    path: str
-    # start and end of each clip in seconds (None: the video's), and which of its windows are wanted (None: all)
-    clips: tuple[tuple[float | None, float | None, frozenset[int] | None], ...] = ((None, None, None),)
-    failures: list[str] = field(default_factory=list)  # of decoders; the next one goes on
-    delivered: set[Window] = field(default_factory=set)
-
-
-@dataclass(frozen=True)
-class Window:
-    """What one feature file is made of: a clip, or the windows that it is cut into."""
-
-    clip: int  # which of its job's
-    index: int  # which of that clip's windows
-    count: int  # how many windows that clip has
-    start: float  # seconds from the video's first frame
-    end: float
-    frame_indices: tuple[int, ...]  # of the frames that the video shows; empty if it shows none in this time
-    stop: int  # the first frame after it
-    fps: float  # the video's average rate
-
-
 def plan_windows(job: Job, packets: Packets, sampling: Sampling) -> list[Window]:
-    """The windows of a job's clips that are wanted, in the order in which decoding completes them.
+    """The windows of a job's clips that are to be delivered, in the order in which decoding completes them.
 
     A frame belongs to a window if its time is in [start, end). Only whole windows count, but a clip shorter than one
     is a window of its own.
     """
-    times = presentation_times(packets)
+    times = packets.seconds()
     video_end = times[-1] + 1 / packets.rate
     windows = []
-    for clip, (start, end, wanted) in enumerate(job.clips):
+    for clip, (start, end) in enumerate(job.spans):
         start, end = start or 0.0, min(end or video_end, video_end)
         length, hop = sampling.window or video_end, sampling.hop or video_end
         count = 1 + max(0, math.floor((end - start - length + TIME_TOLERANCE) / hop)) if sampling.window else 1
-        for index in range(count) if wanted is None else sorted(wanted & set(range(count))):
+        for index in range(count):
             begin = start + index * hop
             until = min(begin + length, end)
             first, stop = np.searchsorted(times, [begin - TIME_TOLERANCE, until - TIME_TOLERANCE])
@@ -1169,37 +1184,43 @@ def plan_windows(job: Job, packets: Packets, sampling: Sampling) -> list[Window]
                 moments = begin + np.arange(sampling.num_frames) / sampling.fps + TIME_TOLERANCE
                 indices = (np.searchsorted(times, moments, side="right") - 1).clip(first, stop - 1)
             elif first < stop:
-                indices = first + frame_indices(stop - first, sampling.num_frames, sampling.way)
+                indices = first + frame_indices(stop - first, sampling.num_frames, sampling.sampling)
             stop = stop if len(indices) else len(times)  # only the video's end tells that there is none
             span = float(begin), float(until)
             windows.append(Window(clip, index, count, *span, tuple(indices.tolist()), int(stop), packets.rate))
-    return sorted(windows, key=lambda window: window.stop)
-
-
-TIME_TOLERANCE = 1e-3  # seconds: containers such as Matroska round times to milliseconds
+    return sorted((window for window in windows if window not in job.delivered), key=lambda window: window.stop)
 
 
 class ShownFrame(NamedTuple):
     """A frame as a decoder yields it, in the order in which the video shows them."""
 
-    to_rgb: Callable[[], np.ndarray]  # uint8 [H, W, 3]: only the frames that are wanted are converted
+    # with square pixels or as stored -> uint8 [H, W, 3]: only the frames that are wanted are converted
+    to_rgb: Callable[[bool], np.ndarray]
     time: int | None = None  # in the container's ticks
     is_whole: bool = True  # no damage was found up to here
 
 
-def make_converter(width: int, height: int, pixel_format: str, *colours: int) -> av.filter.Graph:
-    """FFmpeg's own conversion to RGB, for frames that are alike in all of these. Making one takes longer than a use."""
+def make_converter(aspect: str, width: int, height: int, pixel_format: str, *colours: int) -> av.filter.Graph:
+    """FFmpeg's own conversion to RGB, for frames that are alike in all of these. Making one takes longer than a use.
+
+    `aspect`: how much wider than high a pixel is shown, in the terms of FFmpeg's scale filter.
+    """
     graph = av.filter.Graph()
     graph.threads = 1
     source = graph.add_buffer(width=width, height=height, format=pixel_format, time_base=Fraction(1, 25))
-    graph.link_nodes(source, graph.add("scale"), graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+    # the shorter side grows, so that no detail is lost
+    scale = graph.add("scale", f"w=round(iw*max(1,{aspect})):h=round(ih*max(1,1/{aspect})):eval=frame")
+    graph.link_nodes(source, scale, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
     return graph
 
 
-def to_rgb(frame: av.VideoFrame, converter: Callable[..., av.filter.Graph]) -> np.ndarray:
+def to_rgb(
+    frame: av.VideoFrame, converter: Callable[..., av.filter.Graph], aspect: str, square_pixels: bool
+) -> np.ndarray:
     """uint8 RGB [H, W, 3] as FFmpeg's command shows it: converted by the frame's own matrix and range and nothing else,
     turned and mirrored by its display matrix. `converter`: `make_converter`, with a memory for this video."""
-    graph = converter(frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
+    looks = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
+    graph = converter(aspect if square_pixels else "1", *looks)
     graph.vpush(frame)
     rgb = graph.vpull().to_ndarray()
     try:
@@ -1224,6 +1245,9 @@ def read_with_pyav(path: str) -> Iterator[ShownFrame]:
     errors, num_packets, num_shown, num_whole = [], 0, 0, 0
     starts_whole, all_keyframes = False, True
     with open_track(path) as (container, stream, messages):
+        # the container's word on pixels beats the frames' own; FFmpeg tells only which of the two it would take
+        ratio = stream.sample_aspect_ratio
+        aspect = "sar" if ratio == stream.codec_context.sample_aspect_ratio else f"({ratio})"
         for packet in container.demux(stream):
             messages.clear()
             frames = []
@@ -1241,7 +1265,7 @@ def read_with_pyav(path: str) -> Iterator[ShownFrame]:
                 num_shown += 1
                 num_whole += not frame.is_corrupt
                 is_whole = not errors and num_whole == num_shown
-                yield ShownFrame(functools.partial(to_rgb, frame, converter), frame.pts, is_whole)
+                yield ShownFrame(functools.partial(to_rgb, frame, converter, aspect), frame.pts, is_whole)
             if not num_shown and not starts_whole:
                 errors.clear()
     if errors or num_whole < num_shown:
@@ -1249,130 +1273,114 @@ def read_with_pyav(path: str) -> Iterator[ShownFrame]:
         raise ValueError(f"damaged: {num_whole} of {num_packets} frames are whole ({reason})")
 
 
-def check_plain(path: str) -> None:
-    """Raise `RuntimeError` for videos that decord or OpenCV may read wrongly."""
-    with open_track(path) as (container, stream, _):
-        frame = next(container.decode(stream))
-        # HDR has wide primaries too
-        is_wide = frame.color_primaries in (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
-        is_turned = "DISPLAYMATRIX" in frame.side_data
-        if is_wide or is_turned or frame.interlaced_frame or len(container.streams.video) > 1:
-            raise RuntimeError("not for HDR, wide gamut, display matrices, interlaced video or several tracks")
-
-
 def read_with_decord(path: str) -> Iterator[ShownFrame]:
     import decord
 
-    check_plain(path)
     decord.logging.set_level(decord.logging.ERROR)
     # fault_tol: otherwise decord silently replaces a frame that it cannot find by a neighbour
     reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
     for _ in range(len(reader)):
-        frame = torch.from_dlpack(reader.next().to_dlpack()).numpy()  # without a copy
-        if frame.shape[-1] != 3:  # dmlc/decord issue 336: garbled frames of some narrow videos
-            raise RuntimeError(f"a frame of shape {list(frame.shape)} instead of [height, width, 3]")
-        yield ShownFrame(lambda frame=frame: frame)
+        rgb = torch.from_dlpack(reader.next().to_dlpack()).numpy()  # without a copy
+        if rgb.shape[-1] != 3:  # dmlc/decord issue 336: garbled frames of some narrow videos
+            raise RuntimeError(f"a frame of shape {list(rgb.shape)} instead of [height, width, 3]")
+        yield ShownFrame(lambda _, rgb=rgb: rgb)
 
 
 def read_with_opencv(path: str) -> Iterator[ShownFrame]:
     import cv2
 
-    check_plain(path)
     capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # else a name with % stands for numbered images
     while capture.grab():
-        yield ShownFrame(lambda: cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB))
+        yield ShownFrame(lambda _: cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB))
 
 
-BACKENDS = {"pyav": read_with_pyav, "decord": read_with_decord, "opencv": read_with_opencv}  # tried in this order
+# Tried in this order. A video that hangs or crashes PyAV is left to the others where they can be trusted.
+BACKENDS = {"pyav": read_with_pyav, "decord": read_with_decord, "opencv": read_with_opencv}
 
 
-# {size: RGB [num_frames, height, width, 3]}, uint8, or float16 in VideoREPA's recipe
-Clips = dict[tuple[int, int], np.ndarray]
+def check_plain(path: str, num_frames: int, backend: str) -> None:
+    """Raise `RuntimeError` for videos that decord or OpenCV may read wrongly.
+
+    They do not tell times: without the container's number of frames no window would be right.
+    """
+    with open_track(path) as (container, stream, _):
+        is_odd = len(container.streams.video) > 1 or stream.sample_aspect_ratio not in (None, 1)
+        frame = next(container.decode(stream))
+        is_odd |= "DISPLAYMATRIX" in frame.side_data or frame.interlaced_frame
+        # HDR has wide primaries too
+        is_odd |= frame.color_primaries in (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
+    if is_odd:
+        raise RuntimeError("only for one track of square pixels, not HDR, wide gamut, display matrices or interlaced")
+    num_shown = sum(1 for _ in BACKENDS[backend](path))
+    if num_shown != num_frames:
+        raise RuntimeError(f"{num_shown} frames, where the container has {num_frames}")
 
 
-class Decoded(NamedTuple):
-    """What a decoder has of a job: a window and its frames, or why it has none; without a window, why the rest of the
-    job failed, or why a decoder gave up and the next one goes on; nothing of these: it is still at work."""
+def decode_planned(
+    job: Job, shown: Iterable[ShownFrame], packets: Packets, sampling: Sampling, compare_times: bool
+) -> Generator[tuple[Window, Frames | str] | None, None, list[int | None] | None]:
+    """Yield the windows that `packets` promise, as they are complete, with their frames or why they have none; None now
+    and then: still at work.
 
-    job: int
-    window: Window | None = None
-    frames: Clips | str | None = None
-    failure: str | None = None  # of one decoder
-    is_last: bool = False  # of the job
+    Ends with the last of them. If the video shows other frames than its packets say, it returns their times: the number
+    counts, and the times themselves if `compare_times`.
+    """
+    waiting = deque(plan_windows(job, packets, sampling))
+    uses = Counter(index for window in waiting for index in set(window.frame_indices))
+    kept: dict[int, Frames] = {}  # resized frames that windows share: [H, W, 3] by index and size
 
-
-class OpenWindows:
-    """The windows that a pass over a video has yet to deliver, and the resized frames that they share."""
-
-    def __init__(self, job: Job, packets: Packets, sampling: Sampling):
-        self.job, self.sampling = job, sampling
-        planned = plan_windows(job, packets, sampling)
-        self.waiting = deque(window for window in planned if window not in job.delivered)
-        self.uses = Counter(index for window in self.waiting for index in set(window.frame_indices))
-        self.kept: dict[int, dict[tuple[int, int], np.ndarray]] = {}  # by index and size
-
-    def add(self, index: int, frame: ShownFrame) -> None:
-        if index in self.uses:
-            rgb, fit = frame.to_rgb(), FITS[self.sampling.fit]
-            self.kept[index] = {size: fit(rgb, size) for size in self.sampling.sizes}
-
-    def take(self, window: Window) -> Clips | str:
-        """Its frames, or why it has none."""
+    def take(window: Window) -> Frames | str:
+        job.delivered.add(window)
+        if window.start >= window.end:
+            return f"the video ends before, at {window.end:g} s"
         if not window.frame_indices:
-            if window.start >= window.end:
-                return f"the video ends before, at {window.end:g} s"
             return f"no frame is shown from {window.start:g} to {window.end:g} s"
-        clips = {
-            size: np.stack([self.kept[index][size] for index in window.frame_indices]) for size in self.sampling.sizes
-        }
+        frames = {size: np.stack([kept[index][size] for index in window.frame_indices]) for size in sampling.sizes}
         for index in set(window.frame_indices):
-            self.uses[index] -= 1
-            if not self.uses[index]:
-                del self.kept[index]
-        return clips
+            uses[index] -= 1
+            if not uses[index]:
+                del kept[index]
+        return frames
 
-    def deliver(self, num_shown: int) -> Iterator[Decoded]:
-        """Those that are complete after `num_shown` frames."""
-        while self.waiting and self.waiting[0].stop <= num_shown:
-            window = self.waiting.popleft()
-            self.job.delivered.add(window)
-            yield Decoded(self.job.number, window, self.take(window), is_last=not self.waiting)
+    times, as_planned = [], True
+    for index, frame in enumerate(shown):
+        is_right = index < len(packets.times) and (not compare_times or frame.time == packets.times[index])
+        as_planned = as_planned and is_right and frame.is_whole
+        times.append(frame.time)
+        if index % 1000 == 999:
+            yield None
+        while as_planned and waiting and waiting[0].stop <= index:
+            yield waiting[0], take(waiting.popleft())
+        if not waiting:
+            return None
+        if as_planned and index in uses:
+            rgb = frame.to_rgb(sampling.fit == "crop")
+            kept[index] = {size: FITS[sampling.fit](rgb, size) for size in sampling.sizes}
+    if not as_planned or len(times) != len(packets.times):
+        return times
+    for window in waiting:
+        yield window, take(window)
+    return None
 
 
-def decode_windows(job: Job, sampling: Sampling, backend: str) -> Iterator[Decoded]:
-    """Decode a video, and yield those of its windows that were not delivered before, as they are complete.
+def decode_windows(job: Job, sampling: Sampling, backend: str) -> Iterator[tuple[Window, Frames | str] | None]:
+    """Decode a video, and yield what `decode_planned` does of those of its windows that were not delivered before.
 
     The video is read from its start to the end of its last window, once, unless it shows other frames than its packets
-    say: their number counts, and their times where any clip depends on these. Then the rest of the first pass finds the
-    true ones. Raises `ValueError` if the video is to blame, anything else if the decoder is.
+    say. Then the rest of the first pass finds the true ones, and the windows are planned anew. Raises `ValueError` if
+    the video is to blame, anything else if the decoder is.
     """
     path = os.path.abspath(job.path)  # without a folder FFmpeg would take a name such as pipe:0 for a protocol
     if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
         raise ValueError("its name is not in UTF-8; rename it")
     packets = read_packets(path)
-    if backend != "pyav":  # the others do not tell times; without the right number of frames no window is right
-        num_shown = sum(1 for _ in BACKENDS[backend](path))
-        if num_shown != len(packets.times):
-            raise RuntimeError(f"{num_shown} frames, where the container has {len(packets.times)}")
-    has_parts = bool(sampling.window) or any(start or end for start, end, _ in job.clips)
-    times_count = backend == "pyav" and (has_parts or sampling.fps)
+    if backend != "pyav":
+        check_plain(path, len(packets.times), backend)
+    has_parts = bool(sampling.window) or any(start or end for start, end in job.spans)
+    compare_times = backend == "pyav" and bool(has_parts or sampling.fps)
     while True:
-        windows = OpenWindows(job, packets, sampling)
-        times: list[int | None] = []
-        as_planned = True
-        for index, frame in enumerate(BACKENDS[backend](path)):
-            times.append(frame.time)
-            is_right = index < len(packets.times) and (not times_count or frame.time == packets.times[index])
-            as_planned = as_planned and is_right and frame.is_whole
-            if has_parts and index % 1000 == 999:  # a long way to the next window is no reason to give up
-                yield Decoded(job.number)
-            if as_planned:
-                yield from windows.deliver(index)
-                if not windows.waiting:
-                    return
-                windows.add(index, frame)
-        if as_planned and len(times) == len(packets.times):
-            yield from windows.deliver(len(times))
+        times = yield from decode_planned(job, BACKENDS[backend](path), packets, sampling, compare_times)
+        if times is None:
             return
         if not times:
             raise ValueError("no frames: none can be decoded")
@@ -1381,136 +1389,195 @@ def decode_windows(job: Job, sampling: Sampling, backend: str) -> Iterator[Decod
 
 def decode_clip(
     path: str, num_frames: int, sizes: Iterable[tuple[int, int]], backend: str = "pyav", **sampling: Any
-) -> Clips:
+) -> Frames:
     """A whole video as one clip, decoded in this process: {(height, width): RGB [num_frames, height, width, 3]}.
 
-    `sampling`: `way`, `fps`, `fit` of `Sampling`. Raises `ValueError` if the video is to blame, anything else if the
-    decoder is.
+    `sampling`: `sampling`, `fps`, `fit` of `Sampling`. Raises `ValueError` if the video is to blame, anything else if
+    the decoder is.
     """
-    (decoded,) = decode_windows(Job(0, str(path)), Sampling(num_frames, tuple(sizes), **sampling), backend)
-    return decoded.frames
-
-
-def decode_job(job: Job, sampling: Sampling) -> Iterator[Decoded]:
-    """Decode a video. Where a decoder fails, the next one goes on, unless the video is to blame."""
-    for backend in list(BACKENDS)[len(job.failures) :]:
-        try:
-            yield from decode_windows(job, sampling, backend)
-            return
-        except ValueError as error:
-            yield Decoded(job.number, frames=" ".join(str(error).split()), is_last=True)
-            return
-        except Exception as error:  # decoders raise their own kinds
-            job.failures.append(f"{backend}: {' '.join(str(error).split()) or type(error).__name__}"[:300])
-            yield Decoded(job.number, failure=job.failures[-1])
-    yield Decoded(job.number, frames="; ".join(job.failures), is_last=True)
+    found = decode_windows(Job(str(path)), Sampling(num_frames, tuple(sizes), **sampling), backend)
+    ((_, frames),) = filter(None, found)
+    return frames
 
 
 def start_decoder() -> None:
-    """What a decoding process does first: it leaves Ctrl-C to its parent, takes one core, and limits its memory.
+    """What a decoding process does first: it takes one core, and limits its memory.
 
     A broken header can ask for any amount of memory; 4 GiB are enough for frames of 8K. A decoder that hangs in native
     code would outlive a parent that is killed.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     reuse_memory()
     os.nice(10)  # the model's threads wait for one another, so that slowing one down slows all
     if sys.platform == "linux":
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30,) * 2)
+        own = mapped + 4 * 2**30
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        lower = [own if limit == resource.RLIM_INFINITY else min(own, limit) for limit in limits]
+        resource.setrlimit(resource.RLIMIT_AS, lower)
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-streams: deque[Iterator[Decoded]] = deque()  # of this process: what it has of each of its videos
+def decode_jobs(connection: Connection, sampling: Sampling) -> None:
+    """A decoding process. It says "" when it is ready for a job, then what `decode_windows` yields of it.
 
-
-def decode_next(jobs: list[Job], sampling: Sampling) -> Decoded | None:
-    """What this process has next of its videos, to which `jobs` are added; None: it has no more."""
-    streams.extend(decode_job(job, sampling) for job in jobs)
-    while streams:
-        item = next(streams[0], None)
-        if item is not None:
-            return item
-        streams.popleft()
-    return None
+    (None, reason) follows if the video is to blame for what is missing. If the decoder is, a text says why, and the
+    process ends, so that the next decoder has a fresh one.
+    """
+    start_decoder()
+    with suppress(EOFError, ConnectionError):  # its parent is gone
+        while True:
+            connection.send("")
+            job, backend = connection.recv()
+            try:
+                for item in decode_windows(job, sampling, backend):
+                    connection.send(item)
+            except ConnectionError:
+                raise
+            except ValueError as error:
+                connection.send((None, " ".join(str(error).split())))
+            except Exception as error:  # decoders raise their own kinds
+                connection.send(" ".join(str(error).split())[:300] or type(error).__name__)
+                return
 
 
 class Decoder:
-    """A process that decodes videos one after the other, ahead of its caller; a new one where it hangs or dies."""
+    """A decoding process, the job that it is at, and why earlier decoders gave this up."""
 
-    def __init__(self, sampling: Sampling, timeout: float, context: multiprocessing.context.BaseContext):
-        self.sampling, self.timeout, self.context = sampling, timeout, context
-        self.jobs: dict[int, Job] = {}  # that the process was given and has not finished, in order
-        self.start()
+    def __init__(self, sampling: Sampling):
+        self.job: Job | None = None  # until it has started
+        self.failures: list[str] = []
+        self.heard = time.monotonic()
+        # Forks of a server that has imported these once: each import takes seconds, and a fork of this process would
+        # copy its threads' locks. The path of its socket may be 107 bytes long; 32 of them follow the folder.
+        is_served = sys.platform == "linux" and len(os.fsencode(tempfile.gettempdir())) <= 75
+        context = multiprocessing.get_context("forkserver" if is_served else "spawn")
+        context.set_forkserver_preload(["torch", "av", "pandas"])
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=decode_jobs, args=(theirs, sampling), daemon=True)
+        try:
+            self.process.start()
+        except (OSError, EOFError) as error:  # no memory, too many processes
+            raise UserError(f"no process for decoding can be started ({error or 'it ended'}); {MAKE_ROOM}") from error
+        theirs.close()
 
-    def start(self) -> None:
-        self.pool = ProcessPool(1, 0, start_decoder, context=self.context)
-        self.coming: deque[Future] = deque()
+    def give(self, job: Job, failures: list[str]) -> None:
+        self.job, self.failures, self.heard = job, failures, time.monotonic()
+        with suppress(ConnectionError):  # it has just died: `hear` tells
+            self.connection.send((job, list(BACKENDS)[len(failures)]))
+
+    def hear(self, timeout: float) -> tuple[Window | None, Frames | str] | str | None:
+        """What it says, see `decode_jobs`, or that it died or was silent for `timeout` seconds; None: nothing.
+
+        Raises `UserError` if it has died before it was ready.
+        """
+        if not self.job:
+            timeout = START_TIMEOUT
+        if self.connection.poll():
+            try:
+                item = self.connection.recv()
+                self.heard = time.monotonic()
+                return item
+            except (EOFError, OSError):  # at the end of its last message, or amid it
+                self.process.join(5)
+                reason = f"the process died ({self.process.exitcode})"
+        elif time.monotonic() - self.heard > timeout:
+            reason = f"no end after {timeout:g} s (--decode_timeout)"
+        else:
+            return None
+        if not self.job:
+            raise UserError(f"no process for decoding can be started ({reason}); {MAKE_ROOM}")
+        return reason
 
     def stop(self) -> None:
-        self.pool.stop()  # else the end of the program would wait for what is being decoded
-        self.pool.join()
-
-    def ask(self, jobs: Iterable[Job] = ()) -> None:
-        """Ask the process for one more thing, and give it `jobs`."""
-        jobs = list(jobs)
-        self.jobs |= {job.number: job for job in jobs}
-        self.coming.append(self.pool.schedule(decode_next, [jobs, self.sampling], timeout=self.timeout))
-
-    def take(self, further: Iterator[Job]) -> Decoded | None:
-        """What comes next; None after all. For a video that is finished the process is given one of `further`."""
-        if not self.jobs:
-            return None
-        job, item = next(iter(self.jobs.values())), None
-        try:
-            item = self.coming.popleft().result()
-        except (DecodeTimeoutError, ProcessExpired) as error:
-            reason = f"no end after {self.timeout:g} s (--decode_timeout)"
-            if isinstance(error, ProcessExpired):
-                reason = f"the process died ({error.exitcode})"
-            job.failures.append(f"{next(islice(BACKENDS, len(job.failures), None), 'at the end')}: {reason}")
-        if item is None:  # it hung or died; or it died between two tasks, and a new one knows of no videos
-            self.stop()
-            self.start()
-            self.ask(self.jobs.values())
-            self.ask()
-            return Decoded(job.number)
-        if item.failure:
-            job.failures.append(item.failure)
-        if item.window:
-            job.delivered.add(item.window)
-        if item.is_last:
-            del self.jobs[item.job]
-        self.ask(islice(further, 1) if item.is_last else ())
-        return item
+        self.process.kill()
+        self.process.join(5)  # one that waits for a dead network disk cannot be killed
+        self.connection.close()
 
 
-def decode_ahead(jobs: Sequence[Job], sampling: Sampling, num_workers: int, timeout: float) -> Iterator[Decoded]:
-    """Decode videos in processes, ahead of the caller. Yields every window of each, or why it, or the job, failed.
+def decode_in_processes(
+    jobs: Sequence[Job], sampling: Sampling, num_workers: int, timeout: float
+) -> Iterator[tuple[Job, Window | None, Frames | str] | None]:
+    """What `decode_ahead` yields, and None while there is nothing. Serves whichever process has something.
 
-    Each process has two jobs, the one that it is at and the next, and the caller takes from the processes in turn. A
-    decoder that fails, dies, or yields nothing for `timeout` seconds costs only its process. Then the next decoder goes
-    on, unless the video is to blame.
+    A decoder that hangs or dies costs its process, and the next decoder makes the job's other windows.
     """
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
-    context.set_forkserver_preload(["torch", "av", "pandas"])  # imported once, not by each worker
-    decoders = deque(Decoder(sampling, timeout, context) for _ in range(min(num_workers, len(jobs))))
-    further = iter(jobs)
-    for decoder in [*decoders, *decoders]:
-        decoder.ask(islice(further, 1))
+    todo = deque((job, []) for job in jobs)  # with why decoders gave them up
+    decoders: list[Decoder] = []
     try:
+        for _ in range(min(num_workers, len(jobs))):
+            decoders.append(Decoder(sampling))
         while decoders:
-            item = decoders[0].take(further)
-            if item is None:
-                decoders.popleft().stop()
-                continue
-            decoders.rotate(-1)
-            if item.frames is not None:
-                yield item
+            wait([decoder.connection for decoder in decoders], timeout=0.2)
+            yield None
+            for decoder in [*decoders]:
+                item = decoder.hear(timeout)
+                if isinstance(item, tuple):
+                    window, frames = item
+                    decoder.job.delivered |= {window} - {None}
+                    yield decoder.job, window, frames
+                elif item:
+                    failures = [*decoder.failures, f"{list(BACKENDS)[len(decoder.failures)]}: {item}"]
+                    if len(failures) < len(BACKENDS):
+                        todo.appendleft((decoder.job, failures))
+                    else:
+                        yield decoder.job, None, "; ".join(failures)
+                    decoder.stop()
+                    decoders.remove(decoder)
+                    if todo:
+                        decoders.append(Decoder(sampling))
+                elif item == "" and todo:
+                    decoder.give(*todo.popleft())
+                elif item == "":
+                    decoder.stop()
+                    decoders.remove(decoder)
     finally:
         for decoder in decoders:
             decoder.stop()
+
+
+def decode_ahead(
+    jobs: Sequence[Job], sampling: Sampling, num_workers: int, timeout: float
+) -> Iterator[tuple[Job, Window | None, Frames | str]]:
+    """Decode videos in processes. Yields every window of each job with its frames, or with the reason why it has none;
+    with None for a window, the reason why the job's other windows are missing.
+
+    A thread takes from the processes, two items ahead of the caller for each of them. A video on which a decoder hangs,
+    that is says nothing for `timeout` seconds, or dies, is left to the next one of `BACKENDS`. Raises `UserError` if no
+    process starts.
+    """
+    found: queue.SimpleQueue = queue.SimpleQueue()
+    room = threading.Semaphore(2 * num_workers)
+    stopped = threading.Event()
+
+    def read_ahead() -> None:
+        # Ctrl-C is for the main thread. Processes inherit this; their tracker would undo it if it were started later.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            with closing(decode_in_processes(jobs, sampling, num_workers, timeout)) as items:
+                for item in items:
+                    if stopped.is_set():
+                        return
+                    if item:
+                        found.put(item)
+                        room.acquire()
+            found.put(None)
+        except BaseException as error:  # the caller's to raise
+            found.put(error)
+
+    thread = threading.Thread(target=read_ahead, daemon=True)
+    thread.start()
+    try:
+        while item := found.get():
+            if isinstance(item, BaseException):
+                raise item
+            room.release()
+            yield item
+    finally:
+        stopped.set()
+        room.release()
+        thread.join()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2009,7 +2076,7 @@ def save_feature(
 
 def decode_todo(
     runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace
-) -> Iterator[tuple[Clip, Window | None, Clips | str]]:
+) -> Iterator[tuple[Clip, Window | None, Frames | str]]:
     """Every window that any run needs, as (clip, window, frames), or the reason why it has no frames; with None for a
     window, that of all that is left of the clip. A video is decoded once for all of its clips.
     """
@@ -2020,31 +2087,31 @@ def decode_todo(
         if wanted:
             left[clip] = None if None in wanted else set().union(*wanted)
             by_video.setdefault(clip.video, []).append(clip)
-    jobs = []
-    for video, group in by_video.items():
-        parts = [(clip.part.start, clip.part.end, left[clip] and frozenset(left[clip])) for clip in group]
-        jobs.append(Job(len(jobs), str(video), tuple(parts)))
-    groups = list(by_video.values())
+    groups = {
+        Job(str(video), [(clip.part.start, clip.part.end) for clip in group]): group
+        for video, group in by_video.items()
+    }
     sizes = tuple(sorted({run.size for run in runs}))
     sampling = Sampling(args.num_frames, sizes, args.sampling, args.fps, args.window, args.hop, args.fit)
     with (
         tqdm(total=sum(len(windows or [0]) for windows in left.values()), unit="clip", disable=ranks.index > 0) as bar,
-        closing(decode_ahead(jobs, sampling, args.num_workers, args.decode_timeout)) as decoded,
+        closing(decode_ahead([*groups], sampling, args.num_workers, args.decode_timeout)) as decoded,
     ):
-        for item in decoded:
-            if item.window is None:
-                for clip in groups[item.job]:
+        for job, window, frames in decoded:
+            if window is None:
+                for clip in groups[job]:
                     if left[clip] is None or left[clip]:
-                        yield clip, None, item.frames
+                        yield clip, None, frames
                         bar.update(len(left[clip] or [0]))
                 continue
-            clip = groups[item.job][item.window.clip]
+            clip = groups[job][window.clip]
             if left[clip] is None:
-                left[clip] = set(range(item.window.count))
-                bar.total += item.window.count - 1
-            left[clip].discard(item.window.index)
-            yield clip, item.window, item.frames
-            bar.update()
+                left[clip] = set(range(window.count))
+                bar.total += window.count - 1
+            if window.index in left[clip]:
+                left[clip].discard(window.index)
+                yield clip, window, frames
+                bar.update()
 
 
 def extract(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
