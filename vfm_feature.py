@@ -80,6 +80,7 @@ from model import (
     provenance,
     ranks,
     reuse_memory,
+    remove_leftovers,
     run_script,
     save_atomically,
     say,
@@ -985,8 +986,6 @@ def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, list[Part]]:
 
 TIME_TOLERANCE = 1e-3  # seconds: containers such as Matroska round times to milliseconds
 VIDEOREPA_SIZE = (480, 720)
-MAKE_ROOM = "free memory or end other processes, or lower --num_workers"
-START_TIMEOUT = 300  # seconds in which a decoding process has to start: its packages may lie on a slow network disk
 
 # {size: RGB [num_frames, height, width, 3]}, uint8, or float16 in VideoREPA's recipe
 Frames = dict[tuple[int, int], np.ndarray]
@@ -1060,10 +1059,13 @@ def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return image[0].permute(1, 2, 0).numpy()
 
 
-def crop_centre(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[H, W, 3] -> its largest centred part at the aspect ratio of `size`, by VideoREPA's rounding."""
+def crop_centre(frame: np.ndarray, size: tuple[int, int], aspect: float = 1.0) -> np.ndarray:
+    """[H, W, 3] -> its largest centred part that is shown at the aspect ratio of `size`, by VideoREPA's rounding.
+
+    `aspect`: how much wider than high each pixel is shown.
+    """
     height, width, _ = frame.shape
-    ratio = size[0] / size[1]
+    ratio = size[0] / size[1] * aspect
     if height / width > ratio:
         cut_height, cut_width = max(1, int(width * ratio)), width
     else:
@@ -1072,9 +1074,9 @@ def crop_centre(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return frame[top : top + cut_height, left : left + cut_width]
 
 
-def crop_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [height, width, 3]: the centre at the aspect ratio of `size`, then `resize_frame`."""
-    return resize_frame(crop_centre(frame, size), size)
+def crop_frame(frame: np.ndarray, size: tuple[int, int], aspect: float = 1.0) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [height, width, 3]: what `crop_centre` leaves, by `resize_frame`."""
+    return resize_frame(crop_centre(frame, size, aspect), size)
 
 
 def fit_like_videorepa(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -1089,7 +1091,12 @@ def fit_like_videorepa(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return image[0].permute(1, 2, 0).half().numpy()
 
 
-FITS = {"squash": resize_frame, "crop": crop_frame, "videorepa": fit_like_videorepa}
+# (frame, size, aspect of its pixels) -> frame. Squashed frames and VideoREPA's take pixels as they are stored.
+FITS = {
+    "squash": lambda frame, size, aspect: resize_frame(frame, size),
+    "crop": crop_frame,
+    "videorepa": lambda frame, size, aspect: fit_like_videorepa(frame, size),
+}
 
 
 @contextmanager
@@ -1194,63 +1201,57 @@ def plan_windows(job: Job, packets: Packets, sampling: Sampling) -> list[Window]
 class ShownFrame(NamedTuple):
     """A frame as a decoder yields it, in the order in which the video shows them."""
 
-    # with square pixels or as stored -> uint8 [H, W, 3]: only the frames that are wanted are converted
-    to_rgb: Callable[[bool], np.ndarray]
+    # -> uint8 [H, W, 3], and how much wider than high its pixels are shown; only wanted frames are converted
+    to_rgb: Callable[[], tuple[np.ndarray, float]]
     time: int | None = None  # in the container's ticks
-    is_whole: bool = True  # no damage was found up to here
 
 
-def make_converter(aspect: str, width: int, height: int, pixel_format: str, *colours: int) -> av.filter.Graph:
-    """FFmpeg's own conversion to RGB, for frames that are alike in all of these. Making one takes longer than a use.
-
-    `aspect`: how much wider than high a pixel is shown, in the terms of FFmpeg's scale filter.
-    """
+def make_converter(width: int, height: int, pixel_format: str, *colours: int) -> av.filter.Graph:
+    """FFmpeg's own conversion to RGB, for frames that are alike in all of these. Making one takes longer than a use."""
     graph = av.filter.Graph()
     graph.threads = 1
     source = graph.add_buffer(width=width, height=height, format=pixel_format, time_base=Fraction(1, 25))
-    # the shorter side grows, so that no detail is lost
-    scale = graph.add("scale", f"w=round(iw*max(1,{aspect})):h=round(ih*max(1,1/{aspect})):eval=frame")
-    graph.link_nodes(source, scale, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+    graph.link_nodes(source, graph.add("scale"), graph.add("format", "rgb24"), graph.add("buffersink")).configure()
     return graph
 
 
-def to_rgb(
-    frame: av.VideoFrame, converter: Callable[..., av.filter.Graph], aspect: str, square_pixels: bool
-) -> np.ndarray:
-    """uint8 RGB [H, W, 3] as FFmpeg's command shows it: converted by the frame's own matrix and range and nothing else,
-    turned and mirrored by its display matrix. `converter`: `make_converter`, with a memory for this video."""
-    looks = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
-    graph = converter(aspect if square_pixels else "1", *looks)
+def to_rgb(frame: av.VideoFrame, aspect: float, converter: Callable[..., av.filter.Graph]) -> tuple[np.ndarray, float]:
+    """uint8 RGB [H, W, 3] as FFmpeg's command shows it, and how much wider than high its pixels are shown.
+
+    Converted by the frame's own matrix and range and nothing else, turned and mirrored by its display matrix. `aspect`:
+    of its pixels before the turn. `converter`: `make_converter`, with a memory for this video.
+    """
+    graph = converter(frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
     graph.vpush(frame)
     rgb = graph.vpull().to_ndarray()
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # there is side data that PyAV does not know, as in MV-HEVC
-        return np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90))
+        quarters = frame.rotation // 90
+        return np.ascontiguousarray(np.rot90(rgb, quarters)), 1 / aspect if quarters % 2 else aspect
     if matrix is None:
-        return rgb
+        return rgb, aspect
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # (x, y) is shown at (a x + c y, b x + d y)
     if abs(b) > abs(a):
-        rgb, a, d = rgb.transpose(1, 0, 2), c, b
-    return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+        rgb, a, d, aspect = rgb.transpose(1, 0, 2), c, b, 1 / aspect
+    return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]), aspect
 
 
 def read_with_pyav(path: str) -> Iterator[ShownFrame]:
-    """Raises `ValueError` after the last frame if FFmpeg's decoder found damage.
+    """Raises `ValueError` where FFmpeg's decoder finds damage.
 
     Its log counts only while all packets are keyframes: after others it also reports references that a cut removed and
     that no shown frame needs. If a video begins without a keyframe, errors before its first shown frame do not count.
     """
     converter = functools.cache(make_converter)
-    errors, num_packets, num_shown, num_whole = [], 0, 0, 0
-    starts_whole, all_keyframes = False, True
+    num_packets, num_shown, starts_whole, all_keyframes = 0, 0, False, True
     with open_track(path) as (container, stream, messages):
-        # the container's word on pixels beats the frames' own; FFmpeg tells only which of the two it would take
-        ratio = stream.sample_aspect_ratio
-        aspect = "sar" if ratio == stream.codec_context.sample_aspect_ratio else f"({ratio})"
+        codec, ratio = stream.codec_context, stream.sample_aspect_ratio
+        is_fixed = ratio != codec.sample_aspect_ratio  # the container's word on pixels beats the codec's
+        aspects: dict[int | None, float] = {}  # by the packet's time: the codec's can change amid the video
         for packet in container.demux(stream):
             messages.clear()
-            frames = []
+            frames, faults = [], []
             if packet.size:  # the last, empty one tells the decoder to finish
                 all_keyframes &= packet.is_keyframe
                 starts_whole |= not num_packets and packet.is_keyframe
@@ -1258,19 +1259,20 @@ def read_with_pyav(path: str) -> Iterator[ShownFrame]:
             try:
                 frames = packet.decode()
             except av.error.FFmpegError as error:
-                errors.append(error.strerror)
+                faults = [error.strerror]
+            aspects[packet.pts] = aspect = float((ratio if is_fixed else codec.sample_aspect_ratio) or 1)
             if all_keyframes:
-                errors += [text.strip() for _, source, text in messages if source == stream.codec_context.codec.name]
+                faults += [text.strip() for _, source, text in messages if source == codec.codec.name]
             for frame in frames:
+                if frame.is_corrupt:
+                    faults.append("a corrupt frame")
+                if faults:
+                    break
+                pixels = aspects.pop(frame.pts, aspect)
+                yield ShownFrame(functools.partial(to_rgb, frame, pixels, converter), frame.pts)
                 num_shown += 1
-                num_whole += not frame.is_corrupt
-                is_whole = not errors and num_whole == num_shown
-                yield ShownFrame(functools.partial(to_rgb, frame, converter, aspect), frame.pts, is_whole)
-            if not num_shown and not starts_whole:
-                errors.clear()
-    if errors or num_whole < num_shown:
-        reason = errors[0] if errors else "corrupt frames"
-        raise ValueError(f"damaged: {num_whole} of {num_packets} frames are whole ({reason})")
+            if faults and (frames or num_shown or starts_whole):
+                raise ValueError(f"damaged: {num_shown} frames are whole, then: {faults[0]}")
 
 
 def read_with_decord(path: str) -> Iterator[ShownFrame]:
@@ -1283,7 +1285,7 @@ def read_with_decord(path: str) -> Iterator[ShownFrame]:
         rgb = torch.from_dlpack(reader.next().to_dlpack()).numpy()  # without a copy
         if rgb.shape[-1] != 3:  # dmlc/decord issue 336: garbled frames of some narrow videos
             raise RuntimeError(f"a frame of shape {list(rgb.shape)} instead of [height, width, 3]")
-        yield ShownFrame(lambda _, rgb=rgb: rgb)
+        yield ShownFrame(lambda rgb=rgb: (rgb, 1.0))
 
 
 def read_with_opencv(path: str) -> Iterator[ShownFrame]:
@@ -1291,7 +1293,7 @@ def read_with_opencv(path: str) -> Iterator[ShownFrame]:
 
     capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # else a name with % stands for numbered images
     while capture.grab():
-        yield ShownFrame(lambda _: cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB))
+        yield ShownFrame(lambda: (cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB), 1.0))
 
 
 # Tried in this order. A video that hangs or crashes PyAV is left to the others where they can be trusted.
@@ -1345,7 +1347,7 @@ def decode_planned(
     times, as_planned = [], True
     for index, frame in enumerate(shown):
         is_right = index < len(packets.times) and (not compare_times or frame.time == packets.times[index])
-        as_planned = as_planned and is_right and frame.is_whole
+        as_planned = as_planned and is_right
         times.append(frame.time)
         if index % 1000 == 999:
             yield None
@@ -1354,8 +1356,8 @@ def decode_planned(
         if not waiting:
             return None
         if as_planned and index in uses:
-            rgb = frame.to_rgb(sampling.fit == "crop")
-            kept[index] = {size: FITS[sampling.fit](rgb, size) for size in sampling.sizes}
+            rgb, aspect = frame.to_rgb()
+            kept[index] = {size: FITS[sampling.fit](rgb, size, aspect) for size in sampling.sizes}
     if not as_planned or len(times) != len(packets.times):
         return times
     for window in waiting:
@@ -1407,14 +1409,12 @@ def start_decoder() -> None:
     code would outlive a parent that is killed.
     """
     torch.set_num_threads(1)
-    reuse_memory()
     os.nice(10)  # the model's threads wait for one another, so that slowing one down slows all
     if sys.platform == "linux":
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        own = mapped + 4 * 2**30
-        limits = resource.getrlimit(resource.RLIMIT_AS)
-        lower = [own if limit == resource.RLIM_INFINITY else min(own, limit) for limit in limits]
-        resource.setrlimit(resource.RLIMIT_AS, lower)
+        own, unlimited = mapped + 4 * 2**30, resource.RLIM_INFINITY
+        limits = [own if limit == unlimited else min(own, limit) for limit in resource.getrlimit(resource.RLIMIT_AS)]
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
@@ -1442,51 +1442,42 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
 
 
 class Decoder:
-    """A decoding process, the job that it is at, and why earlier decoders gave this up."""
+    """A decoding process, the job that it is at, and why other decoders gave this up."""
 
     def __init__(self, sampling: Sampling):
-        self.job: Job | None = None  # until it has started
-        self.failures: list[str] = []
-        self.heard = time.monotonic()
         # Forks of a server that has imported these once: each import takes seconds, and a fork of this process would
-        # copy its threads' locks. The path of its socket may be 107 bytes long; 32 of them follow the folder.
+        # copy its threads' locks. The path of its socket can have 107 bytes, of which 32 follow the folder.
         is_served = sys.platform == "linux" and len(os.fsencode(tempfile.gettempdir())) <= 75
         context = multiprocessing.get_context("forkserver" if is_served else "spawn")
         context.set_forkserver_preload(["torch", "av", "pandas"])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=decode_jobs, args=(theirs, sampling), daemon=True)
-        try:
-            self.process.start()
-        except (OSError, EOFError) as error:  # no memory, too many processes
-            raise UserError(f"no process for decoding can be started ({error or 'it ended'}); {MAKE_ROOM}") from error
+        self.process.start()
         theirs.close()
+        self.job: Job | None = None  # until it has started
 
     def give(self, job: Job, failures: list[str]) -> None:
         self.job, self.failures, self.heard = job, failures, time.monotonic()
-        with suppress(ConnectionError):  # it has just died: `hear` tells
+        with suppress(ConnectionError):  # it has just died, and `hear` will tell
             self.connection.send((job, list(BACKENDS)[len(failures)]))
 
     def hear(self, timeout: float) -> tuple[Window | None, Frames | str] | str | None:
-        """What it says, see `decode_jobs`, or that it died or was silent for `timeout` seconds; None: nothing.
+        """What it says, see `decode_jobs`, or that it died or was silent for `timeout` seconds; None: nothing yet.
 
-        Raises `UserError` if it has died before it was ready.
+        Raises `EOFError` if it died before it was ready.
         """
-        if not self.job:
-            timeout = START_TIMEOUT
         if self.connection.poll():
-            try:
-                item = self.connection.recv()
+            with suppress(EOFError, OSError):  # it died, perhaps amid a message
                 self.heard = time.monotonic()
-                return item
-            except (EOFError, OSError):  # at the end of its last message, or amid it
-                self.process.join(5)
-                reason = f"the process died ({self.process.exitcode})"
-        elif time.monotonic() - self.heard > timeout:
+                return self.connection.recv()
+            self.process.join(5)
+            reason = f"the process died ({self.process.exitcode})"
+        elif self.job and time.monotonic() - self.heard > timeout:
             reason = f"no end after {timeout:g} s (--decode_timeout)"
         else:
             return None
         if not self.job:
-            raise UserError(f"no process for decoding can be started ({reason}); {MAKE_ROOM}")
+            raise EOFError(reason)
         return reason
 
     def stop(self) -> None:
@@ -1495,37 +1486,38 @@ class Decoder:
         self.connection.close()
 
 
-def decode_in_processes(
-    jobs: Sequence[Job], sampling: Sampling, num_workers: int, timeout: float
-) -> Iterator[tuple[Job, Window | None, Frames | str] | None]:
-    """What `decode_ahead` yields, and None while there is nothing. Serves whichever process has something.
+def run_decoders(
+    jobs: Sequence[Job],
+    sampling: Sampling,
+    num_workers: int,
+    timeout: float,
+    deliver: Callable[[Job, Window | None, Frames | str], None],
+    stopped: threading.Event,
+) -> None:
+    """Have processes decode, and `deliver` what `decode_ahead` yields of whichever has something.
 
-    A decoder that hangs or dies costs its process, and the next decoder makes the job's other windows.
+    Raises `OSError` or `EOFError` if no process can be started.
     """
     todo = deque((job, []) for job in jobs)  # with why decoders gave them up
     decoders: list[Decoder] = []
     try:
-        for _ in range(min(num_workers, len(jobs))):
-            decoders.append(Decoder(sampling))
-        while decoders:
+        decoders.extend(Decoder(sampling) for _ in range(min(num_workers, len(jobs))))
+        while decoders and not stopped.is_set():
             wait([decoder.connection for decoder in decoders], timeout=0.2)
-            yield None
             for decoder in [*decoders]:
                 item = decoder.hear(timeout)
                 if isinstance(item, tuple):
-                    window, frames = item
-                    decoder.job.delivered |= {window} - {None}
-                    yield decoder.job, window, frames
+                    decoder.job.delivered.add(item[0])
+                    deliver(decoder.job, *item)
                 elif item:
                     failures = [*decoder.failures, f"{list(BACKENDS)[len(decoder.failures)]}: {item}"]
                     if len(failures) < len(BACKENDS):
                         todo.appendleft((decoder.job, failures))
                     else:
-                        yield decoder.job, None, "; ".join(failures)
+                        deliver(decoder.job, None, "; ".join(failures))
                     decoder.stop()
                     decoders.remove(decoder)
-                    if todo:
-                        decoders.append(Decoder(sampling))
+                    decoders += [Decoder(sampling)] if todo else []
                 elif item == "" and todo:
                     decoder.give(*todo.popleft())
                 elif item == "":
@@ -1542,41 +1534,41 @@ def decode_ahead(
     """Decode videos in processes. Yields every window of each job with its frames, or with the reason why it has none;
     with None for a window, the reason why the job's other windows are missing.
 
-    A thread takes from the processes, two items ahead of the caller for each of them. A video on which a decoder hangs,
-    that is says nothing for `timeout` seconds, or dies, is left to the next one of `BACKENDS`. Raises `UserError` if no
-    process starts.
+    A thread takes from the processes, ahead of the caller by two items for each. A video on which a decoder dies, or
+    says nothing for `timeout` seconds, is left to the next one of `BACKENDS`. Raises `UserError` if no process starts.
     """
     found: queue.SimpleQueue = queue.SimpleQueue()
-    room = threading.Semaphore(2 * num_workers)
-    stopped = threading.Event()
+    room, stopped = threading.Semaphore(2 * num_workers), threading.Event()
+
+    def deliver(*item: Any) -> None:
+        found.put(item)
+        room.acquire()
 
     def read_ahead() -> None:
-        # Ctrl-C is for the main thread. Processes inherit this; their tracker would undo it if it were started later.
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        ending = None
         try:
-            with closing(decode_in_processes(jobs, sampling, num_workers, timeout)) as items:
-                for item in items:
-                    if stopped.is_set():
-                        return
-                    if item:
-                        found.put(item)
-                        room.acquire()
-            found.put(None)
-        except BaseException as error:  # the caller's to raise
-            found.put(error)
+            # Ctrl-C is for the main thread. Processes inherit this; their tracker, started later, would undo it.
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            run_decoders(jobs, sampling, num_workers, timeout, deliver, stopped)
+        except (OSError, EOFError) as error:
+            hint = "free memory, end other processes, or lower --num_workers"
+            ending = UserError(f"videos cannot be decoded: no process starts ({error}); {hint}")
+        except BaseException as error:  # for the caller to see
+            ending = error
+        found.put(ending)
 
     thread = threading.Thread(target=read_ahead, daemon=True)
     thread.start()
     try:
-        while item := found.get():
-            if isinstance(item, BaseException):
-                raise item
+        while isinstance(item := found.get(), tuple):
             room.release()
             yield item
+        if item:
+            raise item
     finally:
         stopped.set()
-        room.release()
+        room.release(num_workers)  # one item of each may wait
         thread.join()
 
 

@@ -235,13 +235,13 @@ def make_corpus(folder: Path, seed: int, cuts: int = 10, rotten: int = 100) -> d
     return shows
 
 
-def judge(shows: np.ndarray | None, clips: dict | str) -> str:
+def judge(shows: np.ndarray | None, frames: dict | str) -> str:
     """`right`, `recorded`, or what is wrong."""
-    if isinstance(clips, str):
+    if isinstance(frames, str):
         return "recorded"
     if shows is None:
         return "read, but it is no video"
-    (clip,) = clips.values()
+    (clip,) = frames.values()
     expected = shows[vfm.frame_indices(len(shows), len(clip))]
     expected = np.stack([vfm.resize_frame(np.ascontiguousarray(frame), clip.shape[1:3]) for frame in expected])
     error = np.abs(clip.astype(int) - expected).mean(axis=(1, 2, 3)).max()
@@ -252,18 +252,17 @@ def decode_corpus(folder: Path, shows: dict[str, np.ndarray | None]) -> dict[str
     """Decode a corpus and tell what is wrong. Returns how many of each kind of video are right, recorded or wrong."""
     start = time.perf_counter()
     verdicts: dict[str, Counter] = {}
-    paths = [folder / file for file in shows]
-    jobs = [vfm.Job(number, str(path)) for number, path in enumerate(paths)]
+    jobs = [vfm.Job(str(folder / file)) for file in shows]
     sampling = vfm.Sampling(NUM_FRAMES, ((96, 128),))
-    for decoded in tqdm(vfm.decode_ahead(jobs, sampling, 2, timeout=60), unit="video", total=len(jobs)):
-        path, clips = paths[decoded.job], decoded.frames
+    for job, _, frames in tqdm(vfm.decode_ahead(jobs, sampling, 2, timeout=60), unit="video", total=len(jobs)):
+        path = Path(job.path)
         kind = {"cut": "cut", "rot": "bit rot"}.get(path.name.split("_")[0], "whole")
         kind = "not a video" if shows[path.name] is None else kind
-        verdict = judge(shows[path.name], clips)
+        verdict = judge(shows[path.name], frames)
         expected = {"whole": ("right",), "not a video": ("recorded",)}.get(kind, ("right", "recorded"))
         verdicts.setdefault(kind, Counter())[verdict if verdict in expected else "WRONG"] += 1
         if verdict not in expected:
-            tqdm.write(f"  {path.name}: {verdict} {clips if isinstance(clips, str) else ''}")
+            tqdm.write(f"  {path.name}: {verdict} {frames if isinstance(frames, str) else ''}")
     print(f"{len(shows)} videos in {time.perf_counter() - start:.0f} s")
     return verdicts
 

@@ -41,15 +41,15 @@ def gray_clip(path, num_frames, times=None, width=64):
     return path
 
 
-def windows_of(path, num_frames=3, clips=((None, None, None),), **sampling):
-    """What decoding delivers, checked against the levels of the frames that it names."""
+def windows_of(path, num_frames=3, spans=((None, None),), **sampling):
+    """The windows that decoding yields, checked against the levels of the frames that they name."""
     sampling = vfm.Sampling(num_frames, ((48, 64),), **sampling)
     found = []
-    for decoded in vfm.decode_windows(vfm.Job(0, str(path), tuple(clips)), sampling, "pyav"):
-        if decoded.window and isinstance(decoded.frames, dict):
-            levels = decoded.frames[48, 64].mean(axis=(1, 2, 3)) / 4
-            assert np.abs(levels - decoded.window.frame_indices).max() < 0.5
-        found.append(decoded)
+    for window, frames in filter(None, vfm.decode_windows(vfm.Job(str(path), [*spans]), sampling, "pyav")):
+        if isinstance(frames, dict):
+            levels = frames[48, 64].mean(axis=(1, 2, 3)) / 4
+            assert np.abs(levels - window.frame_indices).max() < 0.5
+        found.append(window)
     return found
 
 
@@ -80,26 +80,26 @@ def test_stride_takes_the_frames_of_videorepa_s_loader(available):
     ],
 )
 def test_frames_a_second(tmp_path, part, fps, expected):
-    (decoded,) = windows_of(gray_clip(tmp_path / "a.mkv", 20), 4, [(*part, None)], fps=fps)
-    assert list(decoded.window.frame_indices) == expected and decoded.is_last
-    assert decoded.window.fps == pytest.approx(10)
+    (window,) = windows_of(gray_clip(tmp_path / "a.mkv", 20), 4, [part], fps=fps)
+    assert list(window.frame_indices) == expected and window.num_repeats == 4 - len(set(expected))
+    assert window.fps == pytest.approx(10)
 
 
 def test_times_are_the_container_s(tmp_path):
     """Frames 0 to 9 are shown for 0.1 s each, the rest for 0.3 s."""
     times = [100 * i if i < 10 else 1000 + 300 * (i - 10) for i in range(20)]
     path = gray_clip(tmp_path / "a.mkv", 20, times)
-    (decoded,) = windows_of(path, 4, [(0.9, 2.0, None)], fps=5.0)
-    assert list(decoded.window.frame_indices) == [9, 10, 11, 11]  # at 0.9, 1.1, 1.3 and 1.5 s
-    (decoded,) = windows_of(path, 5, [(0.9, 2.0, None)])
-    assert list(decoded.window.frame_indices) == [9, 10, 11, 12, 13]
+    (window,) = windows_of(path, 4, [(0.9, 2.0)], fps=5.0)
+    assert list(window.frame_indices) == [9, 10, 11, 11]  # at 0.9, 1.1, 1.3 and 1.5 s
+    (window,) = windows_of(path, 5, [(0.9, 2.0)])
+    assert list(window.frame_indices) == [9, 10, 11, 12, 13]
 
 
 def test_times_that_do_not_rise_give_way_to_the_average_rate():
     packets = vfm.Packets([0, 100, 100, 200], 0.001, 10.0)
-    assert vfm.presentation_times(packets).tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
-    assert vfm.presentation_times(packets._replace(times=[0, None, 5, 6]))[-1] == pytest.approx(0.3)
-    assert vfm.presentation_times(packets._replace(times=[50, 100, 190])).tolist() == pytest.approx([0, 0.05, 0.14])
+    assert packets.seconds().tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert packets._replace(times=[0, None, 5, 6]).seconds()[-1] == pytest.approx(0.3)
+    assert packets._replace(times=[50, 100, 190]).seconds().tolist() == pytest.approx([0, 0.05, 0.14])
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_times_that_do_not_rise_give_way_to_the_average_rate():
 )
 def test_windows(tmp_path, window, hop, expected):
     found = windows_of(gray_clip(tmp_path / "a.mkv", 20), window=window, hop=hop)
-    assert [(item.window.start, item.window.end) for item in found] == [pytest.approx(span) for span in expected]
-    assert [item.is_last for item in found] == [False] * (len(expected) - 1) + [True]
-    for item, (start, end) in zip(found, expected, strict=True):
-        assert item.window.frame_indices[0] == round(10 * start)
-        assert item.window.frame_indices[-1] == round(10 * end) - 1
+    assert [(window.start, window.end) for window in found] == [pytest.approx(span) for span in expected]
+    assert {window.count for window in found} == {len(expected)}
+    for window, (start, end) in zip(found, expected, strict=True):
+        assert window.frame_indices[0] == round(10 * start)
+        assert window.frame_indices[-1] == round(10 * end) - 1
 
 
 def test_every_window_shows_the_frames_that_it_names(tmp_path):
@@ -126,12 +126,12 @@ def test_every_window_shows_the_frames_that_it_names(tmp_path):
     sampling = vfm.Sampling(4, ((96, 128),), window=0.3, hop=0.2)
     lying = ("copied.mp4", "keyless.mkv", "hidden_packets.webm", "mpeg4.avi", "mpeg2_interlaced.mpg", "rotated_90.mp4")
     for name in lying:
-        found = [item for item in vfm.decode_windows(vfm.Job(0, str(tmp_path / name)), sampling, "pyav") if item.window]
-        assert [item.window.index for item in found] == list(range(found[0].window.count)) and len(found) > 1, name
-        assert found[-1].window.frame_indices[-1] <= len(shows[name]) - 1
-        for item in found:
-            part = shows[name][list(item.window.frame_indices)]  # four frames, of which all are sampled
-            assert judge(part, item.frames) == "right", (name, item.window)
+        found = [*vfm.decode_windows(vfm.Job(str(tmp_path / name)), sampling, "pyav")]
+        assert [window.index for window, _ in found] == list(range(found[-1][0].count)) and len(found) > 1, name
+        assert found[-1][0].frame_indices[-1] <= len(shows[name]) - 1
+        for window, frames in found:
+            part = shows[name][list(window.frame_indices)]  # four frames, of which all are sampled
+            assert judge(part, frames) == "right", (name, window)
 
 
 def test_damage_costs_the_clips_behind_it(tmp_path):
@@ -147,15 +147,11 @@ def test_damage_costs_the_clips_behind_it(tmp_path):
     middle = (data.index(b"mdat") + data.index(b"moov", data.index(b"mdat"))) // 2
     data[middle : middle + 60] = bytes(60)
     path.write_bytes(data)
-    found = []
+    found, sampling = [], vfm.Sampling(3, ((48, 64),), window=0.5, hop=0.5)
     with pytest.raises(ValueError, match=r"^damaged: \d+ of 40 frames are whole"):
-        for item in windows_of_any(path, window=0.5, hop=0.5):
-            found.append(item.window.index)
+        for window, _ in vfm.decode_windows(vfm.Job(str(path)), sampling, "pyav"):
+            found.append(window.index)
     assert found == list(range(len(found))) and 2 <= len(found) <= 5
-
-
-def windows_of_any(path, **sampling):
-    yield from vfm.decode_windows(vfm.Job(0, str(path)), vfm.Sampling(3, ((48, 64),), **sampling), "pyav")
 
 
 def test_a_decoder_that_ends_amid_windows_is_followed_by_the_next(tmp_path):
@@ -181,11 +177,11 @@ def test_a_decoder_that_ends_amid_windows_is_followed_by_the_next(tmp_path):
     script.write_text(
         "import sys, vfm_feature as vfm\n"
         "if __name__ == '__main__':\n"
-        "    jobs = [vfm.Job(number, path) for number, path in enumerate(sys.argv[1:])]\n"
+        "    jobs = [vfm.Job(path) for path in sys.argv[1:]]\n"
         "    sampling = vfm.Sampling(5, ((48, 64),), window=0.5, hop=0.5)\n"
-        "    for item in vfm.decode_ahead(jobs, sampling, 1, 3):\n"
-        "        levels = item.frames[48, 64].mean(axis=(1, 2, 3)) / 4\n"
-        "        print(item.job, item.window.index, *levels.round().astype(int))\n"
+        "    for job, window, frames in vfm.decode_ahead(jobs, sampling, 1, 3):\n"
+        "        levels = frames[48, 64].mean(axis=(1, 2, 3)) / 4\n"
+        "        print(jobs.index(job), window.index, *levels.round().astype(int))\n"
     )
     clips = [gray_clip(tmp_path / f"{width}.mkv", 30, width=width) for width in (32, 48, 64)]
     command = [sys.executable, script, *clips]
@@ -272,7 +268,7 @@ def test_the_recipe_from_end_to_end(tmp_path, run_here):
     assert video["feature"].shape == (24, 10, 15, 24) and video["frame_indices"] == list(range(1, 49))
     assert image["feature"].shape == (13, 30, 45, 24) and image["frame_indices"] == list(range(49))
     assert (video["settings"]["fit"], video["settings"]["num_frames"]) == ("videorepa", 48)
-    clips = vfm.decode_clip(path, 49, [(160, 240), (420, 630)], way="stride", fit="videorepa")
+    clips = vfm.decode_clip(path, 49, [(160, 240), (420, 630)], sampling="stride", fit="videorepa")
     for model, size, data in (("VideoMAEv2", (160, 240), video), ("DINOv2", (420, 630), image)):
         frames = torch.from_numpy(clips[size])[-len(data["frame_indices"]) :][None]
         assert frames.dtype == torch.float16
