@@ -1,17 +1,20 @@
 """vfm_feature.py: which frames of a video, from which part of it, at what size."""
 
 import functools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from bench_faults import judge, make_corpus
+from bench_faults import draw, encode, ffmpeg, judge, make_corpus
 from draw_clips import draw_frame, write_video
 from made_up import ROOT, SMALL, counts, pattern_clip
 
@@ -154,6 +157,28 @@ def test_damage_costs_the_clips_behind_it(tmp_path):
     assert found == list(range(len(found))) and 2 <= len(found) <= 5
 
 
+def test_packets_without_frames_do_not_make_windows_twice(tmp_path):
+    """The last 5 of 40 packets are decoded, but not shown: what was delivered by the packets' word stands."""
+    encode(draw(48, 64), tmp_path / "shown.mkv", ["-c:v", "libvpx", "-b:v", "1M"])
+    with av.open(str(tmp_path / "shown.mkv")) as source, av.open(str(tmp_path / "hidden.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for index, packet in enumerate(source.demux(video=0)):
+            if packet.size:
+                data = bytearray(bytes(packet))
+                data[0] &= 0xFF if index < 35 else 0xEF  # VP8's bit show_frame
+                copy = av.Packet(bytes(data))
+                copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+                copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+                target.mux(copy)
+    sampling = vfm.Sampling(5, ((48, 64),), window=0.2, hop=0.2)
+    (tmp_path / "text.mkv").write_text("no video")
+    jobs = [vfm.Job(str(tmp_path / name)) for name in ("hidden.mkv", "text.mkv")]
+    *found, (job, window, reason) = vfm.decode_ahead(jobs, sampling, 1, 60)
+    assert [window.index for _, window, _ in found] == [0, 1, 2, 3, 4, 5, 6]
+    assert all(judge(draw(48, 64)[list(window.frame_indices)], frames) == "right" for _, window, frames in found)
+    assert job is jobs[1] and window is None and reason.startswith("cannot be read: ")
+
+
 def test_a_decoder_that_ends_amid_windows_is_followed_by_the_next(tmp_path):
     """PyAV hangs, dies or fails at frame 10 of 30, by the video; decord goes on with the windows that are left."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -191,6 +216,62 @@ def test_a_decoder_that_ends_amid_windows_is_followed_by_the_next(tmp_path):
     assert sorted(found) == [
         (job, window, *range(5 * window, 5 * window + 5)) for job in range(3) for window in range(6)
     ]
+
+
+def test_whichever_process_is_ready_is_served(tmp_path):
+    """A pipe into which nobody writes hangs every decoder: the clips behind it do not wait, and no process stays."""
+    os.mkfifo(tmp_path / "hangs.mkv")
+    clips = [gray_clip(tmp_path / f"{index}.mkv", 4) for index in range(6)]
+    jobs = [vfm.Job(str(path)) for path in (tmp_path / "hangs.mkv", *clips)]
+    with closing(vfm.decode_ahead(jobs, vfm.Sampling(4, ((48, 64),)), 2, 1000)) as found:
+        assert {next(found)[0].path for _ in clips} == {str(path) for path in clips}
+        assert len(multiprocessing.active_children()) >= 1
+    assert multiprocessing.active_children() == []
+    found = vfm.decode_ahead(jobs[:1], vfm.Sampling(4, ((48, 64),)), 1, 1)
+    reason = "no end after 1 s (--decode_timeout)"
+    assert [*found] == [(jobs[0], None, f"pyav: {reason}; decord: {reason}; opencv: {reason}")]
+
+
+DECODE_ONE = """
+import multiprocessing, resource, sys
+import vfm_feature as vfm
+if __name__ == '__main__':
+    limit = int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        for _, window, _ in vfm.decode_ahead([vfm.Job(sys.argv[1])], vfm.Sampling(4, ((48, 64),)), 1, 60):
+            child = next(iter(multiprocessing.active_children()))
+            print(window.frame_indices, resource.prlimit(child.pid, resource.RLIMIT_AS))
+    except vfm.UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("case", ["long TMPDIR", "ulimit -v", "no process"])
+def test_decoders_start_or_one_line_says_why(tmp_path, case):
+    clip = gray_clip(tmp_path / "a.mkv", 4)
+    (tmp_path / "script.py").write_text(DECODE_ONE)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    limit = 2**36
+    if case == "long TMPDIR":
+        environment["TMPDIR"] = str(tmp_path / ("x" * 115))
+        Path(environment["TMPDIR"]).mkdir()
+    elif case == "ulimit -v":
+        limit = 2**32 + 2**31
+    else:
+        (tmp_path / "sitecustomize.py").write_text(
+            "import os, sys\nif 'multiprocessing' in ' '.join(sys.orig_argv): os._exit(7)\n"
+        )
+    command = [sys.executable, tmp_path / "script.py", clip, str(limit)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    lines = result.stdout.splitlines()
+    if case == "no process":
+        assert len(lines) == 1 and lines[0].startswith("videos cannot be decoded: no process starts ("), result
+        return
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result
+    indices, limits = lines[0].split(") (")
+    assert indices == "(0, 1, 2, 3"
+    assert (limits == f"{limit}, {limit})") == (case == "ulimit -v")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,6 +337,49 @@ def test_crop_takes_the_centre_and_squash_all(tmp_path):
     rgb = frame[..., ::-1]
     assert np.abs(whole[0] - vfm.resize_frame(np.ascontiguousarray(rgb), (60, 90)).astype(int)).mean() < 3
     assert np.abs(centre[0] - vfm.crop_frame(np.ascontiguousarray(rgb), (60, 90)).astype(int)).mean() < 3
+
+
+def test_crop_takes_what_players_show_and_squash_what_is_stored(tmp_path):
+    """Pixels twice as wide as high, or half, as the container or the codec says; before a turn, and amid a video."""
+    y, x = np.mgrid[:48, :64]
+    stored = np.stack([np.stack([2 * x + 40, 3 * y + 40, np.full_like(x, 4 * i)], -1) for i in range(40)])
+    stored = stored.astype(np.uint8)
+    h264 = ["-c:v", "libx264", "-crf", "5", "-pix_fmt", "yuv444p"]
+    square, wide, tall, unknown = (["-vf", f"setsar={ratio}"] for ratio in ("1", "2", "1/2", "0"))
+    for file, options in {
+        "codec.mpg": [*h264, *wide, "-f", "mpegts"],
+        "codec_tall.mpg": [*h264, *tall, "-f", "mpegts"],
+        "container.mov": ["-c:v", "mjpeg", "-q:v", "2", "-pix_fmt", "yuvj444p", *wide],
+        "unknown.mkv": [*h264, *unknown],
+        "square.mpg": [*h264, *square, "-f", "mpegts"],
+    }.items():
+        encode(stored, tmp_path / file, options)
+    ffmpeg("-i", tmp_path / "square.mpg", "-c", "copy", "-aspect", "8:3", tmp_path / "container.mkv")
+    ffmpeg("-display_rotation", "90", "-i", tmp_path / "codec.mpg", "-c", "copy", tmp_path / "turned.mp4")
+    both = (tmp_path / "square.mpg").read_bytes() + (tmp_path / "codec.mpg").read_bytes()
+    (tmp_path / "changes.mpg").write_bytes(both)
+
+    halves = {1: np.s_[:, :], 2: np.s_[:, 16:48], 0.5: np.s_[12:36, :]}  # of stored frames, shown at 4 : 3
+    for file, ratios in {
+        "codec.mpg": [2],
+        "codec_tall.mpg": [0.5],
+        "container.mov": [2],
+        "container.mkv": [2],
+        "unknown.mkv": [1],
+        "turned.mp4": [2],
+        "changes.mpg": [1] * 40 + [2] * 40,
+    }.items():
+        count = 80 if file == "changes.mpg" else 40
+        turns, size = (1, (64, 48)) if file == "turned.mp4" else (0, (48, 64))
+        for fit in ("crop", "squash"):
+            frames = vfm.decode_clip(tmp_path / file, count, [size], fit=fit)[size]
+            for index, frame in enumerate(frames):
+                part = halves[ratios[index % len(ratios)]] if fit == "crop" else np.s_[:, :]
+                cut = np.rot90(stored[index % 40][part], turns)
+                expected = vfm.resize_frame(np.ascontiguousarray(cut), size)
+                assert np.abs(frame.astype(int) - expected).mean() < 4, (file, fit, index)
+    with pytest.raises(RuntimeError, match="square pixels"):
+        vfm.decode_clip(tmp_path / "codec.mpg", 4, [(48, 64)], "opencv")
 
 
 def test_the_recipe_from_end_to_end(tmp_path, run_here):
