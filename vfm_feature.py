@@ -1074,11 +1074,6 @@ def crop_centre(frame: np.ndarray, size: tuple[int, int], aspect: float = 1.0) -
     return frame[top : top + cut_height, left : left + cut_width]
 
 
-def crop_frame(frame: np.ndarray, size: tuple[int, int], aspect: float = 1.0) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [height, width, 3]: what `crop_centre` leaves, by `resize_frame`."""
-    return resize_frame(crop_centre(frame, size, aspect), size)
-
-
 def fit_like_videorepa(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W, 3] -> float16 [height, width, 3], levels from 0 to 255 and, where bicubic overshoots, beyond.
 
@@ -1094,7 +1089,7 @@ def fit_like_videorepa(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 # (frame, size, aspect of its pixels) -> frame. Squashed frames and VideoREPA's take pixels as they are stored.
 FITS = {
     "squash": lambda frame, size, aspect: resize_frame(frame, size),
-    "crop": crop_frame,
+    "crop": lambda frame, size, aspect: resize_frame(crop_centre(frame, size, aspect), size),
     "videorepa": lambda frame, size, aspect: fit_like_videorepa(frame, size),
 }
 
@@ -1507,8 +1502,10 @@ def run_decoders(
             for decoder in [*decoders]:
                 item = decoder.hear(timeout)
                 if isinstance(item, tuple):
-                    decoder.job.delivered.add(item[0])
-                    deliver(decoder.job, *item)
+                    window, frames = item
+                    if window:
+                        decoder.job.delivered.add(window)
+                    deliver(decoder.job, window, frames)
                 elif item:
                     failures = [*decoder.failures, f"{list(BACKENDS)[len(decoder.failures)]}: {item}"]
                     if len(failures) < len(BACKENDS):

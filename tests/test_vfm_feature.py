@@ -333,7 +333,7 @@ def test_a_video_with_damaged_frames_fails(tmp_path):
     middle = rotten.index(b"mdat") + 2000
     rotten[middle : middle + 40] = bytes(40)
     path.write_bytes(rotten)
-    with pytest.raises(ValueError, match=r"damaged: \d+ of 40 frames are whole"):
+    with pytest.raises(ValueError, match=r"^damaged: \d+ frames are whole, then: "):
         vfm.decode_clip(str(path), 8, [(48, 64)], "pyav")
 
 
