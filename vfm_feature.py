@@ -981,10 +981,9 @@ def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, list[Part]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Decoding, in processes of its own
+# Frames: which of a clip, at what size
 # ---------------------------------------------------------------------------------------------------------------------
 
-TIME_TOLERANCE = 1e-3  # seconds: containers such as Matroska round times to milliseconds
 VIDEOREPA_SIZE = (480, 720)
 
 # {size: RGB [num_frames, height, width, 3]}, uint8, or float16 in VideoREPA's recipe
@@ -1002,38 +1001,6 @@ class Sampling:
     window: float | None = None  # seconds: cut clips into windows that start every `hop` seconds
     hop: float | None = None
     fit: str = "squash"  # a key of `FITS`
-
-
-@dataclass(frozen=True)
-class Window:
-    """What one feature file is made of: a clip, or one of the windows that it is cut into.
-
-    Two are equal if they show the same frames: decoding can find that a clip has fewer windows than its packets say.
-    """
-
-    clip: int  # which of its job's spans
-    index: int  # which of that clip's windows
-    count: int = field(compare=False)  # how many windows that clip has
-    start: float  # seconds from the video's first frame
-    end: float = field(compare=False)
-    frame_indices: tuple[int, ...]  # of the frames that the video shows; empty if it shows none in this time
-    stop: int = field(compare=False)  # the first frame after it
-    fps: float  # the video's average rate
-
-    @property
-    def num_repeats(self) -> int:
-        """How many of its frames repeat another one, because the video shows fewer than were asked for."""
-        return len(self.frame_indices) - len(set(self.frame_indices))
-
-
-@dataclass(eq=False)
-class Job:
-    """A video that is decoded once for all of its clips, and the windows of these that came of it."""
-
-    path: str
-    # start and end of each clip in seconds; None: the video's
-    spans: list[tuple[float | None, float | None]] = field(default_factory=lambda: [(None, None)])
-    delivered: set[Window] = field(default_factory=set)
 
 
 def frame_indices(num_available: int, num_frames: int, sampling: str = "spread") -> np.ndarray:
@@ -1092,6 +1059,45 @@ FITS = {
     "crop": lambda frame, size, aspect: resize_frame(crop_centre(frame, size, aspect), size),
     "videorepa": lambda frame, size, aspect: fit_like_videorepa(frame, size),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding, in processes of its own
+# ---------------------------------------------------------------------------------------------------------------------
+
+TIME_TOLERANCE = 1e-3  # seconds: containers such as Matroska round times to milliseconds
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one feature file is made of: a clip, or one of the windows that it is cut into.
+
+    Two are equal if they show the same frames: decoding can find that a clip has fewer windows than its packets say.
+    """
+
+    clip: int  # which of its job's spans
+    index: int  # which of that clip's windows
+    count: int = field(compare=False)  # how many windows that clip has
+    start: float  # seconds from the video's first frame
+    end: float = field(compare=False)
+    frame_indices: tuple[int, ...]  # of the frames that the video shows; empty if it shows none in this time
+    stop: int = field(compare=False)  # the first frame after it
+    fps: float  # the video's average rate
+
+    @property
+    def num_repeats(self) -> int:
+        """How many of its frames repeat another one, because the video shows fewer than were asked for."""
+        return len(self.frame_indices) - len(set(self.frame_indices))
+
+
+@dataclass(eq=False)
+class Job:
+    """A video that is decoded once for all of its clips, and the windows of these that came of it."""
+
+    path: str
+    # start and end of each clip in seconds; None: the video's
+    spans: list[tuple[float | None, float | None]] = field(default_factory=lambda: [(None, None)])
+    delivered: set[Window] = field(default_factory=set)
 
 
 @contextmanager
