@@ -1572,7 +1572,7 @@ def decode_ahead(
     finally:
         stopped.set()
         room.release(num_workers)  # one item of each may wait
-        thread.join()
+        thread.join(10)  # a process that starts cannot be interrupted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
