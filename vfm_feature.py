@@ -79,8 +79,6 @@ from model import (
     open_device,
     provenance,
     ranks,
-    reuse_memory,
-    remove_leftovers,
     run_script,
     save_atomically,
     say,
