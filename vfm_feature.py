@@ -27,7 +27,6 @@ import csv
 import ctypes
 import difflib
 import functools
-import inspect
 import io
 import json
 import math
@@ -99,14 +98,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class VFM:
-    """What tells one video foundation model from another.
+    """What is known of a video foundation model before its weights are read. The defaults are VideoMAE's.
 
-    A video model (`tubelet_size` above 1) is a `VideoViT`; the defaults are VideoMAE's. An image model sees every frame
-    by itself. It is timm's, if `timm` names it, else that of transformers which `folder` holds.
+    A video model (`tubelet_size` above 1) is a `VideoViT`. An image model is timm's and sees every frame by itself.
     """
 
-    hub: tuple[str, str] | None = None  # repository and file of the published weights
-    embed_dim: int = 768  # 0: `timm`'s name says it, and the number of heads
+    hub: tuple[str, str] | None = (
+        None  # repository and file of the published weights; file "": a folder of transformers
+    )
+    license: str = "unknown"
+    embed_dim: int = 768
     depth: int = 12
     num_heads: int = 12
     mlp_ratio: float = 4.0
@@ -114,12 +115,12 @@ class VFM:
     tubelet_size: int = 2  # frames in a token; 1: an image model
     position_encoding: str = "sinusoid"  # a fixed table; "rotary", "rotary 2.1": in each attention of V-JEPA 2, 2.1
     trained_grid: tuple[int, int, int] = (8, 14, 14)  # tokens in time, height and width of the fixed table
-    timm: str = ""
-    timm_arguments: dict = field(default_factory=dict)
-    folder: Path | None = None  # of configuration and weights
+    final_norm: bool = False  # whether the features have gone through one
+    timm: str = ""  # its name there, or `local-dir:` and a folder
+    folder: Path | None = None  # that holds its configuration, and its weights unless `hub` does
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    license: str = "unknown"
+    entry: str = ""  # of the published file, that holds the weights, if not one of `ENTRIES`
     unused: tuple[str, ...] = ()  # patterns of published weights that it does without, beside `UNUSED`
 
     @property
@@ -129,59 +130,437 @@ class VFM:
         return f"{kind}_resize_h", f"{kind}_resize_w"
 
 
-def image_model(name: str, patch_size: int = 14, license: str = "apache-2.0", **more) -> VFM:
-    hub = (f"timm/{name}", "model.safetensors")
-    return VFM(hub, patch_size=patch_size, tubelet_size=1, timm=name, license=license, **more)
-
-
-def v_jepa_2(size: str, **shape) -> VFM:
-    unused = (r"pos_embed$",)  # the authors' own code does not use it either
-    hub = (f"facebook/vjepa2-vit{size}-fpc64-256", "model.safetensors")
-    return VFM(hub, **shape, position_encoding="rotary", license="mit", unused=unused)
-
-
-def v_jepa_2_1(size: str, **shape) -> VFM:
-    hub = ("https://github.com/facebookresearch/vjepa2", f"vjepa2_1_vit{size}_dist_vitG_384.pt")  # in no hub
-    for_images = (r"patch_embed_img\.", r"img_mod_embed$", r"pos_embed$", r"norms_block\.")
-    return VFM(hub, **shape, position_encoding="rotary 2.1", license="mit", unused=for_images)
-
-
-VIT_S = {"embed_dim": 384, "depth": 12, "num_heads": 6}
+VIT_S = {"embed_dim": 384, "num_heads": 6}
 VIT_L = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 VIT_H = {"embed_dim": 1280, "depth": 32, "num_heads": 16}
-VIT_G = {"embed_dim": 1536, "depth": 40, "num_heads": 24}
-V_JEPA_G = {"embed_dim": 1408, "depth": 40, "num_heads": 22, "mlp_ratio": 48 / 11}
+VIT_g = {"embed_dim": 1408, "depth": 40, "mlp_ratio": 48 / 11}
+VIT_G = {"embed_dim": 1664, "depth": 48, "mlp_ratio": 64 / 13, "num_heads": 26}
+VIDEOMAE_g = {**VIT_g, "num_heads": 16, "patch_size": 14, "trained_grid": (8, 16, 16)}
+VIDEOMAE_ZOO = "https://github.com/MCG-NJU/VideoMAE/blob/main/MODEL_ZOO.md"
+# `unused` of V-JEPA: what its authors' code does not use for videos either
+V_JEPA_2 = {"license": "mit", "position_encoding": "rotary", "unused": (r"pos_embed$",)}
+FOR_IMAGES = (r"patch_embed_img\.", r"img_mod_embed$", r"pos_embed$", r"norms_block\.")
+V_JEPA_2_1 = {"license": "mit", "position_encoding": "rotary 2.1", "unused": FOR_IMAGES}
+V_JEPA_SITE = "https://github.com/facebookresearch/vjepa2"  # 2.1 is in no hub
+# which of its two encoders the authors take (`src/hub/backbones.py`)
+EMA, TARGET = {"entry": "ema_encoder"}, {"entry": "target_encoder"}
 
-VFMS = {
-    "VideoMAEv2": VFM(("OpenGVLab/VideoMAE2", "distill/vit_b_k710_dl_from_giant.pth"), license="apache-2.0"),
-    "VideoMAE": VFM(("MCG-NJU/videomae-base", "model.safetensors"), license="cc-by-nc-4.0"),
-    "DINOv2": image_model("vit_base_patch14_dinov2.lvd142m"),
-    "VJEPA2": v_jepa_2("l", **VIT_L),
-    "VideoMAE-L": VFM(("MCG-NJU/videomae-large", "model.safetensors"), **VIT_L, license="cc-by-nc-4.0"),
-    "DINOv2-S": image_model("vit_small_patch14_dinov2.lvd142m", **VIT_S),
-    "DINOv2-L": image_model("vit_large_patch14_dinov2.lvd142m", **VIT_L),
-    "DINOv2-g": image_model("vit_giant_patch14_dinov2.lvd142m", **VIT_G),
-    "DINOv2-S-reg": image_model("vit_small_patch14_reg4_dinov2.lvd142m", **VIT_S),
-    "DINOv2-B-reg": image_model("vit_base_patch14_reg4_dinov2.lvd142m"),
-    "DINOv2-L-reg": image_model("vit_large_patch14_reg4_dinov2.lvd142m", **VIT_L),
-    "DINOv2-g-reg": image_model("vit_giant_patch14_reg4_dinov2.lvd142m", **VIT_G),
-    "DINOv3-B": image_model("vit_base_patch16_dinov3.lvd1689m", 16, "dinov3-license"),
-    "PE-Spatial-B": image_model("vit_pe_spatial_base_patch16_512.fb", 16, mean=(0.5,) * 3, std=(0.5,) * 3),
-    "VJEPA2-h": v_jepa_2("h", **VIT_H),
-    "VJEPA2-g": v_jepa_2("g", **V_JEPA_G),
-    "VJEPA2.1-B": v_jepa_2_1("b"),
-    "VJEPA2.1-L": v_jepa_2_1("l", **VIT_L),
+VIDEO_MODELS = {
+    "VideoMAEv2": VFM(("OpenGVLab/VideoMAE2", "distill/vit_b_k710_dl_from_giant.pth"), "apache-2.0"),
+    "VideoMAE": VFM(("MCG-NJU/videomae-base", "model.safetensors"), "cc-by-nc-4.0"),
+    "VideoMAE-L": VFM(("MCG-NJU/videomae-large", "model.safetensors"), "cc-by-nc-4.0", **VIT_L),
+    "VideoMAE-H": VFM((VIDEOMAE_ZOO, "the pre-trained ViT-H"), "cc-by-nc-4.0", **VIT_H),
+    "VideoMAEv2-S": VFM(("OpenGVLab/VideoMAE2", "distill/vit_s_k710_dl_from_giant.pth"), "apache-2.0", **VIT_S),
+    "VideoMAEv2-g": VFM(("OpenGVLab/VideoMAE2", "mae-g/vit_g_hybrid_pt_1200e.pth"), "apache-2.0", **VIDEOMAE_g),
+    "VJEPA2": VFM(("facebook/vjepa2-vitl-fpc64-256", "model.safetensors"), **V_JEPA_2, **VIT_L),
+    "VJEPA2-h": VFM(("facebook/vjepa2-vith-fpc64-256", "model.safetensors"), **V_JEPA_2, **VIT_H),
+    "VJEPA2-g": VFM(("facebook/vjepa2-vitg-fpc64-256", "model.safetensors"), **V_JEPA_2, **VIT_g, num_heads=22),
+    "VJEPA2.1-B": VFM((V_JEPA_SITE, "vjepa2_1_vitb_dist_vitG_384.pt"), **V_JEPA_2_1, **EMA),
+    "VJEPA2.1-L": VFM((V_JEPA_SITE, "vjepa2_1_vitl_dist_vitG_384.pt"), **V_JEPA_2_1, **EMA, **VIT_L),
+    "VJEPA2.1-g": VFM((V_JEPA_SITE, "vjepa2_1_vitg_384.pt"), **V_JEPA_2_1, **TARGET, **VIT_g, num_heads=22),
+    "VJEPA2.1-G": VFM((V_JEPA_SITE, "vjepa2_1_vitG_384.pt"), **V_JEPA_2_1, **TARGET, **VIT_G),
 }
-DEFAULT_MODELS = list(VFMS)[:4]
+IMAGE_MODELS = {  # timm's names; timm knows the rest
+    "DINOv2": "vit_base_patch14_dinov2.lvd142m",
+    "DINOv2-S": "vit_small_patch14_dinov2.lvd142m",
+    "DINOv2-L": "vit_large_patch14_dinov2.lvd142m",
+    "DINOv2-g": "vit_giant_patch14_dinov2.lvd142m",
+    "DINOv2-S-reg": "vit_small_patch14_reg4_dinov2.lvd142m",
+    "DINOv2-B-reg": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "DINOv2-L-reg": "vit_large_patch14_reg4_dinov2.lvd142m",
+    "DINOv2-g-reg": "vit_giant_patch14_reg4_dinov2.lvd142m",
+    "DINOv3-S": "vit_small_patch16_dinov3.lvd1689m",
+    "DINOv3-S+": "vit_small_plus_patch16_dinov3.lvd1689m",
+    "DINOv3-B": "vit_base_patch16_dinov3.lvd1689m",
+    "DINOv3-L": "vit_large_patch16_dinov3.lvd1689m",
+    "DINOv3-H+": "vit_huge_plus_patch16_dinov3.lvd1689m",
+    "PE-Spatial-T": "vit_pe_spatial_tiny_patch16_512.fb",
+    "PE-Spatial-S": "vit_pe_spatial_small_patch16_512.fb",
+    "PE-Spatial-B": "vit_pe_spatial_base_patch16_512.fb",
+    "PE-Spatial-L": "vit_pe_spatial_large_patch14_448.fb",
+}
+MODELS = [*VIDEO_MODELS, *IMAGE_MODELS]
+DEFAULT_MODELS = ["VideoMAEv2", "VideoMAE", "DINOv2", "VJEPA2"]
 
+
+def model_name(text: str) -> str:
+    """An argparse type: a name of `MODELS`, in any case, or one for `find_vfm`."""
+    names = {name.lower(): name for name in MODELS}
+    if text.lower() in names:
+        return names[text.lower()]
+    if re.match("(timm|hf):.", text):
+        return text
+    near = [names[name] for name in difflib.get_close_matches(text.lower(), names, 1)]
+    hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(MODELS)}, timm:NAME, hf:REPO"
+    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({hint})")
+
+
+def find_vfm(name: str) -> VFM:
+    """The model of that name: of `MODELS`, `timm:NAME` or `hf:REPO`, or a folder in place of NAME or REPO.
+
+    Raises `UserError` where it is no model for features, `ImportError` or `FileNotFoundError` where a package or its
+    configuration is missing.
+    """
+    kind, _, rest = name.partition(":")
+    if name in VIDEO_MODELS:
+        return VIDEO_MODELS[name]
+    return find_transformers(rest) if kind == "hf" else find_timm(IMAGE_MODELS.get(name, rest))
+
+
+def find_timm(name: str, **arguments: Any) -> VFM:
+    """Model `name` of timm, or that of a folder that timm saved, made with `arguments`."""
+    import timm
+
+    folder = Path(name) if Path(name).is_dir() else None
+    source = f"local-dir:{folder}" if folder else name
+    try:
+        with torch.device("meta"):  # no values are drawn
+            model = timm.create_model(source, num_classes=0, **arguments)
+    except Exception as error:  # an unknown name or tag, a folder that timm did not save
+        raise UserError(
+            f"--models timm:{name}: {first_line(error)}; timm.list_models() names its models, and a folder must be "
+            "one that timm saved"
+        ) from error
+    if not hasattr(model, "forward_intermediates"):
+        raise UserError(f"--models timm:{name}: timm gives no outputs of its blocks")
+    about, last = model.pretrained_cfg, model.feature_info[-1]
+    hub = (about["hf_hub_id"], about.get("hf_hub_filename") or "model.safetensors") if about.get("hf_hub_id") else None
+    return VFM(
+        hub=None if folder else hub,
+        license=about.get("license") or "unknown",
+        embed_dim=last["num_chs"],
+        depth=len(model.feature_info),
+        patch_size=last["reduction"],
+        tubelet_size=1,
+        final_norm=not isinstance(getattr(model, "norm", nn.Identity()), nn.Identity),
+        timm=source,
+        folder=folder,
+        mean=tuple(about["mean"]),
+        std=tuple(about["std"]),
+    )
+
+
+BUILT_BY_US = ("videomae", "vjepa2")  # transformers' kinds of models that are a `VideoViT`
+
+
+def find_transformers(name: str) -> VFM:
+    """The VideoMAE or V-JEPA 2 of a repository or folder of transformers."""
+    from huggingface_hub import ModelCard
+    from transformers import AutoConfig
+
+    folder = (
+        Path(name)
+        if Path(name).is_dir()
+        else download(f"there is no folder {name}, and it", name, ["*.json", "README.md"], "its folder: hf:FOLDER")
+    )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        card = ModelCard.load(folder / "README.md").data.to_dict() if (folder / "README.md").is_file() else {}
+    except Exception as error:  # no configuration, an unknown kind, one that needs code of its own
+        raise UserError(f"--models hf:{name}: {first_line(error)}") from error
+    kind = config.model_type
+    if kind not in BUILT_BY_US:
+        raise UserError(
+            f"--models hf:{name}: of transformers' models only VideoMAE and V-JEPA 2 are taken, not {kind}; image "
+            f"models are timm's: timm:NAME, or one of {', '.join(IMAGE_MODELS)}"
+        )
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"--models hf:{name}: its weights are quantised; give the unquantised model")
+    if config.hidden_act != "gelu":
+        raise UserError(f"--models hf:{name}: a {kind} with {config.hidden_act} for gelu is not known")
+    if kind == "vjepa2":
+        shape = {"mlp_ratio": config.mlp_ratio, "position_encoding": "rotary"}
+    else:
+        side = config.image_size // config.patch_size
+        shape = {
+            "mlp_ratio": config.intermediate_size / config.hidden_size,
+            "trained_grid": (config.num_frames // config.tubelet_size, side, side),
+        }
+    return VFM(
+        hub=None if folder == Path(name) else (name, ""),
+        license=card.get("license_name") or card.get("license") or "unknown",
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        patch_size=config.patch_size,
+        tubelet_size=config.tubelet_size,
+        folder=folder,
+        **shape,
+        **read_mean_and_std(folder),
+    )
+
+
+def read_mean_and_std(folder: Path) -> dict[str, tuple[float, ...]]:
+    """`VFM`'s mean and standard deviation from the preprocessor beside the model; empty where there is none."""
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            about = json.loads((folder / name).read_text(encoding="utf-8"))
+            about = about.get("image_processor", about)
+            if not about.get("do_normalize", True):
+                return {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+            if "image_mean" in about and "image_std" in about:
+                return {"mean": tuple(about["image_mean"]), "std": tuple(about["image_std"])}
+    say(f"warning: {folder} does not say its mean and standard deviation; ImageNet's are taken")
+    return {}
+
+
+def describe_models() -> str:
+    """The table of `MODELS`: a line each, under a line of headings. Raises `ImportError` without timm.
+
+    `grid`: tokens in time, height and width of 48 frames at the default input size.
+    """
+    rows = [("name", "C", "patch", "tubelet", "grid", "final norm", "licence", "weights")]
+    for name in MODELS:
+        # one block: what is shown does not depend on their number, and making them takes half a second a model
+        vfm = VIDEO_MODELS.get(name) or find_timm(IMAGE_MODELS[name], depth=1)
+        height, width = (420, 630) if vfm.tubelet_size == 1 else (160, 240)
+        sizes = (48 / vfm.tubelet_size, height / vfm.patch_size, width / vfm.patch_size)
+        grid = " x ".join(str(round(size)) for size in sizes)
+        norm = "yes" if vfm.final_norm else "no"
+        shape = (str(vfm.embed_dim), str(vfm.patch_size), str(vfm.tubelet_size), grid, norm)
+        rows.append((name, *shape, vfm.license, f"{vfm.hub[1]} of {vfm.hub[0]}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights: from the authors' files or from the hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Entries of published files, one of which holds the weights.
+ENTRIES = ("module", "model", "encoder")
+# Before the names of an encoder's weights, by its authors or by transformers.
+PREFIXES = r"(module\.|backbone\.|videomae\.|encoder\.(?!layer\.))+"
+# transformers' names of a video model's weights -> the authors', which are timm's too. Applied in this order.
+RENAMES = {
+    "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
+    "embeddings.patch_embeddings.proj.": "patch_embed.proj.",
+    "encoder.layer.": "blocks.",
+    ".layernorm_before.": ".norm1.",
+    ".layernorm_after.": ".norm2.",
+    ".attention.output.dense.": ".attn.proj.",
+    ".intermediate.dense.": ".mlp.fc1.",
+    ".output.dense.": ".mlp.fc2.",
+    ".attention.attention.": ".attn.",
+    ".attention.": ".attn.",
+    ".attn.q_bias": ".attn.query.bias",
+    ".attn.v_bias": ".attn.value.bias",
+}
 # Patterns of published weights that the features do not depend on, in timm's names. Any other weight that a model has
 # no place for is an error: a DINOv2 trained with register tokens, for example, gives other features without them.
 UNUSED = (
-    *(r"(\w+_)?head\.", r"classifier\.", r"decoder\.", r"encoder_to_decoder\.", r"predictor\.", r"mask_token$"),
+    *(
+        r"(\w+_)?head(_\w+)?\.",
+        r"classifier\.",
+        r"fc\.",
+        r"decoder\.",
+        r"encoder_to_decoder\.",
+        r"predictor\.",
+        r"mask_token$",
+    ),
     r"(fc_|layer)?norm\.",  # a final norm, where the features are taken before it
     r"pooler\.",
     r"position_embeddings$",  # of VideoMAE's decoder
 )
+
+
+def first_line(error: Exception) -> str:
+    """What kind of error it is, and the first line of its text."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def download(what: str, repository: str, patterns: Sequence[str], hint: str) -> Path:
+    """The folder of the hub's `repository` with its files of these patterns, out of the cache where they are there.
+
+    Raises `FileNotFoundError`: why `what` cannot be had, what can be done about it, and `hint`, what to pass instead.
+    """
+    from huggingface_hub import constants, errors, snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=patterns))
+        if any(file for pattern in patterns for file in folder.glob(pattern)):
+            return folder
+        cause, reason = None, "the repository does not hold it"
+    except Exception as error:  # its own errors, those of its HTTP library, and the system's
+        offline = isinstance(error.__cause__, errors.OfflineModeIsEnabled)
+        connect = "unset HF_HUB_OFFLINE" if offline else f"reach {constants.ENDPOINT}, or set HF_ENDPOINT to a mirror"
+        log_in = "set HF_TOKEN or run `hf auth login`"
+        reasons = {  # an error's class before its base classes
+            errors.GatedRepoError: f"it is gated: accept its terms on its page and {log_in}",
+            errors.RepositoryNotFoundError: f"no such repository, or a private one: check its name or {log_in}",
+            errors.IncompleteSnapshotError: f"an earlier download stopped half-way: {connect}",
+            errors.LocalEntryNotFoundError: f"it is not in the cache: {connect}",
+        }
+        cause = error
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), first_line(error))
+    raise FileNotFoundError(
+        f"{what} cannot be downloaded from the hub: {reason}; or download it elsewhere and pass {hint}"
+    ) from cause
+
+
+def download_weights(name: str, vfm: VFM) -> Path:
+    """The published file, or folder, of model `name`. Raises `FileNotFoundError` where it cannot be had."""
+    if vfm.folder and not vfm.hub:
+        return vfm.folder
+    hint = f"it with --{name.lower()}_ckpt" if name in DEFAULT_MODELS else f"it with --weights {name}=FILE"
+    if not vfm.hub:
+        raise FileNotFoundError(f"timm knows no published weights; pass {hint}")
+    repository, file = vfm.hub
+    if "://" in repository:
+        raise FileNotFoundError(f"{file} of {repository} is in no hub; download it as they say there and pass {hint}")
+    if not file:
+        patterns = ["model.safetensors", INDEX, "model-*-of-*.safetensors"]
+        return download(repository, repository, patterns, "its folder: hf:FOLDER")
+    default = DEFAULT_PATHS.get(f"{name.lower()}_ckpt")
+    looked = f"no file at {default}, and " if default else ""
+    return download(f"{looked}{file} of {repository}", repository, [file], hint) / file
+
+
+INDEX = "model.safetensors.index.json"  # of a folder whose weights are in several files
+
+
+def read_weights(path: Path, vfm: VFM) -> dict[str, torch.Tensor]:
+    """The state dict of a published file (.pth, .pt, .bin, .safetensors) or folder (of .safetensors), in its names.
+
+    No code runs: tensors, plain values and `argparse.Namespace`, which VideoMAE's file holds, are all that is loaded.
+    Raises `UserError` for anything else, and `FileNotFoundError` for a folder without weights.
+    """
+    if path.is_dir():
+        return read_folder(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = load_checked(path, mmap=True)  # V-JEPA 2's file holds five times as much as is needed
+    for entry in (vfm.entry,) if vfm.entry else ENTRIES:
+        if isinstance(state, dict) and isinstance(state.get(entry), dict):
+            state = state[entry]
+            break
+    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no weights; use the file that the authors publish")
+    return {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder's `model.safetensors`, or those that its index names, from the files that it names."""
+    whole, index = folder / "model.safetensors", folder / INDEX
+    if whole.is_file() and index.is_file():
+        raise UserError(f"{folder} holds {whole.name} and {index.name}; remove what is not the model's")
+    if whole.is_file():
+        return read_safetensors(whole)
+    if not index.is_file():
+        raise FileNotFoundError(f"there is no {whole.name} or {index.name} in {folder}")
+    check_file(index)
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]  # name -> file
+        files = {file: folder / Path(file).name for file in places.values()}  # none of other folders
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{index} is damaged ({first_line(error)}); download it again") from None
+    parts = {file: read_safetensors(path) for file, path in files.items()}
+    absent = [name for name, file in places.items() if name not in parts[file]]
+    if absent:
+        raise UserError(
+            f"{files[places[absent[0]]]} does not hold {absent[0]}, which {INDEX} seeks there; download both again"
+        )
+    return {name: parts[file][name] for name, file in places.items()}
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    check_file(path)
+    try:
+        return load_file(path)
+    except MemoryError:
+        raise UserError(f"{path} does not fit into memory") from None
+    except Exception as error:  # a broken file can raise anything
+        raise UserError(f"{path} is damaged ({first_line(error)}); download it again") from None
+
+
+def check_weight(name: str, value: torch.Tensor) -> None:
+    """Raise `ValueError` that names a weight whose numbers cannot be those that were trained.
+
+    Vectors may be equal everywhere: biases of zero, gains of one.
+    """
+    if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        dtype = str(value.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} holds {dtype}: it is quantised; give the unquantised weights")
+    smallest, largest = (bound.item() for bound in value.aminmax())  # NaN where there is one
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        raise ValueError(f"{name} holds NaN or infinity")
+    if smallest == largest and value.squeeze().ndim > 1:
+        raise ValueError(f"{name} is {smallest:g} everywhere: the file is damaged")
+
+
+def to_timm_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename a video model's weights; separate queries, keys and values, and their biases, become one `qkv`.
+
+    Raises what `check_weight` raises.
+    """
+    state = {}
+    for name, value in weights.items():
+        name = re.sub(f"^{PREFIXES}", "", name)
+        for theirs, ours in RENAMES.items():
+            name = name.replace(theirs, ours)
+        state[name] = value
+    for query in [name for name in state if ".attn.query." in name]:
+        key, value, joint = (query.replace(".query.", f".{part}.") for part in ("key", "value", "qkv"))
+        if query.endswith("bias"):
+            state.setdefault(key, torch.zeros_like(state[query]))  # VideoMAE has no key bias
+        if key in state and value in state:
+            for name in (query, key, value):  # once joined, a damaged one among sound ones does not show
+                check_weight(name, state[name])
+            state[joint] = torch.cat([state.pop(query), state.pop(key), state.pop(value)])
+    return state
+
+
+def to_timm_layout(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The authors' state dict of an image model -> that of timm's `model`, by timm's own table.
+
+    What that table does not know stays as it is, and `load_weights` names it. Raises `ValueError` for biases that
+    timm's model does without, and where timm's table does not fit the file.
+    """
+    expected = model.state_dict().keys()
+    if weights.keys() >= expected:
+        return weights
+    zeros = [name for name in weights if name.endswith("attn.qkv.bias") and name not in expected]
+    if any(weights[name].any() for name in zeros):
+        raise ValueError(f"{zeros[0]} is not zero")
+    # DINOv3's authors keep biases of zero that timm's model does without
+    weights = {name: value for name, value in weights.items() if name not in zeros}
+    try:
+        return sys.modules[type(model).__module__].checkpoint_filter_fn(weights, model)
+    except Exception as error:  # it expects certain files, and fails in its own ways on others
+        raise ValueError(f"timm cannot convert it ({first_line(error)})") from error
+
+
+def load_weights(vit: nn.Module, vfm: VFM, weights: dict[str, torch.Tensor]) -> str:
+    """Put `weights` into `vit`, in float32, and return the hash of those that it has.
+
+    Raises `ValueError` that names weights that are missing, of another shape, neither in the model nor `UNUSED`, or
+    that `check_weight` refuses.
+    """
+    expected = {name: list(value.shape) for name, value in vit.state_dict().items()}
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    for name, value in weights.items():
+        if name not in expected:
+            if not any(re.match(pattern, name) for pattern in (*UNUSED, *vfm.unused)):
+                problems.append(f"{name} has no place in it")
+        elif list(value.shape) != expected[name]:
+            problems.append(f"{name} is {list(value.shape)} instead of {expected[name]}")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{', '.join(problems[:4])}{more}")
+    for name in expected:
+        check_weight(name, weights[name])
+    state = {name: weights[name].float() for name in expected}
+    vit.load_state_dict(state, assign=True)
+    return weights_hash(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks: frames in, features out
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class TubeletEmbed(nn.Module):
@@ -310,63 +689,26 @@ class TimmModel(nn.Module):
         return torch.cat([maps[layer - 1] for layer in layers], dim=1).flatten(2).transpose(1, 2)
 
 
-class TransformersModel(nn.Module):
-    """A ViT of transformers. The outputs are caught at the blocks, before any final norm.
-
-    `hidden_states[-1]` would be before the final norm in some models and after it in others.
-    """
-
-    def __init__(self, model: nn.Module, depth: int):
-        super().__init__()
-        self.model = model
-        lists = (part for part in model.modules() if isinstance(part, nn.ModuleList))
-        self.blocks = next((part for part in lists if len(part) == depth), None)
-        if self.blocks is None:
-            raise UserError(f"transformers' {model.config.model_type} has no list of {depth} blocks")
-        resizes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-        self.arguments = {"interpolate_pos_encoding": True} if resizes else {}
-        self.num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)
-
-    def forward(self, images: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-        """[B, 3, H, W] -> [B, N, C * len(layers)], class and register tokens left out."""
-        outputs = {}
-
-        def keep(layer: int, block: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
-            outputs[layer] = output[0] if isinstance(output, tuple) else output
-
-        hooks = [self.blocks[layer - 1].register_forward_hook(functools.partial(keep, layer)) for layer in layers]
-        try:
-            self.model(pixel_values=images, **self.arguments)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        tokens = torch.cat([outputs[layer] for layer in layers], dim=-1)
-        num_patches = images[0, 0].numel() // self.model.config.patch_size**2
-        return tokens[:, self.num_prefix :] if tokens.shape[1] == self.num_prefix + num_patches else tokens
-
-
 def build_vit(
     vfm: VFM, num_frames: int, size: tuple[int, int], weights: dict[str, torch.Tensor] | None = None
 ) -> nn.Module:
     """The model for clips of `num_frames` frames of `size` = (height, width), in eval mode on the CPU.
 
     Its forward takes [B, 3, T, H, W], or images [B, 3, H, W], and numbers of blocks from 1, and returns their outputs
-    for each token, [B, N, C * len(layers)]. `weights`: a state dict in timm's names, from `read_weights`; without it
-    they are random, the same every time. The attribute `weights_hash` tells which it has. Raises what `load_weights`
-    raises, and `UserError` where a model cannot take this size.
+    for each token, [B, N, C * len(layers)]. `weights`: a state dict in the names of its file, from `read_weights`;
+    without it they are random, the same every time. The attribute `weights_hash` tells which it has. Raises
+    `ValueError` for weights of another model or damaged ones: what `to_timm_names`, `to_timm_layout` and
+    `load_weights` raise.
     """
-    grid = (num_frames // vfm.tubelet_size, size[0] // vfm.patch_size, size[1] // vfm.patch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if vfm.tubelet_size > 1:
-            # with weights to load, no initial values are drawn
-            vit = VideoViT(vfm, device="cpu" if weights is None else "meta")
-            vit.weights_hash = load_weights(vit, vfm, weights)
-            vit.set_positions(vfm, grid)
-        elif vfm.timm:
+        if vfm.timm:
             vit = build_timm_model(vfm, size, weights)
         else:
-            vit = build_transformers_model(vfm, size, weights)
+            # with weights to load, no initial values are drawn
+            vit = VideoViT(vfm, device="cpu" if weights is None else "meta")
+            vit.weights_hash = "random" if weights is None else load_weights(vit, vfm, to_timm_names(weights))
+            vit.set_positions(vfm, (num_frames // vfm.tubelet_size, *(side // vfm.patch_size for side in size)))
     return vit.eval().requires_grad_(False)
 
 
@@ -374,14 +716,12 @@ def build_timm_model(vfm: VFM, size: tuple[int, int], weights: dict[str, torch.T
     """timm's model, loaded at the size that it was trained with, then set to `size`."""
     import timm
 
-    shape = {"embed_dim": vfm.embed_dim, "depth": vfm.depth, "num_heads": vfm.num_heads} if vfm.embed_dim else {}
-    make = functools.partial(timm.create_model, vfm.timm, num_classes=0, **shape, **vfm.timm_arguments)
     with torch.device("cpu" if weights is None else "meta"):  # with weights to load, no initial values are drawn
-        model = make()
+        model = timm.create_model(vfm.timm, num_classes=0)
     if any(buffer.is_meta for buffer in model.buffers()):  # such as rotary positions: they are not in the weights
-        model = make()
+        model = timm.create_model(vfm.timm, num_classes=0)
     vit = TimmModel(model)
-    vit.weights_hash = load_weights(model, vfm, weights and to_timm_layout(weights, model))
+    vit.weights_hash = "random" if weights is None else load_weights(model, vfm, to_timm_layout(weights, model))
     name = model.pretrained_cfg["architecture"]
     table = getattr(model, "pos_embed", None)
     if "vit_pe_" in name:  # timm stretches every grid to the trained one; the authors count on (their `rope.py`)
@@ -413,65 +753,17 @@ def resize_learned_positions(table: torch.Tensor, grid: tuple[int, int], name: s
     return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-# transformers' models whose features were compared on grids that are not square. Others may take any for a square.
-RIGHT_ON_RECTANGLES = ("vit", "ijepa", "clip_vision_model", "siglip_vision_model", "dinov3_vit")
-
-
-def build_transformers_model(
-    vfm: VFM, size: tuple[int, int], weights: dict[str, torch.Tensor] | None
-) -> TransformersModel:
-    """transformers' own model, which reads its weights itself: `weights` are only what tells it from others."""
-    from transformers import AutoConfig, AutoModel, logging
-
-    logging.set_verbosity_error()  # it would print a table of unused weights, and its own progress
-    logging.disable_progress_bar()
-    if weights is None:
-        model = AutoModel.from_config(AutoConfig.from_pretrained(vfm.folder), trust_remote_code=False)
-    else:
-        model, loading = AutoModel.from_pretrained(
-            vfm.folder,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,
-        )
-        unfit = [str(key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]]]
-        unfit = sorted(key for key in unfit if "pooler." not in key)  # poolers come after the last block
-        if unfit:
-            raise ValueError(f"missing or of another shape: {', '.join(unfit[:4])}")
-    model = getattr(model, "vision_model", model)  # of CLIP and its like
-    if size[0] != size[1] and model.config.model_type not in RIGHT_ON_RECTANGLES:
-        raise UserError(
-            f"{vfm.folder}: transformers may take any grid of its {model.config.model_type} for a square; give it a "
-            f"square: --{vfm.size_flags[0]} {size[0]} --{vfm.size_flags[1]} {size[0]}"
-        )
-    vit = TransformersModel(model, vfm.depth)
-    vit.weights_hash = "random" if weights is None else weights_hash(weights)
-    return vit
-
-
-def load_weights(vit: nn.Module, vfm: VFM, weights: dict[str, torch.Tensor] | None) -> str:
-    """Put `weights` into `vit`, in float32, and return the hash of those that it has; `random` without weights.
-
-    Raises `ValueError` that names weights that are missing, of another shape, or neither in the model nor `UNUSED`.
-    """
-    if weights is None:
-        return "random"
-    expected = {name: list(value.shape) for name, value in vit.state_dict().items()}
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    for name, value in weights.items():
-        if name not in expected:
-            if not any(re.match(pattern, name) for pattern in (*UNUSED, *vfm.unused)):
-                problems.append(f"{name} has no place in it")
-        elif list(value.shape) != expected[name]:
-            problems.append(f"{name} is {list(value.shape)} instead of {expected[name]}")
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"{', '.join(problems[:4])}{more}")
-    state = {name: weights[name].float() for name in expected}
-    vit.load_state_dict(state, assign=True)
-    return weights_hash(state)
+def check_tokens(name: str, vit: nn.Module, vfm: VFM, size: tuple[int, int], layers: Sequence[int]) -> None:
+    """Raise `UserError` unless image model `name` gives a token for each patch of an image of `size`."""
+    height, width = size[0] // vfm.patch_size, size[1] // vfm.patch_size
+    try:
+        with torch.inference_mode():
+            num_tokens = vit(torch.zeros(1, 3, *size), layers).shape[1]
+    # how the libraries say "not this size"
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{name} cannot take images of {size[0]} x {size[1]}: {first_line(error)}") from error
+    if num_tokens != height * width:
+        raise UserError(f"{name} gives {num_tokens} tokens for a grid of {height} x {width} patches")
 
 
 @torch.inference_mode()
@@ -503,326 +795,6 @@ def extract_features(
             tokens = torch.cat([vit(image, layers) for image in images])  # [B*T, N, C]
     tokens = tokens.float()
     return tokens.reshape(batch, frames // vfm.tubelet_size, height // vfm.patch_size, width // vfm.patch_size, -1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models by name: timm:NAME and hf:REPO, or a folder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def model_name(text: str) -> str:
-    """An argparse type: a name of `VFMS`, in any case, or one for `find_vfm`."""
-    names = {name.lower(): name for name in VFMS}
-    if text.lower() in names:
-        return names[text.lower()]
-    if re.match("(timm|hf):.", text):
-        return text
-    near = [names[name] for name in difflib.get_close_matches(text.lower(), names, 1)]
-    hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names.values())}, timm:NAME, hf:REPO"
-    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({hint})")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def find_vfm(name: str) -> VFM:
-    """What is known of the model before its weights are read.
-
-    Raises `UserError` where it is no model for features, `ImportError` or `FileNotFoundError` where a package or its
-    configuration is missing.
-    """
-    kind, _, rest = name.partition(":")
-    if name in VFMS:
-        return VFMS[name]
-    return find_timm(rest) if kind == "timm" else find_transformers(rest)
-
-
-def find_timm(name: str) -> VFM:
-    """Model `name` of timm, or that of a folder that timm saved."""
-    import timm
-
-    folder = Path(name) if Path(name).is_dir() else None
-    if not folder and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(pretrained=True), 1)
-        hint = f"did you mean {near[0]}?" if near else "timm.list_models() names them"
-        raise UserError(f"--models timm:{name}: timm has no such model, and there is no such folder; {hint}")
-    name = f"local-dir:{folder}" if folder else name
-    try:
-        with torch.device("meta"):  # no values are drawn
-            model = timm.create_model(name, num_classes=0)
-    except KeyError as error:
-        raise UserError(
-            f"--models timm:{folder or name}: no folder that timm saved; transformers' are hf:FOLDER"
-        ) from error
-    except Exception as error:  # a tag that it does not know
-        raise UserError(f"--models timm:{folder or name}: {first_line(error)}") from error
-    if not hasattr(model, "forward_intermediates"):
-        raise UserError(f"--models timm:{name}: timm gives no outputs of its blocks")
-    about = model.pretrained_cfg
-    hub = (about["hf_hub_id"], about.get("hf_hub_filename") or "model.safetensors") if about.get("hf_hub_id") else None
-    classifiers = np.atleast_1d(about.get("classifier") or [])
-    return VFM(
-        hub=None if folder else hub,
-        embed_dim=0,
-        depth=len(model.feature_info),
-        patch_size=model.feature_info[-1]["reduction"],
-        tubelet_size=1,
-        timm=name,
-        folder=folder,
-        mean=tuple(about["mean"]),
-        std=tuple(about["std"]),
-        license=about.get("license") or "unknown",
-        unused=tuple(rf"{re.escape(classifier)}\." for classifier in classifiers),
-    )
-
-
-def video_vit_of(config: Any) -> dict[str, Any]:
-    """`VFM`'s fields for transformers' configuration of VideoMAE or V-JEPA 2."""
-    if config.model_type == "vjepa2":
-        return {"tubelet_size": config.tubelet_size, "mlp_ratio": config.mlp_ratio, "position_encoding": "rotary"}
-    side = config.image_size // config.patch_size
-    return {
-        "tubelet_size": config.tubelet_size,
-        "mlp_ratio": config.intermediate_size / config.hidden_size,
-        "trained_grid": (config.num_frames // config.tubelet_size, side, side),
-    }
-
-
-def dinov2_of(config: Any) -> dict[str, Any]:
-    """`VFM`'s fields for transformers' configuration of DINOv2, with or without registers."""
-    from timm.layers import SwiGLUPacked
-
-    registers = getattr(config, "num_register_tokens", 0)
-    arguments = {"img_size": config.image_size, "patch_size": config.patch_size, "mlp_ratio": config.mlp_ratio}
-    if registers:
-        arguments["reg_tokens"] = registers
-    if config.use_swiglu_ffn:  # two thirds of the width, rounded up to a multiple of 8, for values and gates each
-        width = 2 * ((int(config.hidden_size * config.mlp_ratio * 2 / 3) + 7) // 8 * 8)
-        arguments["mlp_ratio"] = (width + 0.5) / config.hidden_size  # timm rounds down
-        arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
-    return {
-        "tubelet_size": 1,
-        "timm": "vit_base_patch14_reg4_dinov2" if registers else "vit_base_patch14_dinov2",
-        "timm_arguments": arguments,
-    }
-
-
-def colours_of(folder: Path) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation from the preprocessor beside the model; empty where there is none."""
-    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            about = json.loads((folder / name).read_text(encoding="utf-8"))
-            about = about.get("image_processor", about)
-            if not about.get("do_normalize", True):
-                return {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-            if "image_mean" in about and "image_std" in about:
-                return {"mean": tuple(about["image_mean"]), "std": tuple(about["image_std"])}
-    say(f"warning: {folder} does not say its mean and standard deviation; ImageNet's are taken")
-    return {}
-
-
-OURS = {"videomae": video_vit_of, "vjepa2": video_vit_of, "dinov2": dinov2_of, "dinov2_with_registers": dinov2_of}
-
-
-def find_transformers(name: str) -> VFM:
-    """The model of a repository or folder of transformers: VideoMAE, V-JEPA 2 and DINOv2 as ours, others as its own."""
-    from huggingface_hub import ModelCard
-    from transformers import AutoConfig
-
-    folder = Path(name) if Path(name).is_dir() else download_folder(name, "*.json", "README.md")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        card = ModelCard.load(folder / "README.md").data.to_dict() if (folder / "README.md").is_file() else {}
-    except Exception as error:  # no configuration, an unknown kind, one that needs code of its own
-        raise UserError(f"--models hf:{name}: {first_line(error)}") from error
-    config = getattr(config, "vision_config", config)  # of CLIP and its like
-    if not all(isinstance(getattr(config, part, None), int) for part in ("patch_size", "hidden_size")):
-        raise UserError(f"--models hf:{name}: {config.model_type} is no ViT with square patches")
-    about = {
-        "hub": None if folder == Path(name) else (name, ""),
-        "folder": folder,
-        "embed_dim": config.hidden_size,
-        "depth": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "patch_size": config.patch_size,
-        "license": card.get("license_name") or card.get("license") or "unknown",
-        **colours_of(folder),
-    }
-    if config.model_type in OURS:
-        if config.hidden_act != "gelu":
-            raise UserError(f"--models hf:{name}: a {config.model_type} with {config.hidden_act} for gelu is not known")
-        return VFM(**OURS[config.model_type](config), **about)
-    if any(hasattr(config, part) for part in ("num_frames", "tubelet_size", "frames_per_clip", "mask_ratio")):
-        raise UserError(
-            f"--models hf:{name}: of models of video, or that mask their input, only VideoMAE and V-JEPA 2, not "
-            f"{config.model_type}"
-        )
-    return VFM(tubelet_size=1, **about)
-
-
-def check_tokens(name: str, vit: nn.Module, vfm: VFM, size: tuple[int, int], layers: Sequence[int]) -> None:
-    """Raise `UserError` unless image model `name` gives a token for each patch of an image of `size`."""
-    height, width = size[0] // vfm.patch_size, size[1] // vfm.patch_size
-    try:
-        with torch.inference_mode():
-            num_tokens = vit(torch.zeros(1, 3, *size), layers).shape[1]
-    # how the libraries say "not this size"
-    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{name} cannot take images of {size[0]} x {size[1]}: {first_line(error)}") from error
-    if num_tokens != height * width:
-        raise UserError(f"{name} gives {num_tokens} tokens for a grid of {height} x {width} patches")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights: from the authors' files or from the hub, in timm's names
-# ---------------------------------------------------------------------------------------------------------------------
-
-# The authors' files and the hub's (transformers' names) -> timm's names. Applied in this order.
-RENAMES = [
-    (r"^(?:module\.|backbone\.|videomae\.|dinov2(?:_with_registers)?\.|encoder\.(?!layer\.))+", ""),
-    (r"^embeddings\.patch_embeddings\.proj(?:ection)?\.", "patch_embed.proj."),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"^layernorm\.", "norm."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
-    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
-    (r"\.attention\.(?:attention\.)?", ".attn."),
-    (r"\.attn\.q_bias$", ".attn.query.bias"),
-    (r"\.attn\.v_bias$", ".attn.value.bias"),
-]
-
-
-@functools.cache
-def hub_answers() -> bool:
-    """Whether the hub can be reached; asked once, because the hub's client tries for half a minute for each model."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # of its HTTP library, and the system's
-        return False
-    return True
-
-
-def from_hub(what: str, hint: str, download: Callable[..., str], *arguments: Any, **options: Any) -> Path:
-    """What a `download` of the hub's client brings. Raises `FileNotFoundError` that says `what` cannot be had."""
-    try:
-        return Path(download(*arguments, **options, local_files_only=not hub_answers()))
-    except Exception as error:  # its own errors, those of its HTTP library, and the system's
-        raise FileNotFoundError(
-            f"{what} cannot be downloaded from the hub ({type(error).__name__}); download it elsewhere and pass {hint}"
-        ) from error
-
-
-def download_folder(repository: str, *patterns: str) -> Path:
-    """The hub's repository with its files of these patterns. Raises `FileNotFoundError` where it cannot be had."""
-    from huggingface_hub import snapshot_download
-
-    what, hint = f"there is no folder {repository}, and it", "its folder: hf:FOLDER"
-    return from_hub(what, hint, snapshot_download, repository, allow_patterns=patterns)
-
-
-def download_weights(name: str, vfm: VFM) -> Path:
-    """The published file, or folder, of model `name`. Raises `FileNotFoundError` where it cannot be had."""
-    from huggingface_hub import hf_hub_download
-
-    hint = f"it with --{name.lower()}_ckpt" if name in DEFAULT_MODELS else f"it with --weights {name}=FILE"
-    if vfm.hub is None and vfm.folder is None:
-        raise FileNotFoundError(f"timm knows no published weights; pass {hint}")
-    if vfm.hub is None:
-        return vfm.folder
-    repository, file = vfm.hub
-    if not file:
-        return download_folder(repository, "model.safetensors", "model-*-of-*.safetensors")
-    if "://" in repository:
-        raise FileNotFoundError(f"{file} of {repository} is in no hub; download it as they say there and pass {hint}")
-    default = DEFAULT_PATHS.get(f"{name.lower()}_ckpt")
-    looked = f"no file at {default}, and " if default else ""
-    return from_hub(f"{looked}{file} of {repository}", hint, hf_hub_download, repository, file)
-
-
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, or of a folder's `model.safetensors` or its parts."""
-    from safetensors.torch import load_file
-
-    files = [path]
-    if path.is_dir():
-        whole = path / "model.safetensors"
-        files = [whole] if whole.is_file() else sorted(path.glob("model-*-of-*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"there is no model.safetensors in {path}")
-    state = {}
-    for file in files:
-        check_file(file)
-        try:
-            state |= load_file(file)
-        except Exception as error:  # a broken file can raise anything
-            raise UserError(f"{file} is damaged ({type(error).__name__}); download it again") from None
-    return state
-
-
-def read_weights(path: Path, rename: bool = True) -> dict[str, torch.Tensor]:
-    """The state dict of a published file (.pth, .pt, .bin, .safetensors) or folder (of .safetensors), in timm's names
-    if `rename`.
-
-    No code runs: tensors, plain values and `argparse.Namespace`, which VideoMAE's file holds, are all that is loaded.
-    Raises `UserError` for anything else, and `FileNotFoundError` for a folder without weights.
-    """
-    if path.suffix == ".safetensors" or path.is_dir():
-        state = read_safetensors(path)
-    else:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = load_checked(path, mmap=True)  # V-JEPA 2's file holds five times as much as is needed
-    for key in ("module", "model", "ema_encoder", "encoder"):  # ema_encoder: the averaged one of V-JEPA 2.1
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no weights; use the file that the authors publish")
-    state = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    return to_timm_names(state) if rename else state
-
-
-def to_timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename a state dict by `RENAMES`; separate queries, keys and values, and their biases, become one `qkv`."""
-    for pattern, replacement in RENAMES:
-        state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
-    for query in [name for name in state if ".attn.query." in name]:
-        key, value, joint = (query.replace(".query.", f".{part}.") for part in ("key", "value", "qkv"))
-        if query.endswith("bias"):
-            state.setdefault(key, torch.zeros_like(state[query]))  # VideoMAE has no key bias
-        if key in state and value in state:
-            state[joint] = torch.cat([state.pop(query), state.pop(key), state.pop(value)])
-    return state
-
-
-def to_timm_layout(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The authors' state dict of an image model -> that of timm's `model`, by timm's own table.
-
-    What that table does not know stays as it is, and `load_weights` names it. Raises `ValueError` for biases that
-    timm's model does without.
-    """
-    expected = model.state_dict().keys()
-    if weights.keys() >= expected:
-        return weights
-    weights = to_timm_names(weights)
-    zeros = [name for name in weights if name.endswith("attn.qkv.bias") and name not in expected]
-    if any(weights[name].any() for name in zeros):
-        raise ValueError(f"{zeros[0]} is not zero")
-    # DINOv3's authors keep biases of zero that timm's model does without
-    weights = {name: value for name, value in weights.items() if name not in zeros}
-    try:
-        return sys.modules[type(model).__module__].checkpoint_filter_fn(dict(weights), model)
-    except Exception:  # it expects certain files, and fails in its own ways on others
-        return weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1628,7 +1600,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=model_name,
         default=DEFAULT_MODELS,
         metavar="MODEL",
-        help=f"some of {', '.join(VFMS)}; timm:NAME or hf:REPO for others, or a folder in place of NAME or REPO",
+        help=f"some of {', '.join(MODELS)}; timm:NAME or hf:REPO for others, or a folder in place of NAME or REPO",
     )
     add(
         "--weights",
@@ -1901,7 +1873,7 @@ def load_model(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
     if not args.random_weights:
         given = args.weights.get(name) or getattr(args, f"{name.lower()}_ckpt", None)
         path = given or download_weights(name, vfm)
-        weights = read_weights(path, rename=not name.startswith("timm:"))  # whose BEiT has a q_bias of its own
+        weights = read_weights(path, vfm)
     try:
         vit = build_vit(vfm, num_frames, size, weights)
     except ValueError as error:
@@ -1934,7 +1906,7 @@ def load_autoencoder(args: argparse.Namespace) -> MotionFeatureAutoencoder:
     wanted = autoencoder.config["input_dim"]
     for name, vfm in args.vfms.items():
         channels = vfm.embed_dim * len(args.layers or [1])
-        if channels not in (0, wanted):  # 0: timm's name alone does not say it; then `encode_clip` checks
+        if channels != wanted:
             raise UserError(
                 f"--motion_checkpoint {args.motion_checkpoint} was trained on features of C = {wanted}, but {name}'s "
                 f"have {channels}; give a checkpoint that was trained on these, or another model with --models"

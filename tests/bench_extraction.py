@@ -81,13 +81,13 @@ def gemm_peak() -> float:
 def model_and_clip(name: str, num_frames: int = 48, device: str = "cpu") -> tuple[torch.nn.Module, torch.Tensor]:
     """The model with random weights, and one clip of its input size, uint8 [1, T, H, W, 3]."""
     size = (420, 630) if name == "DINOv2" else (160, 240)
-    vit = vfm.build_vit(vfm.VFMS[name], num_frames, size).to(device)
+    vit = vfm.build_vit(vfm.find_vfm(name), num_frames, size).to(device)
     return vit, torch.randint(0, 255, (1, num_frames, *size, 3), dtype=torch.uint8, device=device)
 
 
 def flops(name: str, frames: int = 48) -> float:
     """Of one clip: 24 N C^2 for the matrices of a block and 4 N^2 C for its attention, over N tokens."""
-    spec = vfm.VFMS[name]
+    spec = vfm.find_vfm(name)
     tokens, passes = (30 * 45 + 1, frames) if name == "DINOv2" else (frames // 2 * 10 * 15, 1)
     return passes * spec.depth * (24 * tokens * spec.embed_dim**2 + 4 * tokens**2 * spec.embed_dim)
 
@@ -116,7 +116,7 @@ def seconds_per_clip(clip: Path, few: int, many: int, *arguments) -> float:
 def row_end_to_end(clip: Path) -> None:
     for num_frames, few, many, goal in [(16, 2, 22, 1.15), (48, 1, 5, 1.08)]:
         vit, pixels = model_and_clip("VideoMAEv2", num_frames)
-        forward = functools.partial(vfm.extract_features, vit, vfm.VFMS["VideoMAEv2"], pixels)
+        forward = functools.partial(vfm.extract_features, vit, vfm.find_vfm("VideoMAEv2"), pixels)
         whole = functools.partial(seconds_per_clip, clip, few, many, ["VideoMAEv2"], num_frames)
         value = ratio(whole, lambda: seconds(lambda: [forward() for _ in range(3)]) / 3, 3)  # noqa: B023
         show(f"VideoMAEv2, {num_frames} frames: end to end / model alone", value, f"<= {goal}")
@@ -154,7 +154,7 @@ def row_decode(clip: Path) -> None:
 
 def row_flops(clip: Path) -> None:
     for name in vfm.DEFAULT_MODELS:
-        spec = vfm.VFMS[name]
+        spec = vfm.find_vfm(name)
         frames = 8 if name == "DINOv2" else 48
         vit, pixels = model_and_clip(name, frames)
         value = ratio(
@@ -218,7 +218,7 @@ def proportional_size(pid: int) -> int:
 
 
 def row_gpu(clip: Path) -> None:
-    for name, spec in (("DINOv2", vfm.VFMS["DINOv2"]), ("VideoMAEv2", vfm.VFMS["VideoMAEv2"])):
+    for name, spec in (("DINOv2", vfm.find_vfm("DINOv2")), ("VideoMAEv2", vfm.find_vfm("VideoMAEv2"))):
         vit, pixels = model_and_clip(name, device="cuda")
         forward = functools.partial(vfm.extract_features, vit, spec, pixels)
         value = ratio(

@@ -9,6 +9,7 @@ files and loads them: each loads or raises the loader's own error. Prints counts
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import subprocess
@@ -304,8 +305,8 @@ def load_mutants(seed: int, count: int) -> dict[str, Counter]:
             "feature.pt": model.load_feature,
             "feature.npy": model.load_feature,
             "checkpoint.pt": model.MotionFeatureAutoencoder.from_checkpoint,
-            "weights.pth": vfm.read_weights,
-            "weights.safetensors": vfm.read_weights,
+            "weights.pth": functools.partial(vfm.read_weights, vfm=vfm.VFM()),
+            "weights.safetensors": functools.partial(vfm.read_weights, vfm=vfm.VFM()),
         }
         outcome: dict[str, Counter] = {file: Counter() for file in reading}
         originals = {file: (folder / file).read_bytes() for file in reading}

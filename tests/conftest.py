@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from made_up import ROOT, SIZES, make_features, run
+from made_up import ROOT, SIZES, make_features, run, timm_folder
 
 import encode
 import train
@@ -14,11 +14,23 @@ import vfm_feature
 from model import run_script
 
 
+@pytest.fixture(scope="session")
+def small_image_models(tmp_path_factory):
+    """Folders of timm, without weights, of some of the image models with two blocks of 24 channels."""
+    folder = tmp_path_factory.mktemp("timm")
+    return {
+        name: str(timm_folder(folder / name, vfm_feature.IMAGE_MODELS[name], depth=2, embed_dim=24, num_heads=2))
+        for name in ("DINOv2", "DINOv2-B-reg", "DINOv3-B")
+    }
+
+
 @pytest.fixture
-def small_models(monkeypatch):
+def small_models(monkeypatch, small_image_models):
     """The models with two blocks of 24 channels: quick, and files of their weights are small."""
-    for name, spec in vfm_feature.VFMS.items():
-        monkeypatch.setitem(vfm_feature.VFMS, name, replace(spec, embed_dim=24, depth=2, num_heads=2))
+    for name, spec in vfm_feature.VIDEO_MODELS.items():
+        monkeypatch.setitem(vfm_feature.VIDEO_MODELS, name, replace(spec, embed_dim=24, depth=2, num_heads=2))
+    for name, folder in small_image_models.items():
+        monkeypatch.setitem(vfm_feature.IMAGE_MODELS, name, folder)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Made-up features, and the scripts run on them as a user runs them."""
 
+import json
 import re
 import resource
 import signal
@@ -44,6 +45,17 @@ def pattern_clip(frames, height, width):
     """The clip of the reference figures: uint8 [1, frames, height, width, 3] by a formula."""
     t, y, x, c = np.ogrid[:frames, :height, :width, :3]
     return torch.from_numpy(((3 * t + 2 * y + x + 80 * c + (t * y * x) // 97) % 256).astype(np.uint8))[None]
+
+
+def timm_folder(folder, name, **arguments):
+    """A folder as timm saves it, but without weights, of its model `name` made with `arguments`."""
+    import timm
+
+    about = {key: value for key, value in timm.get_pretrained_cfg(name).to_dict().items() if key != "hf_hub_id"}
+    config = {"architecture": name.split(".")[0], "model_args": arguments, "pretrained_cfg": about}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def counts(result):

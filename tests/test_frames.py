@@ -397,8 +397,8 @@ def test_the_recipe_from_end_to_end(tmp_path, run_here):
     for model, size, data in (("VideoMAEv2", (160, 240), video), ("DINOv2", (420, 630), image)):
         frames = torch.from_numpy(clips[size])[-len(data["frame_indices"]) :][None]
         assert frames.dtype == torch.float16
-        vit = vfm.build_vit(vfm.VFMS[model], frames.shape[1], size)
-        feature = vfm.extract_features(vit, vfm.VFMS[model], frames)[0]
+        vit = vfm.build_vit(vfm.find_vfm(model), frames.shape[1], size)
+        feature = vfm.extract_features(vit, vfm.find_vfm(model), frames)[0]
         if model == "DINOv2":
             feature = torch.stack([feature[0], *(feature[i : i + 4].mean(0) for i in range(1, 49, 4))])
         torch.testing.assert_close(data["feature"], feature, rtol=1e-4, atol=1e-5)

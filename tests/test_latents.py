@@ -122,7 +122,7 @@ def test_previews_show_frames_features_and_latents(extract, tmp_path):
 
 
 def test_ranks_write_what_one_process_writes(clips, tmp_path):
-    checkpoint = write_checkpoint(tmp_path / "ck.pt", vfm.VFMS["VideoMAE"].embed_dim)
+    checkpoint = write_checkpoint(tmp_path / "ck.pt", vfm.find_vfm("VideoMAE").embed_dim)
     (clips / "broken.mp4").write_bytes(b"this is no video")
     flags = [str(ROOT / "vfm_feature.py"), "--video_dir", str(clips), "--models", "VideoMAE", *SMALL]
     flags += ["--device", "cpu", "--motion_checkpoint", str(checkpoint), "--output_root"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from draw_clips import draw_frame, write_video
-from made_up import SMALL, filled, pattern_clip
+from made_up import SMALL, filled, pattern_clip, timm_folder
 from safetensors.torch import load_file, save_file
 
 import vfm_feature as vfm
@@ -19,37 +19,46 @@ def layer(name, shape):
     return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 
 
-def published_shapes(model, depth):
+def at_depth(model, depth, folder):
+    """The table's model with `depth` blocks."""
+    if model in vfm.VIDEO_MODELS:
+        return replace(vfm.VIDEO_MODELS[model], depth=depth)
+    return vfm.find_vfm(f"timm:{timm_folder(folder / 'timm', vfm.IMAGE_MODELS[model], depth=depth)}")
+
+
+def published_shapes(model, spec):
     """The encoder in the authors' names, with the parts that are of no use here."""
-    spec = vfm.VFMS[model]
     dim, p = spec.embed_dim, spec.patch_size
     wide = int(dim * spec.mlp_ratio)
     if model.startswith("PE"):
         shapes = {"class_embedding": (dim,), "positional_embedding": (1 + 32 * 32, dim), "conv1.weight": (dim, 3, p, p)}
         shapes |= layer("ln_pre", (dim,))
-        for i in range(depth):
+        for i in range(spec.depth):
             block = f"transformer.resblocks.{i}"
             shapes |= {f"{block}.attn.in_proj_weight": (3 * dim, dim), f"{block}.attn.in_proj_bias": (3 * dim,)}
             shapes |= layer(f"{block}.attn.out_proj", (dim, dim)) | layer(f"{block}.ln_1", (dim,))
             shapes |= layer(f"{block}.mlp.c_fc", (wide, dim)) | layer(f"{block}.mlp.c_proj", (dim, wide))
             shapes |= layer(f"{block}.ln_2", (dim,))
         return shapes
-    is_dino = model.startswith("DINO")
+    is_dino, is_dino_3 = model.startswith("DINO"), model.startswith("DINOv3")
     shapes = layer("patch_embed.proj", (dim, 3, p, p) if is_dino else (dim, 3, 2, p, p))
     if is_dino:
         shapes |= layer("norm", (dim,)) | {"cls_token": (1, 1, dim), "mask_token": (1, dim)}
-        shapes |= {} if model == "DINOv3-B" else {"pos_embed": (1, 1 + 37 * 37, dim)}
+        shapes |= {} if is_dino_3 else {"pos_embed": (1, 1 + 37 * 37, dim)}
         shapes |= {"register_tokens": (1, 4, dim)} if model.endswith("reg") else {}
-        shapes |= {"storage_tokens": (1, 4, dim), "rope_embed.periods": (16,)} if model == "DINOv3-B" else {}
+        shapes |= {"storage_tokens": (1, 4, dim), "rope_embed.periods": (16,)} if is_dino_3 else {}
     if model.startswith("VJEPA2.1"):
         shapes |= {"video_mod_embed": (1, 1, dim), "img_mod_embed": (1, 1, dim)} | layer("norms_block.3", (dim,))
         shapes |= layer("patch_embed_img.proj", (dim, 3, 1, p, p))
-    for i in range(depth):
+    for i in range(spec.depth):
         block = f"blocks.{i}"
         shapes |= layer(f"{block}.norm1", (dim,)) | layer(f"{block}.norm2", (dim,))
         shapes |= layer(f"{block}.attn.qkv", (3 * dim, dim)) | layer(f"{block}.attn.proj", (dim, dim))
         if model.startswith("DINOv2-g"):
             shapes |= layer(f"{block}.mlp.w12", (8192, dim)) | layer(f"{block}.mlp.w3", (dim, 4096))
+        elif model.endswith("+"):
+            shapes |= layer(f"{block}.mlp.w1", (wide, dim)) | layer(f"{block}.mlp.w2", (wide, dim))
+            shapes |= layer(f"{block}.mlp.w3", (dim, wide))
         else:
             shapes |= layer(f"{block}.mlp.fc1", (wide, dim)) | layer(f"{block}.mlp.fc2", (dim, wide))
         if model.startswith("VideoMAE"):
@@ -57,16 +66,27 @@ def published_shapes(model, depth):
             shapes |= {f"{block}.attn.q_bias": (dim,), f"{block}.attn.v_bias": (dim,)}
         if is_dino:
             shapes |= {f"{block}.ls1.gamma": (dim,), f"{block}.ls2.gamma": (dim,)}
-        if model == "DINOv3-B":
+        if is_dino_3:
             shapes |= {f"{block}.attn.qkv.bias_mask": (3 * dim,)}
     return shapes
 
 
-def published_state(model, depth):
-    state = {name: filled(name, shape) for name, shape in published_shapes(model, depth).items()}
-    if model == "DINOv3-B":  # as published
+def published_state(model, spec):
+    state = {name: filled(name, shape) for name, shape in published_shapes(model, spec).items()}
+    if model.startswith("DINOv3"):  # as published
         state |= {name: torch.zeros_like(value) for name, value in state.items() if name.endswith("qkv.bias")}
     return state
+
+
+def in_its_file(model, state):
+    """The state dict as the authors' file holds it, beside what is not to be taken."""
+    if model.startswith("VJEPA2.1"):
+        other = {f"module.backbone.{name}": value + 1 for name, value in state.items()}
+        entry = "ema_encoder" if model[-1] in "BL" else "target_encoder"
+        return {"encoder": other, entry: {f"module.backbone.{name}": value for name, value in state.items()}}
+    if model == "VideoMAEv2-g":
+        return {"model": {f"encoder.{name}": value for name, value in state.items()} | {"mask_token": torch.zeros(3)}}
+    return {"module": state} if model == "VideoMAEv2-S" else state
 
 
 # Made with the authors' own code on the CPU in float32, at the number of blocks that stands first, on `filled` and
@@ -216,19 +236,136 @@ MORE_REFERENCE = {  # blocks, (frames, height, width), mean, standard deviation 
             (1, 5, 9): [1.33342, -1.22288, -1.11625, 1.08591, -3.3327, 0.30241],
         },
     ),
+    "VideoMAE-H": (
+        2,
+        (48, 32, 80),
+        (0.183489, 1.879260, 1.505294),
+        {
+            (23, 1, 1): [2.3344, -3.42612, -0.06924, 1.01863, -1.28902, 1.81569],
+            (23, 0, 4): [-0.08529, -1.33553, -2.11166, -0.47715, 0.66444, -0.53926],
+            (23, 1, 4): [0.52982, -0.09874, 3.16082, -0.27984, -0.60846, -0.00404],
+        },
+    ),
+    "VideoMAEv2-S": (
+        12,
+        (48, 32, 80),
+        (0.309093, 3.719714, 2.987945),
+        {
+            (23, 1, 1): [2.10908, -4.57286, -3.23596, 3.51564, -2.68132, 0.05706],
+            (23, 0, 4): [4.03466, -4.85716, 2.7369, 4.55214, -4.22007, 3.32989],
+            (23, 1, 4): [-1.29192, -3.68032, -7.98899, 1.78968, -5.96601, -4.40568],
+        },
+    ),
+    "VideoMAEv2-g": (
+        2,
+        (48, 28, 70),
+        (0.174138, 1.865790, 1.497181),
+        {
+            (23, 1, 1): [1.02255, -1.29451, -3.50381, 1.65957, -2.04308, 1.78595],
+            (23, 0, 4): [-0.07397, -0.54657, -0.81468, -3.28678, -0.43115, 2.82402],
+            (23, 1, 4): [0.74103, -2.26377, -0.89942, 0.52889, -1.85671, 1.76251],
+        },
+    ),
+    "VJEPA2.1-g": (
+        2,
+        (4, 96, 160),
+        (0.016676, 1.886464, 1.507917),
+        {
+            (1, 3, 3): [0.07085, 0.86095, 2.17848, -1.74146, -1.55001, -2.35405],
+            (1, 0, 9): [-0.37211, 2.17052, 0.21398, -0.08667, 1.87694, 0.00314],
+            (1, 5, 9): [0.30077, 0.084, -1.59267, -0.52058, 1.99384, 2.7621],
+        },
+    ),
+    "VJEPA2.1-G": (
+        2,
+        (4, 96, 160),
+        (-0.020051, 1.869769, 1.491826),
+        {
+            (1, 3, 3): [-1.46832, 0.3142, 0.4134, 2.28861, -1.74872, 2.17175],
+            (1, 0, 9): [1.45229, 1.79161, 1.50066, 0.72137, 0.47451, 3.7456],
+            (1, 5, 9): [0.20616, 0.78951, 2.33828, -0.03793, 1.4723, 1.57233],
+        },
+    ),
+    "DINOv3-S": (
+        2,
+        (2, 96, 160),
+        (0.002623, 1.010076, 0.798695),
+        {
+            (1, 3, 3): [1.22247, 0.58024, -0.20294, 0.4074, -1.16969, -0.20698],
+            (1, 0, 9): [1.38558, 0.6643, -2.88543, 1.28283, 0.38019, -1.04846],
+            (1, 5, 9): [1.22749, 1.3277, -0.51373, 0.17179, -1.12326, -0.36044],
+        },
+    ),
+    "DINOv3-S+": (
+        2,
+        (2, 96, 160),
+        (0.003756, 1.010110, 0.801088),
+        {
+            (1, 3, 3): [0.44387, -0.57943, -1.55595, 0.18852, -1.50243, 0.61874],
+            (1, 0, 9): [1.06342, -0.14726, -2.05835, 0.92842, -0.27729, -1.33807],
+            (1, 5, 9): [0.85206, -0.38183, -1.77375, 0.05546, -1.83239, 0.25612],
+        },
+    ),
+    "DINOv3-L": (
+        2,
+        (2, 96, 160),
+        (-0.001999, 1.008465, 0.798703),
+        {
+            (1, 3, 3): [0.86727, -1.00764, -0.8957, 1.52507, -0.18123, -2.29046],
+            (1, 0, 9): [0.36378, -0.99135, -1.07575, 0.47954, 0.64325, -2.07755],
+            (1, 5, 9): [1.64677, -0.74537, -0.88128, 1.91339, 0.18748, -1.68943],
+        },
+    ),
+    "DINOv3-H+": (
+        2,
+        (2, 96, 160),
+        (-0.001080, 1.009661, 0.802910),
+        {
+            (1, 3, 3): [1.14219, 0.72341, -0.21182, 0.64079, -0.9608, -1.9206],
+            (1, 0, 9): [0.39627, 0.76685, 1.55112, -0.09892, 0.51296, 1.09363],
+            (1, 5, 9): [1.80032, 0.79172, -0.20989, 0.70212, -1.41729, -2.25533],
+        },
+    ),
+    "PE-Spatial-T": (
+        2,
+        (2, 96, 160),
+        (-0.027269, 1.531091, 1.215924),
+        {
+            (1, 3, 3): [-1.73434, 2.31065, -0.64925, -0.66283, 1.47558, 1.4875],
+            (1, 0, 9): [-1.25562, 1.14045, 3.38551, -1.26245, 0.28654, 0.7672],
+            (1, 5, 9): [-1.21985, 0.9055, -0.00377, -2.23793, 1.18165, 0.64162],
+        },
+    ),
+    "PE-Spatial-S": (
+        2,
+        (2, 96, 160),
+        (0.064603, 1.497383, 1.197273),
+        {
+            (1, 3, 3): [3.04174, -0.00822, 3.76087, -0.36376, -0.69139, -0.53674],
+            (1, 0, 9): [1.13594, 2.01361, 0.26601, -1.75533, 0.70496, -1.33016],
+            (1, 5, 9): [3.05514, 0.57603, 2.55834, 0.77773, -0.73856, -0.50023],
+        },
+    ),
+    "PE-Spatial-L": (
+        2,
+        (2, 84, 140),
+        (-0.022141, 1.497443, 1.191582),
+        {
+            (1, 3, 3): [-1.08514, 1.66936, -1.08121, 1.03663, -2.66681, 0.08821],
+            (1, 0, 9): [-1.70833, 0.70599, -0.81107, 0.04828, -1.41409, -1.43453],
+            (1, 5, 9): [-1.01387, 2.49718, -0.61046, -1.00128, -0.49361, 0.20916],
+        },
+    ),
 }
 
 
 @pytest.mark.parametrize("model", MORE_REFERENCE)
 def test_features_are_those_of_the_authors_code(model, tmp_path):
     depth, (frames, height, width), statistics, figures = MORE_REFERENCE[model]
-    state = published_state(model, depth)
-    if model.startswith("VJEPA2.1"):
-        state = {"ema_encoder": {f"module.backbone.{name}": value for name, value in state.items()}, "encoder": {}}
-    torch.save(state, tmp_path / "weights.pth")
-    weights = vfm.read_weights(tmp_path / "weights.pth")
+    spec = at_depth(model, depth, tmp_path)
+    torch.save(in_its_file(model, published_state(model, spec)), tmp_path / "weights.pth")
+    weights = vfm.read_weights(tmp_path / "weights.pth", vfm.VIDEO_MODELS.get(model, spec))
     (tmp_path / "weights.pth").unlink()
-    spec = replace(vfm.VFMS[model], depth=depth)
     vit = vfm.build_vit(spec, frames, (height, width), weights)
     feature = vfm.extract_features(vit, spec, pattern_clip(frames, height, width))[0]
     channels = feature.shape[-1]
@@ -240,18 +377,23 @@ def test_features_are_those_of_the_authors_code(model, tmp_path):
     torch.testing.assert_close(measured, torch.tensor(statistics), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [name for name, spec in vfm.VFMS.items() if spec.timm])
-def test_rows_of_timm_s_models_say_what_timm_says(model):
-    row = vfm.VFMS[model]
-    timm = vfm.find_vfm(f"timm:{row.timm}")
-    for key in ("hub", "depth", "patch_size", "mean", "std", "license"):
-        assert getattr(row, key) == getattr(timm, key), key
+def test_the_table_of_models():
+    header, *lines = vfm.describe_models().splitlines()
+    assert header.split() == ["name", "C", "patch", "tubelet", "grid", "final", "norm", "licence", "weights"]
+    assert [line.split()[0] for line in lines] == vfm.MODELS
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    videomae = "768 16 2 24 x 10 x 15 no cc-by-nc-4.0 model.safetensors of MCG-NJU/videomae-base"
+    dinov3 = "768 16 1 48 x 26 x 39 yes dinov3-license model.safetensors of timm/vit_base_patch16_dinov3.lvd1689m"
+    assert (rows["VideoMAE"], rows["DINOv3-B"]) == (videomae, dinov3)
+    assert rows["VideoMAEv2-g"].startswith("1408 14 2 24 x 11 x 17 no")
+    assert rows["PE-Spatial-L"].startswith("1024 14 1 48 x 30 x 45 no apache-2.0")
 
 
-def test_dinov3_with_biases_is_refused():
-    state = {name: filled(name, shape) for name, shape in published_shapes("DINOv3-B", 1).items()}
+def test_dinov3_with_biases_is_refused(tmp_path):
+    spec = at_depth("DINOv3-B", 1, tmp_path)
+    state = {name: filled(name, shape) for name, shape in published_shapes("DINOv3-B", spec).items()}
     with pytest.raises(ValueError, match=r"qkv.bias is not zero"):
-        vfm.build_vit(replace(vfm.VFMS["DINOv3-B"], depth=1), 1, (32, 48), vfm.to_timm_names(state))
+        vfm.build_vit(spec, 1, (32, 48), state)
 
 
 SMALL_VIT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -267,7 +409,7 @@ def test_a_timm_folder_gives_timm_s_maps(tmp_path, size, layers):
     timm.models.save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=True)
     spec = vfm.find_vfm(f"timm:{tmp_path}")
     assert (spec.patch_size, spec.mean) == (16, (0.5, 0.5, 0.5))
-    vit = vfm.build_vit(spec, 2, size, vfm.read_weights(spec.folder))
+    vit = vfm.build_vit(spec, 2, size, vfm.read_weights(spec.folder, spec))
     feature = vfm.extract_features(vit, spec, pattern_clip(2, *size), layers=layers)[0]
     model.set_input_size(img_size=size)
     images = (pattern_clip(2, *size)[0].permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
@@ -285,7 +427,7 @@ def test_a_timm_model_keeps_its_own_names(tmp_path):
         model, tmp_path, model_args={"depth": 1, "embed_dim": 48, "num_heads": 4}, safe_serialization=True
     )
     spec = vfm.find_vfm(f"timm:{tmp_path}")
-    vit = vfm.build_vit(spec, 1, (224, 224), vfm.read_weights(spec.folder, rename=False))
+    vit = vfm.build_vit(spec, 1, (224, 224), vfm.read_weights(spec.folder, spec))
     vfm.check_tokens("it", vit, spec, (224, 224), [1])
     assert torch.equal(vit.model.blocks[0].attn.q_bias, model.blocks[0].attn.q_bias)
 
@@ -311,24 +453,12 @@ def last_block(model, blocks, **inputs):
     return kept[0]
 
 
-def test_dinov2_of_transformers_is_ours_where_both_are_right(tmp_path):
-    model = saved(tmp_path, "Dinov2WithRegisters", image_size=70, patch_size=14, use_swiglu_ffn=True)
-    spec = vfm.find_vfm(f"hf:{tmp_path}")
-    for size in [(70, 70), (56, 98)]:
-        vit = vfm.build_vit(spec, 1, size, vfm.read_weights(tmp_path))
-        feature = vfm.extract_features(vit, spec, pattern_clip(1, *size))
-        images = (pattern_clip(1, *size)[0] / 255 - torch.tensor(vfm.IMAGENET_MEAN)) / torch.tensor(vfm.IMAGENET_STD)
-        with torch.inference_mode():
-            expected = model(pixel_values=images.permute(0, 3, 1, 2)).last_hidden_state[:, 5:]
-        torch.testing.assert_close(feature.flatten(1, 3), expected)
-
-
 def test_video_models_of_transformers_are_ours(tmp_path):
     pixels = (pattern_clip(8, 112, 112) / 255 - torch.tensor(vfm.IMAGENET_MEAN)) / torch.tensor(vfm.IMAGENET_STD)
     model = saved(tmp_path / "mae", "VideoMAE", intermediate_size=96, image_size=112, num_frames=8)
     expected = last_block(model, model.encoder.layer, pixel_values=pixels.permute(0, 1, 4, 2, 3))
     spec = vfm.find_vfm(f"hf:{tmp_path}/mae")
-    vit = vfm.build_vit(spec, 8, (112, 112), vfm.read_weights(tmp_path / "mae"))
+    vit = vfm.build_vit(spec, 8, (112, 112), vfm.read_weights(tmp_path / "mae", spec))
     feature = vfm.extract_features(vit, spec, pattern_clip(8, 112, 112))
     torch.testing.assert_close(feature.flatten(1, 3), expected, rtol=1e-4, atol=1e-4)
     small = {"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
@@ -336,7 +466,7 @@ def test_video_models_of_transformers_are_ours(tmp_path):
     inputs = {"pixel_values_videos": pixels[:, :4, :64, :64].permute(0, 1, 4, 2, 3), "skip_predictor": True}
     expected = last_block(model, model.encoder.layer, **inputs)
     spec = vfm.find_vfm(f"hf:{tmp_path}/jepa")
-    vit = vfm.build_vit(spec, 4, (64, 64), vfm.read_weights(tmp_path / "jepa"))
+    vit = vfm.build_vit(spec, 4, (64, 64), vfm.read_weights(tmp_path / "jepa", spec))
     feature = vfm.extract_features(vit, spec, pattern_clip(8, 112, 112)[:, :4, :64, :64])
     torch.testing.assert_close(feature.flatten(1, 3), expected, rtol=1e-4, atol=1e-4)
 
