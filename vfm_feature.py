@@ -178,6 +178,9 @@ IMAGE_MODELS = {  # timm's names; timm knows the rest
     "PE-Spatial-S": "vit_pe_spatial_small_patch16_512.fb",
     "PE-Spatial-B": "vit_pe_spatial_base_patch16_512.fb",
     "PE-Spatial-L": "vit_pe_spatial_large_patch14_448.fb",
+    "SigLIP2-B": "vit_base_patch16_siglip_512.v2_webli",
+    "SigLIP2-L": "vit_large_patch16_siglip_512.v2_webli",
+    "SigLIP2-So400m": "vit_so400m_patch16_siglip_512.v2_webli",
 }
 MODELS = [*VIDEO_MODELS, *IMAGE_MODELS]
 DEFAULT_MODELS = ["VideoMAEv2", "VideoMAE", "DINOv2", "VJEPA2"]
@@ -381,18 +384,20 @@ def download(what: str, repository: str, patterns: Sequence[str], hint: str) -> 
         folder = Path(snapshot_download(repository, allow_patterns=patterns))
         if any(file for pattern in patterns for file in folder.glob(pattern)):
             return folder
-        cause, reason = None, "the repository does not hold it"
+        cause, reason = None, "the repository, or what the cache has of it, does not hold it"
     except Exception as error:  # its own errors, those of its HTTP library, and the system's
-        offline = isinstance(error.__cause__, errors.OfflineModeIsEnabled)
-        connect = "unset HF_HUB_OFFLINE" if offline else f"reach {constants.ENDPOINT}, or set HF_ENDPOINT to a mirror"
-        log_in = "set HF_TOKEN or run `hf auth login`"
+        cause, log_in = error, "set HF_TOKEN or run `hf auth login`"
+        connect = f"reach {constants.ENDPOINT}, or set HF_ENDPOINT to a mirror"
+        if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+            connect = "unset HF_HUB_OFFLINE"
+        elif isinstance(error.__cause__, errors.HfHubHTTPError):
+            connect = f"{constants.ENDPOINT} answered {error.__cause__.response.status_code}; {log_in}, or try later"
         reasons = {  # an error's class before its base classes
             errors.GatedRepoError: f"it is gated: accept its terms on its page and {log_in}",
             errors.RepositoryNotFoundError: f"no such repository, or a private one: check its name or {log_in}",
             errors.IncompleteSnapshotError: f"an earlier download stopped half-way: {connect}",
             errors.LocalEntryNotFoundError: f"it is not in the cache: {connect}",
         }
-        cause = error
         reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), first_line(error))
     raise FileNotFoundError(
         f"{what} cannot be downloaded from the hub: {reason}; or download it elsewhere and pass {hint}"
@@ -480,7 +485,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def check_weight(name: str, value: torch.Tensor) -> None:
     """Raise `ValueError` that names a weight whose numbers cannot be those that were trained.
 
-    Vectors may be equal everywhere: biases of zero, gains of one.
+    Vectors may be equal everywhere, biases of zero, gains of one, and so may tables of biases.
     """
     if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         dtype = str(value.dtype).removeprefix("torch.")
@@ -488,7 +493,7 @@ def check_weight(name: str, value: torch.Tensor) -> None:
     smallest, largest = (bound.item() for bound in value.aminmax())  # NaN where there is one
     if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise ValueError(f"{name} holds NaN or infinity")
-    if smallest == largest and value.squeeze().ndim > 1:
+    if smallest == largest and value.squeeze().ndim > 1 and "bias" not in name:
         raise ValueError(f"{name} is {smallest:g} everywhere: the file is damaged")
 
 
@@ -726,6 +731,9 @@ def build_timm_model(vfm: VFM, size: tuple[int, int], weights: dict[str, torch.T
     table = getattr(model, "pos_embed", None)
     if "vit_pe_" in name:  # timm stretches every grid to the trained one; the authors count on (their `rope.py`)
         model.rope.ref_feat_shape = None
+    if "_siglip_" in name:  # timm's smaller ones have the exact GELU; the authors have flax's approximation in all
+        for block in model.blocks:
+            block.mlp.act = nn.GELU(approximate="tanh")
     if hasattr(model, "set_input_size"):
         model.set_input_size(img_size=size)
     if "patch14_dinov2" in name or "vit_pe_" in name:

@@ -68,7 +68,7 @@ MISTAKES = [
     ("vfm_feature.py --video_dir clips --models timm:", "argument --models: invalid choice: 'timm:'"),
     (
         "vfm_feature.py --video_dir clips --models timm:vit_base_patch16_dinov4",
-        "timm has no such model, and there is no such folder; did you mean vit_base_patch",
+        "timm:vit_base_patch16_dinov4: RuntimeError: Unknown model (vit_base_patch16_dinov4); timm.list_models() names",
     ),
     ("vfm_feature.py --video_dir clips --models hf:./nowhere", "hf:./nowhere: there is no folder ./nowhere, and"),
     ("vfm_feature.py --video_dir clips --models hf:clips", "--models hf:clips: "),

@@ -1,14 +1,18 @@
 """vfm_feature.py: the further models against their authors' code, and models by name against their libraries."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from draw_clips import draw_frame, write_video
-from made_up import SMALL, filled, pattern_clip, timm_folder
+from made_up import ROOT, SMALL, filled, pattern_clip, timm_folder
 from safetensors.torch import load_file, save_file
 
 import vfm_feature as vfm
@@ -23,13 +27,20 @@ def at_depth(model, depth, folder):
     """The table's model with `depth` blocks."""
     if model in vfm.VIDEO_MODELS:
         return replace(vfm.VIDEO_MODELS[model], depth=depth)
-    return vfm.find_vfm(f"timm:{timm_folder(folder / 'timm', vfm.IMAGE_MODELS[model], depth=depth)}")
+    grid = {"img_size": [96, 160]} if model.startswith("SigLIP") else {}
+    return vfm.find_vfm(f"timm:{timm_folder(folder / 'timm', vfm.IMAGE_MODELS[model], depth=depth, **grid)}")
 
 
 def published_shapes(model, spec):
-    """The encoder in the authors' names, with the parts that are of no use here."""
+    """The encoder in the authors' names, with the parts that are of no use here; SigLIP 2's in timm's names."""
     dim, p = spec.embed_dim, spec.patch_size
-    wide = int(dim * spec.mlp_ratio)
+    wide = 4304 if model == "SigLIP2-So400m" else int(dim * spec.mlp_ratio)
+    if model.startswith("SigLIP"):
+        shapes = {
+            name: tuple(value.shape) for name, value in vfm.build_vit(spec, 1, (96, 160)).model.state_dict().items()
+        }
+        assert shapes["blocks.0.mlp.fc1.weight"] == (wide, dim)
+        return shapes
     if model.startswith("PE"):
         shapes = {"class_embedding": (dim,), "positional_embedding": (1 + 32 * 32, dim), "conv1.weight": (dim, 3, p, p)}
         shapes |= layer("ln_pre", (dim,))
@@ -90,11 +101,12 @@ def in_its_file(model, state):
 
 
 # Made with the authors' own code on the CPU in float32, at the number of blocks that stands first, on `filled` and
-# `pattern_clip`: VideoREPA's `VideoMAE.py` (commit 8002687), facebookresearch/dinov2 `vit_*` (518 pixels, registers
-# as in its hubconf, `x_norm_patchtokens`, b8931f7), facebookresearch/dinov3 `dinov3_vitb16` (normalised patch tokens,
-# 6876159), facebookresearch/perception_models PE-Spatial-B16-512 (3e352cc), facebookresearch/vjepa2 `vit_huge_rope`
-# and `vit_giant_xformers_rope` (c2963a4) and, in a public copy of it that has V-JEPA 2.1, `app/vjepa_2_1`; no final
-# norm. A figure is the feature at [t, h, w], every (C // 6)th channel of it.
+# `pattern_clip`: VideoREPA's `VideoMAE.py` and `VideoMAEv2.py` (commit 8002687), facebookresearch/dinov2 `vit_*` (518
+# pixels, registers as in its hubconf, `x_norm_patchtokens`, b8931f7), facebookresearch/dinov3 `dinov3_vit*16*`
+# (normalised patch tokens, 6876159), facebookresearch/perception_models PE-Spatial-* (3e352cc), google-research/
+# big_vision `vit._Model` (after `encoder_norm`, 0127fb6; its positions are those of the grid, as it resizes squares
+# alone), facebookresearch/vjepa2 `vit_huge_rope` and `vit_giant_xformers_rope` (c2963a4) and, in a public copy of it
+# that has V-JEPA 2.1, `app/vjepa_2_1`; no final norm. A figure is the feature at [t, h, w], every (C // 6)th channel.
 MORE_REFERENCE = {  # blocks, (frames, height, width), mean, standard deviation and mean magnitude, figures
     "VideoMAE-L": (
         2,
@@ -237,13 +249,13 @@ MORE_REFERENCE = {  # blocks, (frames, height, width), mean, standard deviation 
         },
     ),
     "VideoMAE-H": (
-        2,
+        1,
         (48, 32, 80),
-        (0.183489, 1.879260, 1.505294),
+        (0.195179, 1.665129, 1.337798),
         {
-            (23, 1, 1): [2.3344, -3.42612, -0.06924, 1.01863, -1.28902, 1.81569],
-            (23, 0, 4): [-0.08529, -1.33553, -2.11166, -0.47715, 0.66444, -0.53926],
-            (23, 1, 4): [0.52982, -0.09874, 3.16082, -0.27984, -0.60846, -0.00404],
+            (23, 1, 1): [1.27676, -3.31572, 0.79197, 0.29968, -1.28756, 1.99793],
+            (23, 0, 4): [1.21798, -1.71071, -3.09603, -0.95961, 0.64816, -0.2782],
+            (23, 1, 4): [0.5373, -0.40178, 2.42897, -0.55727, -0.27923, -0.09638],
         },
     ),
     "VideoMAEv2-S": (
@@ -257,33 +269,33 @@ MORE_REFERENCE = {  # blocks, (frames, height, width), mean, standard deviation 
         },
     ),
     "VideoMAEv2-g": (
-        2,
+        1,
         (48, 28, 70),
-        (0.174138, 1.865790, 1.497181),
+        (0.196643, 1.665688, 1.338300),
         {
-            (23, 1, 1): [1.02255, -1.29451, -3.50381, 1.65957, -2.04308, 1.78595],
-            (23, 0, 4): [-0.07397, -0.54657, -0.81468, -3.28678, -0.43115, 2.82402],
-            (23, 1, 4): [0.74103, -2.26377, -0.89942, 0.52889, -1.85671, 1.76251],
+            (23, 1, 1): [1.5231, -1.30449, -2.53119, 1.96253, -1.89533, 1.19182],
+            (23, 0, 4): [0.1522, -2.08326, -0.34813, -2.48886, -1.03553, 1.94571],
+            (23, 1, 4): [0.72193, -2.13111, -0.59145, 2.03447, -1.61949, 0.93226],
         },
     ),
     "VJEPA2.1-g": (
-        2,
+        1,
         (4, 96, 160),
-        (0.016676, 1.886464, 1.507917),
+        (0.006911, 1.634827, 1.304618),
         {
-            (1, 3, 3): [0.07085, 0.86095, 2.17848, -1.74146, -1.55001, -2.35405],
-            (1, 0, 9): [-0.37211, 2.17052, 0.21398, -0.08667, 1.87694, 0.00314],
-            (1, 5, 9): [0.30077, 0.084, -1.59267, -0.52058, 1.99384, 2.7621],
+            (1, 3, 3): [1.28738, 0.81477, 2.84497, -0.85969, -1.79583, -4.37854],
+            (1, 0, 9): [1.84905, 2.6604, 0.42998, -0.43176, 2.29068, -1.67435],
+            (1, 5, 9): [1.76928, 0.61695, -1.1841, -0.69001, 2.74834, 0.56784],
         },
     ),
     "VJEPA2.1-G": (
-        2,
+        1,
         (4, 96, 160),
-        (-0.020051, 1.869769, 1.491826),
+        (-0.008734, 1.640164, 1.309763),
         {
-            (1, 3, 3): [-1.46832, 0.3142, 0.4134, 2.28861, -1.74872, 2.17175],
-            (1, 0, 9): [1.45229, 1.79161, 1.50066, 0.72137, 0.47451, 3.7456],
-            (1, 5, 9): [0.20616, 0.78951, 2.33828, -0.03793, 1.4723, 1.57233],
+            (1, 3, 3): [-0.54823, 1.92086, -0.35004, 0.77939, -3.32959, 2.19006],
+            (1, 0, 9): [2.05702, 2.90072, 0.18031, 0.46774, -0.03122, 3.50639],
+            (1, 5, 9): [0.4234, 2.00401, 0.62302, -0.01452, 1.26388, 2.778],
         },
     ),
     "DINOv3-S": (
@@ -307,23 +319,23 @@ MORE_REFERENCE = {  # blocks, (frames, height, width), mean, standard deviation 
         },
     ),
     "DINOv3-L": (
-        2,
+        1,
         (2, 96, 160),
-        (-0.001999, 1.008465, 0.798703),
+        (0.000266, 1.008756, 0.797907),
         {
-            (1, 3, 3): [0.86727, -1.00764, -0.8957, 1.52507, -0.18123, -2.29046],
-            (1, 0, 9): [0.36378, -0.99135, -1.07575, 0.47954, 0.64325, -2.07755],
-            (1, 5, 9): [1.64677, -0.74537, -0.88128, 1.91339, 0.18748, -1.68943],
+            (1, 3, 3): [1.11977, -0.80717, 0.11845, -0.16279, 0.41773, -1.69054],
+            (1, 0, 9): [0.32038, -1.26977, 0.08954, 0.3865, 1.14241, -1.96025],
+            (1, 5, 9): [1.88811, -0.84606, 0.03315, 0.19069, 0.39314, -1.12663],
         },
     ),
     "DINOv3-H+": (
-        2,
+        1,
         (2, 96, 160),
-        (-0.001080, 1.009661, 0.802910),
+        (-0.000754, 1.007166, 0.800514),
         {
-            (1, 3, 3): [1.14219, 0.72341, -0.21182, 0.64079, -0.9608, -1.9206],
-            (1, 0, 9): [0.39627, 0.76685, 1.55112, -0.09892, 0.51296, 1.09363],
-            (1, 5, 9): [1.80032, 0.79172, -0.20989, 0.70212, -1.41729, -2.25533],
+            (1, 3, 3): [0.9621, 0.27401, -0.89408, 0.67618, -0.89748, -2.16474],
+            (1, 0, 9): [0.58809, 1.17465, 1.22614, -0.57014, 0.05372, 0.13684],
+            (1, 5, 9): [1.80244, 0.40427, -0.92681, 0.66955, -1.24664, -2.57867],
         },
     ),
     "PE-Spatial-T": (
@@ -347,13 +359,43 @@ MORE_REFERENCE = {  # blocks, (frames, height, width), mean, standard deviation 
         },
     ),
     "PE-Spatial-L": (
-        2,
+        1,
         (2, 84, 140),
-        (-0.022141, 1.497443, 1.191582),
+        (-0.021271, 1.265652, 1.004906),
         {
-            (1, 3, 3): [-1.08514, 1.66936, -1.08121, 1.03663, -2.66681, 0.08821],
-            (1, 0, 9): [-1.70833, 0.70599, -0.81107, 0.04828, -1.41409, -1.43453],
-            (1, 5, 9): [-1.01387, 2.49718, -0.61046, -1.00128, -0.49361, 0.20916],
+            (1, 3, 3): [-0.56132, 0.29908, -0.05536, -0.00247, -2.09499, 0.58132],
+            (1, 0, 9): [-0.91221, -0.01121, 0.04153, -1.07006, -0.22791, -0.60134],
+            (1, 5, 9): [-0.32024, 1.31806, 0.34386, -2.37291, 0.0754, 0.58458],
+        },
+    ),
+    "SigLIP2-B": (
+        2,
+        (2, 96, 160),
+        (0.003019, 1.009477, 0.803575),
+        {
+            (1, 3, 3): [-0.093, -0.90247, -1.71738, -1.1904, 0.28417, 0.98839],
+            (1, 0, 9): [0.55093, -2.78977, -0.0754, -0.09879, 1.03159, -0.99328],
+            (1, 5, 9): [0.622, -1.09468, -2.44917, -1.2717, -0.30406, -0.28363],
+        },
+    ),
+    "SigLIP2-L": (
+        1,
+        (2, 96, 160),
+        (-0.000631, 1.006106, 0.797926),
+        {
+            (1, 3, 3): [1.12854, -0.39445, -0.8817, -0.27681, 0.06235, -1.89823],
+            (1, 0, 9): [-0.13132, -0.69505, -0.09638, -1.50723, 0.68322, -0.41543],
+            (1, 5, 9): [2.27614, -0.60861, -0.46499, 0.66241, 1.06972, -0.38217],
+        },
+    ),
+    "SigLIP2-So400m": (
+        1,
+        (2, 96, 160),
+        (0.002860, 1.010233, 0.803513),
+        {
+            (1, 3, 3): [-0.64441, -0.0004, 0.09818, 0.35633, -0.27717, 1.25533],
+            (1, 0, 9): [-0.08138, 0.44522, -0.19318, 1.22082, -0.33991, 1.57228],
+            (1, 5, 9): [0.03167, -0.16787, -0.60397, 2.20282, 1.01611, 1.30539],
         },
     ),
 }
@@ -405,7 +447,7 @@ def test_a_timm_folder_gives_timm_s_maps(tmp_path, size, layers):
     import timm
 
     arguments = {"depth": 2, "embed_dim": 48, "num_heads": 4, "img_size": 64}
-    model = timm.create_model("vit_base_patch16_siglip_512.v2_webli", **arguments, num_classes=0).eval()
+    model = timm.create_model("vit_large_patch16_siglip_512.v2_webli", **arguments, num_classes=0).eval()
     timm.models.save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=True)
     spec = vfm.find_vfm(f"timm:{tmp_path}")
     assert (spec.patch_size, spec.mean) == (16, (0.5, 0.5, 0.5))
@@ -471,36 +513,216 @@ def test_video_models_of_transformers_are_ours(tmp_path):
     torch.testing.assert_close(feature.flatten(1, 3), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (64, 96), (96, 64)])
-def test_other_models_of_transformers_give_their_blocks_outputs(tmp_path, size):
-    model = saved(tmp_path, "DINOv3ViT", intermediate_size=96, num_register_tokens=4)
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            "ViT",
+            {"intermediate_size": 96, "image_size": 64},
+            "not vit; image models are timm's: timm:NAME, or one of DINO",
+        ),
+        ("Dinov2", {"image_size": 70, "patch_size": 14}, "not dinov2; image models are timm's: timm:NAME"),
+        ("Timesformer", {"intermediate_size": 96}, "only VideoMAE and V-JEPA 2 are taken, not timesformer"),
+        ("Bert", {"intermediate_size": 96, "vocab_size": 9}, "only VideoMAE and V-JEPA 2 are taken, not bert"),
+        ("VideoMAE", {"hidden_act": "relu"}, "videomae with relu for gelu"),
+        (
+            "VideoMAE",
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "quantised; give",
+        ),
+    ],
+)
+def test_what_is_no_video_model_of_transformers_is_refused(tmp_path, kind, settings, message):
+    import transformers
+
+    getattr(transformers, f"{kind}Config")(**settings).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        vfm.find_vfm(f"hf:{tmp_path}")
+
+
+def test_a_folder_says_mean_deviation_and_licence(tmp_path):
+    saved(tmp_path, "VideoMAE", intermediate_size=96)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
-    (tmp_path / "README.md").write_text("---\ntags:\n- vision\nlicense: other\nlicense_name: dinov3-license\n---\n")
+    (tmp_path / "README.md").write_text("---\ntags:\n- video\nlicense: other\nlicense_name: its-own\n---\n")
     spec = vfm.find_vfm(f"hf:{tmp_path}")
-    assert (spec.mean, spec.std, spec.license) == ((0.5,) * 3, (0.25,) * 3, "dinov3-license")
-    vit = vfm.build_vit(spec, 1, size, vfm.read_weights(tmp_path))
-    images = (pattern_clip(1, *size)[0].permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
-    expected = last_block(model, vit.blocks.__class__(model.model.layer), pixel_values=images)[:, 5:]
-    torch.testing.assert_close(vfm.extract_features(vit, spec, pattern_clip(1, *size)).flatten(1, 3), expected)
+    assert (spec.mean, spec.std, spec.license) == ((0.5,) * 3, (0.25,) * 3, "its-own")
+
+
+def spoiled(value, how):
+    """A copy of the weights that is damaged or quantised."""
+    if how in ("int8", "bool", "float8_e4m3fn"):
+        return (value * 20).to(getattr(torch, how))
+    value = value.clone()
+    value.view(-1)[: 1 if how in ("nan", "inf") else None] = float(how)
+    return value
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "size", "message"),
+    ("how", "message"),
     [
-        ("Beit", {"intermediate_size": 96, "image_size": 64}, (64, 96), "may take any grid of its beit for a square"),
-        ("DeiT", {"intermediate_size": 96, "image_size": 64}, (64, 64), "gives 18 tokens for a grid of 4 x 4"),
-        ("ViTMAE", {"intermediate_size": 96, "image_size": 64, "mask_ratio": 0.0}, (64, 64), "that mask their input"),
-        ("Timesformer", {"intermediate_size": 96, "image_size": 64}, (64, 64), "of models of video, or that"),
-        ("Bert", {"intermediate_size": 96, "vocab_size": 9}, (64, 64), "no ViT"),
-        ("VideoMAE", {"intermediate_size": 96, "hidden_act": "relu"}, (64, 64), "videomae with relu for gelu"),
+        ("0", "is 0 everywhere: the file is damaged"),
+        ("0.25", "is 0.25 everywhere: the file is damaged"),
+        ("nan", "holds NaN or infinity"),
+        ("inf", "holds NaN or infinity"),
+        ("int8", "holds int8: it is quantised; give the unquantised weights"),
+        ("bool", "holds bool: it is quantised"),
+        ("float8_e4m3fn", "holds float8_e4m3fn: it is quantised"),
     ],
 )
-def test_what_would_be_wrong_is_refused(tmp_path, kind, settings, size, message):
-    saved(tmp_path, kind, **settings)
-    with pytest.raises(UserError, match=message):
-        spec = vfm.find_vfm(f"hf:{tmp_path}")
-        vit = vfm.build_vit(spec, 1, size, vfm.read_weights(tmp_path))
-        vfm.check_tokens("it", vit, spec, size, [2])
+def test_weights_that_were_not_trained_are_refused_by_name(tmp_path, small_models, how, message):
+    """Of the authors' file, of transformers' with queries, keys and values apart, and of timm's."""
+    video, image = vfm.find_vfm("VideoMAE"), vfm.find_vfm("DINOv2")
+    authors = {name: torch.rand(shape) for name, shape in published_shapes("VideoMAE", video).items()}
+    apart = dict(authors)
+    for layer_name in ("blocks.0", "blocks.1"):
+        qkv = apart.pop(f"{layer_name}.attn.qkv.weight").chunk(3)
+        for part, value in zip(("query", "key", "value"), qkv, strict=True):
+            apart[f"{layer_name}.attn.{part}.weight"] = value
+    timm_s = vfm.build_vit(image, 1, (28, 42)).model.state_dict()
+    timm_s["pos_embed"] = torch.rand(1, 1 + 37 * 37, 24)
+    for spec, size, state, name in (
+        (video, (32, 48), authors, "blocks.1.mlp.fc1.weight"),
+        (video, (32, 48), apart, "blocks.1.attn.key.weight"),
+        (image, (28, 42), timm_s, "blocks.0.attn.proj.weight"),
+    ):
+        vfm.build_vit(spec, 2, size, state)
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            vfm.build_vit(spec, 2, size, state | {name: spoiled(state[name], how)})
+    zeros = {name: torch.zeros_like(value) for name, value in timm_s.items() if name.endswith("bias")}
+    vfm.build_vit(image, 1, (28, 42), timm_s | zeros)  # biases may be zero
+
+
+def test_what_timm_cannot_convert_is_said_with_its_reason(small_models, monkeypatch):
+    """DINOv3's file is sought in timm's module for its architecture; that of another model fails there."""
+    spec = vfm.find_vfm("DINOv2")
+    with pytest.raises(ValueError, match=r"timm cannot convert it \(\w+Error: .+\)"):
+        vfm.build_vit(spec, 1, (28, 42), {"patch_embed.proj.weight": torch.rand(7)})
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of transformers in two files and their index, beside files of an earlier, larger set."""
+    model = saved(tmp_path / "one", "VideoMAE", intermediate_size=96)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    weights = load_file(tmp_path / "one" / "model.safetensors")
+    old = {name: value + 1 for name, value in weights.items()}
+    for number in (1, 2, 3):
+        save_file(old, tmp_path / "shards" / f"model-{number:05}-of-00003.safetensors")
+    index = json.loads((tmp_path / "shards" / vfm.INDEX).read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    return tmp_path / "shards", weights, index
+
+
+def test_the_index_of_a_folder_decides_which_files_are_read(shards):
+    folder, weights, index = shards
+    read = vfm.read_weights(folder, vfm.VFM())
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
+    name, file = next(iter(index["weight_map"].items()))
+    other = next(part for part in index["weight_map"].values() if part != file)
+    index["weight_map"][name] = other
+    (folder / vfm.INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"{other} does not hold {name}, which {vfm.INDEX} seeks there"):
+        vfm.read_weights(folder, vfm.VFM())
+    index["weight_map"][name] = "model-00009-of-00009.safetensors"
+    (folder / vfm.INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model-00009-of-00009.safetensors does not exist"):
+        vfm.read_weights(folder, vfm.VFM())
+    (folder / vfm.INDEX).write_text('{"weight_map": [')
+    with pytest.raises(UserError, match="json is damaged"):
+        vfm.read_weights(folder, vfm.VFM())
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds model.safetensors and model.safetensors.index.json; remove"):
+        vfm.read_weights(folder, vfm.VFM())
+    (folder / vfm.INDEX).unlink()
+    assert vfm.read_weights(folder, vfm.VFM()).keys() == weights.keys()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no model.safetensors or model.safetensors.index.json in"):
+        vfm.read_weights(folder, vfm.VFM())
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does: timm/open and timm/half hold a file, timm/gated and timm/locked are for some."""
+
+    revision = "0123456789" * 4
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        repository = next(
+            (name for name in ("open", "half", "gated", "empty", "locked") if f"/timm/{name}" in self.path), None
+        )
+        body, code, headers = b"", 200, {}
+        if repository is None:
+            code, headers = 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+        elif "/resolve/" in self.path and repository == "gated":
+            code, headers = 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}
+        elif repository == "locked":
+            code = 403
+        elif "/resolve/" in self.path:
+            body, headers = b"weights", {"ETag": '"e1"', "X-Repo-Commit": self.revision}
+        elif "/tree/" in self.path:
+            file = {"type": "file", "oid": "a" * 40, "size": 7, "path": "model.safetensors"}
+            body = json.dumps([] if repository == "empty" else [file]).encode()
+        else:
+            body = json.dumps({"id": f"timm/{repository}", "sha": self.revision, "siblings": []}).encode()
+        self.send_response(code)
+        for key, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+ASK_THE_HUB = """
+import sys
+import vfm_feature as vfm
+for name in sys.argv[1:]:
+    try:
+        print(name, vfm.download_weights("timm:x", vfm.VFM(hub=(f"timm/{name}", "model.safetensors"))).read_bytes())
+    except FileNotFoundError as error:
+        print(name, error)
+"""
+
+
+def test_the_hub_s_refusals_say_what_to_do(tmp_path, monkeypatch):
+    """Of a hub on this machine, which HF_ENDPOINT names as it does a mirror; then from its cache alone."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    environment = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": address, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ASK_THE_HUB, "open", "half", "gated", "locked", "empty", "private"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    server.shutdown()
+    server.server_close()
+    said = dict(line.split(" ", 1) for line in result.stdout.splitlines())
+    assert said["open"] == said["half"] == "b'weights'"
+    reasons = {
+        "gated": "it is gated: accept its terms on its page and set HF_TOKEN or run `hf auth login`",
+        "locked": f"it is not in the cache: {address} answered 403; set HF_TOKEN or run `hf auth login`, or try later",
+        "empty": "the repository, or what the cache has of it, does not hold it",
+        "private": "no such repository, or a private one: check its name or set HF_TOKEN or run `hf auth login`",
+    }
+    for name, reason in reasons.items():
+        assert said[name] == (
+            f"model.safetensors of timm/{name} cannot be downloaded from the hub: {reason}; or download it elsewhere and "
+            "pass it with --weights timm:x=FILE"
+        )
+    next(tmp_path.glob("hub/models--timm--half/snapshots/*/model.safetensors")).unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    for offline in (True, False):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        connect = "unset HF_HUB_OFFLINE" if offline else f"reach {address}, or set HF_ENDPOINT to a mirror"
+        assert vfm.download_weights("timm:x", vfm.VFM(("timm/open", "model.safetensors"))).read_bytes() == b"weights"
+        for name, reason in (("half", "an earlier download stopped half-way"), ("other", "it is not in the cache")):
+            with pytest.raises(FileNotFoundError, match=f"{reason}: {connect}; or download it elsewhere and pass it"):
+                vfm.download_weights("timm:x", vfm.VFM((f"timm/{name}", "model.safetensors")))
 
 
 @pytest.fixture
@@ -524,19 +746,19 @@ def extract(clip, tmp_path, run_here):
 
 
 def test_models_by_name_in_a_run(tmp_path, extract):
-    saved(tmp_path / "vit", "ViT", intermediate_size=96, image_size=64)
-    name = f"hf:{tmp_path}/vit"
-    result, data = extract(name, "--dinov2_resize_h", 32, "--dinov2_resize_w", 48)
+    saved(tmp_path / "mae", "VideoMAE", intermediate_size=96, image_size=64)
+    name = f"hf:{tmp_path}/mae"
+    result, data = extract(name)
     assert result.returncode == 0, result.stderr
     assert vfm.folder_name(name).startswith("hf_") and data["model"] == name
-    assert data["feature"].shape == (4, 2, 3, 48)
+    assert data["feature"].shape == (2, 2, 3, 48)
     assert data["license"] == "unknown" and data["weights"].startswith("sha256:")
     assert "licence unknown" in result.stderr and "ImageNet's are taken" in result.stderr
     assert "layers" not in data["settings"]
-    result, both = extract(name, "--dinov2_resize_h", 32, "--dinov2_resize_w", 48, "--layers", 2, 1)
+    result, both = extract(name, "--layers", 2, 1)
     assert both["settings"]["layers"] == [2, 1]
     assert torch.equal(both["feature"][..., :48], data["feature"])
-    _, random = extract(name, "--random_weights", "--dinov2_resize_h", 32, "--dinov2_resize_w", 48, "--overwrite")
+    _, random = extract(name, "--random_weights", "--overwrite")
     assert random["weights"] == "random"
 
 
@@ -568,8 +790,7 @@ def test_a_default_size_is_rounded_to_the_patch(clip, tmp_path, run_here):
 
 def test_weights_by_flag(tmp_path, extract):
     """timm's layout; and the hash is that of the authors' layout."""
-    spec = vfm.VFMS["DINOv2-B-reg"]
-    state = vfm.build_vit(spec, 1, (28, 42)).model.state_dict()
+    state = vfm.build_vit(vfm.find_vfm("DINOv2-B-reg"), 1, (28, 42)).model.state_dict()
     table = torch.randn(1, 37 * 37, 24)
     save_file({**state, "pos_embed": table}, tmp_path / "timm.safetensors")
     theirs = {**state, "register_tokens": state["reg_token"], "mask_token": torch.zeros(1, 24)}
@@ -586,10 +807,10 @@ def test_what_is_missing_is_said_and_can_be_skipped(extract, monkeypatch, tmp_pa
     said = {
         "VJEPA2.1-B": "vjepa2_1_vitb_dist_vitG_384.pt of https://github.com/facebookresearch/vjepa2 is in no hub; "
         "download it as they say there and pass it with --weights VJEPA2.1-B=FILE",
-        "timm:vit_tiny_patch16_224": "cannot be downloaded from the hub",
+        "timm:vit_tiny_patch16_224": "cannot be downloaded from the hub: it is not in the cache: unset HF_HUB_OFFLINE",
         "hf:nobody/nothing": "there is no folder nobody/nothing, and it cannot be downloaded from the hub",
     }
-    monkeypatch.setattr(vfm, "hub_answers", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     sizes = ["--dinov2_resize_h", 32, "--dinov2_resize_w", 48]
     for name, text in said.items():
         result, _ = extract(name, *sizes)
@@ -598,33 +819,34 @@ def test_what_is_missing_is_said_and_can_be_skipped(extract, monkeypatch, tmp_pa
         assert result.returncode == 1 and f"not run: {name}: " in result.stdout and text in result.stdout
     result, data = extract("timm:vit_tiny_patch16_224", *sizes, "--random_weights")
     assert data["feature"].shape == (4, 2, 3, 192)
-    saved(tmp_path / "vit", "ViT", intermediate_size=96, image_size=64)
-    (tmp_path / "vit" / "model.safetensors").unlink()
-    result, _ = extract(f"hf:{tmp_path}/vit", *sizes)
-    assert result.returncode == 2 and "there is no model.safetensors in" in result.stderr
+    saved(tmp_path / "mae", "VideoMAE", intermediate_size=96, image_size=64)
+    (tmp_path / "mae" / "model.safetensors").unlink()
+    result, _ = extract(f"hf:{tmp_path}/mae")
+    assert result.returncode == 2 and "there is no model.safetensors or model.safetensors.index.json" in result.stderr
     monkeypatch.setitem(sys.modules, "transformers", None)
-    result, _ = extract(f"hf:{tmp_path}/vit", *sizes)
+    result, _ = extract(f"hf:{tmp_path}/mae")
     assert result.returncode == 2 and "the package transformers is missing; install envs/" in result.stderr
 
 
 def test_a_folder_s_code_is_not_run_and_its_gaps_are_named(tmp_path, extract):
-    sizes = ["--dinov2_resize_h", 32, "--dinov2_resize_w", 48]
-    saved(tmp_path / "vit", "ViT", intermediate_size=96, image_size=64)
-    shutil.copytree(tmp_path / "vit", tmp_path / "code")
-    config = json.loads((tmp_path / "vit" / "config.json").read_text())
+    saved(tmp_path / "mae", "VideoMAE", intermediate_size=96, image_size=64)
+    shutil.copytree(tmp_path / "mae", tmp_path / "code")
+    config = json.loads((tmp_path / "mae" / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
     (tmp_path / "code" / "config.json").write_text(json.dumps(config))
     (tmp_path / "code" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    result, _ = extract(f"hf:{tmp_path}/code", *sizes)
+    result, _ = extract(f"hf:{tmp_path}/code")
     assert result.returncode == 2 and "error: --models hf:" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "ran").exists()
-    state = load_file(tmp_path / "vit" / "model.safetensors")
-    bias = next(name for name in state if "0" in name and name.endswith("bias"))
-    save_file({**state, bias: torch.zeros(7)}, tmp_path / "vit" / "model.safetensors")
-    result, _ = extract(f"hf:{tmp_path}/vit", *sizes)
-    assert result.returncode == 2 and "missing or of another shape: " in result.stderr
+    state = load_file(tmp_path / "mae" / "model.safetensors")
+    save_file(
+        {**state, "encoder.layer.0.layernorm_before.bias": torch.zeros(7)}, tmp_path / "mae" / "model.safetensors"
+    )
+    result, _ = extract(f"hf:{tmp_path}/mae")
+    assert result.returncode == 2 and "blocks.0.norm1.bias is [7] instead of [48]" in result.stderr
     assert result.stderr.count("\n") == 3  # two warnings and the error
-    name = next(name for name in state if "1" in name and name.endswith("weight"))
-    save_file({key: value for key, value in state.items() if key != name}, tmp_path / "vit" / "model.safetensors")
-    result, _ = extract(f"hf:{tmp_path}/vit", *sizes)
-    assert result.returncode == 2 and "not the weights of" in result.stderr and "missing" in result.stderr
+    del state["encoder.layer.1.output.dense.weight"]
+    save_file(state, tmp_path / "mae" / "model.safetensors")
+    result, _ = extract(f"hf:{tmp_path}/mae")
+    assert result.returncode == 2 and "not the weights of" in result.stderr
+    assert "blocks.1.mlp.fc2.weight is missing" in result.stderr
