@@ -10,6 +10,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import timm
 import torch
 from draw_clips import draw_frame, write_video
 from made_up import ROOT, SMALL, filled, pattern_clip, timm_folder
@@ -36,9 +37,9 @@ def published_shapes(model, spec):
     dim, p = spec.embed_dim, spec.patch_size
     wide = 4304 if model == "SigLIP2-So400m" else int(dim * spec.mlp_ratio)
     if model.startswith("SigLIP"):
-        shapes = {
-            name: tuple(value.shape) for name, value in vfm.build_vit(spec, 1, (96, 160)).model.state_dict().items()
-        }
+        with torch.device("meta"):
+            state = timm.create_model(spec.timm, num_classes=0).state_dict()
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
         assert shapes["blocks.0.mlp.fc1.weight"] == (wide, dim)
         return shapes
     if model.startswith("PE"):
@@ -87,17 +88,6 @@ def published_state(model, spec):
     if model.startswith("DINOv3"):  # as published
         state |= {name: torch.zeros_like(value) for name, value in state.items() if name.endswith("qkv.bias")}
     return state
-
-
-def in_its_file(model, state):
-    """The state dict as the authors' file holds it, beside what is not to be taken."""
-    if model.startswith("VJEPA2.1"):
-        other = {f"module.backbone.{name}": value + 1 for name, value in state.items()}
-        entry = "ema_encoder" if model[-1] in "BL" else "target_encoder"
-        return {"encoder": other, entry: {f"module.backbone.{name}": value for name, value in state.items()}}
-    if model == "VideoMAEv2-g":
-        return {"model": {f"encoder.{name}": value for name, value in state.items()} | {"mask_token": torch.zeros(3)}}
-    return {"module": state} if model == "VideoMAEv2-S" else state
 
 
 # Made with the authors' own code on the CPU in float32, at the number of blocks that stands first, on `filled` and
@@ -405,10 +395,7 @@ MORE_REFERENCE = {  # blocks, (frames, height, width), mean, standard deviation 
 def test_features_are_those_of_the_authors_code(model, tmp_path):
     depth, (frames, height, width), statistics, figures = MORE_REFERENCE[model]
     spec = at_depth(model, depth, tmp_path)
-    torch.save(in_its_file(model, published_state(model, spec)), tmp_path / "weights.pth")
-    weights = vfm.read_weights(tmp_path / "weights.pth", vfm.VIDEO_MODELS.get(model, spec))
-    (tmp_path / "weights.pth").unlink()
-    vit = vfm.build_vit(spec, frames, (height, width), weights)
+    vit = vfm.build_vit(spec, frames, (height, width), published_state(model, spec))
     feature = vfm.extract_features(vit, spec, pattern_clip(frames, height, width))[0]
     channels = feature.shape[-1]
     assert channels == spec.embed_dim
@@ -417,6 +404,28 @@ def test_features_are_those_of_the_authors_code(model, tmp_path):
         assert error <= 1e-4 * torch.tensor(expected).norm(), f"{model} at {place}"
     measured = torch.stack([feature.mean(), feature.std(), feature.abs().mean()])
     torch.testing.assert_close(measured, torch.tensor(statistics), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "entry", "prefix"),
+    [
+        ("VJEPA2.1-L", "ema_encoder", "module.backbone."),
+        ("VJEPA2.1-G", "target_encoder", "module.backbone."),
+        ("VideoMAEv2-g", "model", "encoder."),
+    ],
+)
+def test_a_file_of_several_encoders_gives_the_right_one(tmp_path, small_models, model, entry, prefix):
+    spec = vfm.find_vfm(model)
+    state = published_state(model, spec)
+    other = {f"{prefix}{name}": value + 1 for name, value in state.items()}
+    file = dict.fromkeys(("ema_encoder", "target_encoder", "encoder"), other)
+    file[entry] = {f"{prefix}{name}": value for name, value in state.items()}
+    torch.save(file, tmp_path / "weights.pth")
+    vit = vfm.build_vit(spec, 2, (32, 48), vfm.read_weights(tmp_path / "weights.pth", spec))
+    assert torch.equal(vit.state_dict()["blocks.1.mlp.fc2.weight"], state["blocks.1.mlp.fc2.weight"])
+    torch.save({"predictor": other, "epoch": 3}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="holds no weights"):
+        vfm.read_weights(tmp_path / "weights.pth", spec)
 
 
 def test_the_table_of_models():
@@ -444,8 +453,6 @@ SMALL_VIT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4
 @pytest.mark.parametrize("size", [(64, 64), (64, 96), (96, 64)])
 @pytest.mark.parametrize("layers", [[2], [1, 2]])
 def test_a_timm_folder_gives_timm_s_maps(tmp_path, size, layers):
-    import timm
-
     arguments = {"depth": 2, "embed_dim": 48, "num_heads": 4, "img_size": 64}
     model = timm.create_model("vit_large_patch16_siglip_512.v2_webli", **arguments, num_classes=0).eval()
     timm.models.save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=True)
@@ -462,8 +469,6 @@ def test_a_timm_folder_gives_timm_s_maps(tmp_path, size, layers):
 
 def test_a_timm_model_keeps_its_own_names(tmp_path):
     """BEiT publishes biases of queries and values, as VideoMAE does, and timm's has them too."""
-    import timm
-
     model = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=48, num_heads=4, num_classes=0)
     timm.models.save_for_hf(
         model, tmp_path, model_args={"depth": 1, "embed_dim": 48, "num_heads": 4}, safe_serialization=True
@@ -601,13 +606,13 @@ def test_what_timm_cannot_convert_is_said_with_its_reason(small_models, monkeypa
 
 @pytest.fixture
 def shards(tmp_path):
-    """A folder of transformers in two files and their index, beside files of an earlier, larger set."""
+    """A folder of transformers in several files and their index, beside files of an earlier set."""
     model = saved(tmp_path / "one", "VideoMAE", intermediate_size=96)
     model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     weights = load_file(tmp_path / "one" / "model.safetensors")
     old = {name: value + 1 for name, value in weights.items()}
-    for number in (1, 2, 3):
-        save_file(old, tmp_path / "shards" / f"model-{number:05}-of-00003.safetensors")
+    for number in (1, 2):
+        save_file(old, tmp_path / "shards" / f"model-{number:05}-of-00009.safetensors")
     index = json.loads((tmp_path / "shards" / vfm.INDEX).read_text())
     assert len(set(index["weight_map"].values())) > 1
     return tmp_path / "shards", weights, index
@@ -624,9 +629,9 @@ def test_the_index_of_a_folder_decides_which_files_are_read(shards):
     (folder / vfm.INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError, match=f"{other} does not hold {name}, which {vfm.INDEX} seeks there"):
         vfm.read_weights(folder, vfm.VFM())
-    index["weight_map"][name] = "model-00009-of-00009.safetensors"
+    index["weight_map"][name] = "model-00007-of-00009.safetensors"
     (folder / vfm.INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"model-00009-of-00009.safetensors does not exist"):
+    with pytest.raises(UserError, match=r"model-00007-of-00009.safetensors does not exist"):
         vfm.read_weights(folder, vfm.VFM())
     (folder / vfm.INDEX).write_text('{"weight_map": [')
     with pytest.raises(UserError, match="json is damaged"):
@@ -710,8 +715,8 @@ def test_the_hub_s_refusals_say_what_to_do(tmp_path, monkeypatch):
     }
     for name, reason in reasons.items():
         assert said[name] == (
-            f"model.safetensors of timm/{name} cannot be downloaded from the hub: {reason}; or download it elsewhere and "
-            "pass it with --weights timm:x=FILE"
+            f"model.safetensors of timm/{name} cannot be downloaded from the hub: {reason}; or download it elsewhere "
+            "and pass it with --weights timm:x=FILE"
         )
     next(tmp_path.glob("hub/models--timm--half/snapshots/*/model.safetensors")).unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
