@@ -2,8 +2,9 @@
 
 In:  a folder of videos and, if there is one, a CSV of captions.
 Out: `<output_root>/<model>/<video's stem>.pt`, or `<stem>_000.pt`, `<stem>_001.pt`, ... of its parts or windows: a dict
-     with `feature` [T, H, W, C], `caption`, `video`, `model`, `weights`, `license`, `settings`, and what the model saw:
-     `frame_indices`, `fps`, `start`, `end`, `windows`; with --preview a picture beside it, `<stem>.png`;
+     with `feature` [T, H, W, C], or with --pool [T, 1, 1, C], `caption`, `video`, `model`, `weights`, `license`,
+     `settings`, and what the model saw: `frame_indices`, `fps`, `start`, `end`, `windows`; with --output_format
+     .safetensors instead; with --preview a picture beside it, `<stem>.png`;
      `<output_root>/vfm_dimensions.txt`; where videos failed, `<output_root>/<model>/failed_videos.txt`.
      With --motion_checkpoint the feature stays in memory: `<output_root>/<model>_motion/` gets what encode.py would
      make of it, and `encode_report.csv`.
@@ -26,6 +27,7 @@ import argparse
 import csv
 import ctypes
 import difflib
+import errno
 import functools
 import io
 import json
@@ -46,7 +48,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import combinations, islice, pairwise
+from itertools import combinations, islice, pairwise, takewhile
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -829,132 +831,204 @@ def list_videos(folder: Path, recursive: bool = False) -> list[Path]:
     return list(by_stem.values())
 
 
-def read_table(csv_path: Path) -> pd.DataFrame:
-    """A CSV file with a header; every field is a string. The names of the columns are in lower case.
-
-    Raises `UserError` where the text is not UTF-8, quotes are not closed, or a row has more fields than the header.
-    """
-    try:
-        text = csv_path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--csv_path {csv_path}: cannot be read as text in UTF-8 ({error})") from error
-    csv.field_size_limit(2**31 - 1)  # characters in one caption; 2**17 by default
-    rows: list[list[str]] = []
-    try:
-        for fields in csv.reader(io.StringIO(text, newline=""), strict=True):
-            if rows and len(fields) > len(rows[0]):
-                raise csv.Error(f"{len(fields)} fields where the header has {len(rows[0])}")
-            rows.append(fields)
-    except csv.Error as error:
-        raise UserError(
-            f"--csv_path {csv_path}: row {len(rows) + 1}: {error}; quote captions that hold commas"
-        ) from None
-    if not rows:
-        return pd.DataFrame()
-    header = [name.strip().lower() for name in rows[0]]
-    rows = [fields for fields in rows[1:] if fields or len(header) == 1]  # in one column a blank line is a caption
-    table = pd.DataFrame([fields + [""] * (len(header) - len(fields)) for fields in rows], columns=header, dtype=str)
-    return table.loc[:, ~table.columns.duplicated()]
-
-
-def match_rows(names: Iterable[str], videos: list[Path]) -> dict[Path, list[int]]:
-    """Which rows name which video, by its path, file name or stem.
-
-    A row may say more or less of the path than `videos`, which are relative to one folder; what it says names the
-    video of the longest path that it ends in. A file name or stem alone counts only where no other folder has it too.
-    """
-    depth = max(len(video.parts) for video in videos)
-    paths = {path for video in videos for path in (video.as_posix(), video.with_suffix("").as_posix())}
-    by_name, by_stem = defaultdict(list), defaultdict(list)
-    for row, text in enumerate(names):
-        parts = text.strip().replace("\\", "/").split("/")[-depth:]
-        for first in range(len(parts)):
-            name = "/".join(parts[first:])
-            by_name[name].append(row)
-            by_stem[os.path.splitext(name)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name].append(row)
-            if name in paths:
-                break
-    folders = Counter(name for _, name in {(v.parent, name) for v in videos for name in (v.name, v.stem)})
-    rows = {}
-    for video in videos:
-        stem = video.with_suffix("").as_posix()
-        found = by_name[video.as_posix()] + by_name[stem] or by_stem[stem]
-        if not found and folders[video.name] == 1:
-            found = by_name[video.name]
-        if not found and folders[video.stem] == 1:
-            found = by_stem[video.stem]
-        if found:
-            rows[video] = found
-    return rows
-
-
 class Part(NamedTuple):
     """What a CSV says of a video, or of one of its parts."""
 
-    caption: str | None = ""  # None: no CSV was read
+    caption: str | None = None  # None: no CSV names the video
     suffix: str = ""  # of the output's stem: _000, _001, ... where the CSV has parts
     start: float | None = None  # seconds; None: the video's beginning
     end: float | None = None  # None: its end
 
 
-def read_seconds(text: str, where: str) -> float | None:
-    """A cell of the columns start and end; empty: None. Raises `UserError`."""
+CAPTION_COLUMNS = ("caption", "start", "end")  # all others can name the videos
+
+
+def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header of a CSV file, in lower case, and its rows, each with as many fields.
+
+    Raises `UserError` for text that is not UTF-8, quotes that are not closed, a carriage return within a row, rows that
+    are longer or shorter than the header, and a header without `caption` or with two columns of the same meaning.
+    """
+    where = f"--csv_path {csv_path}"
     try:
-        seconds = float(text) if text.strip() else None
-    except ValueError:
-        seconds = math.nan
-    if seconds is not None and not 0 <= seconds < math.inf:
-        raise UserError(f"{where} is {text!r}; give seconds from the video's first frame, or nothing")
-    return seconds
+        text = csv_path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: cannot be read as text in UTF-8 ({error})") from error
+    csv.field_size_limit(2**31 - 1)  # characters in one caption; 2**17 by default
+    line_end = "\n" if "\n" in text else "\r"  # of old Macs; beside line feeds a carriage return is part of a caption
+    rows: list[list[str]] = []
+    try:
+        for fields in csv.reader(io.StringIO(text, newline=line_end), strict=True):
+            if not fields and not (rows and len(rows[0]) == 1):
+                continue  # a blank line; in a table of one column it is an empty caption
+            if rows and len(fields or [""]) != len(rows[0]):
+                raise csv.Error(f"{len(fields)} fields where the header has {len(rows[0])}")
+            rows.append(fields or [""])
+    except csv.Error as error:
+        reason = "a carriage return outside quotes" if "new-line character" in str(error) else error
+        hint = "quote captions that hold commas or line breaks"
+        raise UserError(f"{where}: row {len(rows) + 1}: {reason}; {hint}") from None
+    header = [name.strip(AROUND_NAMES).lower() for name in rows[0]] if rows else []
+    if "caption" not in header:
+        raise UserError(f"{where}: no column named caption; it has {', '.join(map(repr, header))[:300] or 'nothing'}")
+    for name in CAPTION_COLUMNS:
+        if header.count(name) > 1:
+            raise UserError(f"{where}: {header.count(name)} columns are named {name}; rename all but one")
+    return header, rows[1:]
 
 
-def read_parts(table: pd.DataFrame, video: Path, rows: list[int], csv_path: Path) -> list[Part]:
-    """The parts of a video that the `rows` of a table with the columns start or end say, in their order.
+AROUND_NAMES = " \t\r\n\"'`“”‘’"  # blanks and quotes around a name mean nothing
+WHOLE_NUMBER = re.compile(r"([0-9]{1,18})(\.0*)?")  # what spreadsheets make of a name such as 0012: 12, 12.0
 
-    Raises `UserError` where a cell is no time, or a part ends before it starts.
-    """
-    parts = []
-    for index, row in enumerate(rows):
-        start, end = (
-            read_seconds(table[column][row], f"--csv_path {csv_path}: {column} of {video}") if column in table else None
-            for column in ("start", "end")
-        )
-        if end is not None and end <= (start or 0):
-            raise UserError(
-                f"--csv_path {csv_path}: a part of {video} ends at {end:g} s, but starts at {start or 0:g} s"
+
+class VideoNames:
+    """Finds the videos of a folder by what a cell of a table says, with or without folders."""
+
+    def __init__(self, videos: list[Path], folder: Path):
+        self.folders = {video: (folder.absolute() / video).parent.parts[::-1] for video in videos}
+        self.by_name, self.by_stem, self.by_number = defaultdict(list), defaultdict(list), defaultdict(list)
+        for video in videos:
+            self.by_name[video.name].append(video)
+            self.by_stem[video.stem].append(video)
+            if number := WHOLE_NUMBER.fullmatch(video.stem):
+                self.by_number[int(number[1])].append(video)
+
+    def find(self, cell: str) -> tuple[int, Path, str] | None:
+        """How `cell` names a video (3: by file name, 2: by stem, 1: by number), which one, and those folders
+        in the cell that are not the video's. None if it names none, or several alike."""
+        for text in (cell, cell.strip(AROUND_NAMES)):
+            *folders, name = text.replace("\\", "/").split("/")
+            stem, suffix = os.path.splitext(name)
+            number = WHOLE_NUMBER.fullmatch(name)
+            found = (
+                (3, self.by_name.get(name)),
+                (2, self.by_stem.get(stem if suffix.lower() in VIDEO_SUFFIXES else name)),
+                (1, number and self.by_number.get(int(number[1]))),
             )
-        parts.append(Part(table["caption"][row], f"_{index:03d}", start, end))
-    return parts or [Part(suffix="_000")]
+            for level, videos in found:
+                if videos:
+                    return self.nearest(level, videos, [part for part in folders if part not in ("", ".")])
+        return None
+
+    def nearest(self, level: int, videos: list[Path], folders: list[str]) -> tuple[int, Path, str] | None:
+        """Of videos of one name the one that lies in more of `folders`, else the one whose whole path is said."""
+
+        def agreement(video: Path) -> tuple[int, bool]:
+            pairs = zip(folders[::-1], self.folders[video], strict=False)
+            shared = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
+            return shared, shared >= len(video.parts) - 1
+
+        best = max(map(agreement, videos))
+        nearest = [video for video in videos if agreement(video) == best]
+        return (level, nearest[0], "/".join(folders[: len(folders) - best[0]])) if len(nearest) == 1 else None
 
 
-def read_captions(csv_path: Path, videos: list[Path]) -> dict[Path, list[Part]]:
-    """What a CSV file says of `videos`: their captions, empty for videos that it does not name, and their parts.
+def match_rows(
+    header: list[str], rows: list[list[str]], videos: list[Path], folder: Path, where: str
+) -> tuple[dict[Path, list[int]], str]:
+    """The rows that belong to each of `videos`, in their order, and in words how they were found.
 
-    The column that names most of the videos, whatever its title, says whose caption a row is. If no column names any,
-    row i belongs to the video whose stem is i in four digits. Without the columns `start` and `end` the first row of a
-    video counts; with one of them each row is a part. Raises `UserError` where the file cannot be read, has no column
-    `caption`, and what `read_parts` refuses.
+    The column that names videos best decides: full names before stems, stems before numbers, then the most videos. A
+    table without such a column belongs to the videos by position. Raises `UserError` that begins with `where` for
+    columns, or folders in one column, that contradict each other, and where videos are neither named nor in order.
     """
-    table = read_table(csv_path)
-    if "caption" not in table:
-        found = ", ".join(map(repr, table.columns))[:300] or "nothing"
-        raise UserError(f"--csv_path {csv_path}: no column named caption; it has {found}")
-    naming = [column for column in table.columns if column not in ("caption", "start", "end")]
-    matches = {column: match_rows(table[column], videos) for column in naming}
-    best = max(matches, key=lambda column: len(matches[column]), default=None)
-    if best is not None and matches[best]:
-        rows_of = matches[best]
-        found = f"column {best!r} of {csv_path} names {len(rows_of)} of {len(videos)} videos"
-    else:
-        rows_of = match_rows((f"{row:04d}" for row in range(len(table))), videos)
-        found = f"no column of {csv_path} names the videos; row 0 belongs to 0000, row 1 to 0001, and so on"
-    if "start" in table or "end" in table:
-        parts = {video: read_parts(table, video, rows_of.get(video, []), csv_path) for video in videos}
-        found += f"; its columns start and end cut them into {sum(map(len, parts.values()))} clips"
-    else:
-        captions = table["caption"].tolist()
-        parts = {video: [Part(captions[rows_of[video][0]] if video in rows_of else "")] for video in videos}
-    say(f"captions: {found}")
+    names = VideoNames(videos, folder)
+    columns = [column for column, name in enumerate(header) if name not in CAPTION_COLUMNS]
+    if not columns:
+        found = [names.find(f"{row:04d}") for row in range(len(rows))]
+        left_over = {*videos} - {match[1] for match in found if match}
+        if rows and left_over:
+            caption = rows[0][header.index("caption")][:40]
+            raise UserError(
+                f"{where}: no column names videos, so row 0 belongs to 0000, row 1 to 0001, and so on; none of its "
+                f"{len(rows)} rows (the first: {caption!r}) is of {min(left_over)}; add a column of file names"
+            )
+        return settle(found, where), "row 0 belongs to 0000, row 1 to 0001, and so on"
+    matches = {column: [names.find(row[column]) for row in rows] for column in columns}
+    merit = {
+        column: (max((match[0] for match in found if match), default=0), len({match[1] for match in found if match}))
+        for column, found in matches.items()
+    }
+    best = max(columns, key=merit.get)
+    if rows and not merit[best][0]:
+        raise UserError(
+            f"{where}: no column names the videos, which are called {videos[0].name!r} and the like; {header[best]!r} "
+            f"has {rows[0][best][:40]!r}; write file names into it, or keep the column caption alone"
+        )
+    for column in columns:
+        for row, (match, other) in enumerate(zip(matches[best], matches[column], strict=True)):
+            if merit[column][0] == merit[best][0] and other and (not match or match[1] != other[1]):
+                raise UserError(
+                    f"{where}: columns {header[best]!r} and {header[column]!r} contradict each other: row {row + 2} "
+                    f"has {rows[row][best]!r} and {rows[row][column]!r}; remove the one that does not name the video"
+                )
+    return settle(matches[best], where), f"column {header[best]!r} names {merit[best][1]} of {len(videos)} videos"
+
+
+def settle(matches: list[tuple[int, Path, str] | None], where: str) -> dict[Path, list[int]]:
+    """The rows of each video that a column names. Those that say the video's own folders beat those that say others;
+    two other folders are two other videos, and `UserError` is raised."""
+    rows: dict[Path, list[tuple[str, int]]] = {}
+    for row, match in enumerate(matches):
+        if match:
+            rows.setdefault(match[1], []).append((match[2], row))
+    for video, found in rows.items():
+        own = [(folders, row) for folders, row in found if not folders]
+        others = sorted({folders for folders, _ in found})
+        if not own and len(others) > 1:
+            raise UserError(
+                f"{where}: {video} can be {others[0]}/{video.name} or {others[1]}/{video.name}; keep the rows of one"
+            )
+        rows[video] = own or found
+    return {video: [row for _, row in found] for video, found in rows.items()}
+
+
+def read_part(row: dict[str, str], suffix: str, video: Path, where: str) -> Part:
+    """What a row says of a part, in seconds. Raises `UserError` where a cell is no time, or the end is not after the
+    start."""
+    times: list[float | None] = []
+    for column in ("start", "end"):
+        text = row.get(column, "")
+        try:
+            seconds = float(text) if text.strip() else None
+        except ValueError:
+            seconds = math.nan
+        if seconds is not None and not 0 <= seconds < math.inf:
+            hint = "give seconds from the video's first frame, or nothing"
+            raise UserError(f"{where}: {column} of {video} is {text!r}; {hint}")
+        times.append(seconds)
+    start, end = times
+    if end is not None and end <= (start or 0):
+        raise UserError(f"{where}: a part of {video} ends at {end:g} s, but starts at {start or 0:g} s")
+    return Part(row["caption"], suffix, start, end)
+
+
+def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> dict[Path, list[Part]]:
+    """What a CSV file says of the `videos` of a folder: their captions, None where it does not name them, and parts.
+
+    Without the columns `start` and `end` the first row of a video counts; with one of them each row is a part. Raises
+    what `read_rows`, `match_rows` and `read_part` raise.
+    """
+    where = f"--csv_path {csv_path}"
+    header, rows = read_rows(csv_path)
+    rows_of, found = match_rows(header, rows, videos, folder, where)
+    has_parts = "start" in header or "end" in header
+    parts = {}
+    for video in videos:
+        own = [dict(zip(header, rows[row], strict=True)) for row in rows_of.get(video, [])]
+        if has_parts:
+            parts[video] = [read_part(row, f"_{index:03d}", video, where) for index, row in enumerate(own)]
+            parts[video] = parts[video] or [Part(suffix="_000")]
+        else:
+            parts[video] = [Part(own[0]["caption"] if own else None)]
+    num_named = sum(map(len, rows_of.values()))
+    if num_named < len(rows):
+        found += f"; {len(rows) - num_named} of its {len(rows)} rows belong to no video"
+    if has_parts:
+        found += f"; start and end cut them into {sum(map(len, parts.values()))} clips, _000, _001 and so on of each"
+    elif num_named > len(rows_of):
+        found += f"; {num_named - len(rows_of)} rows name a video again, and its first counts"
+    say(f"captions: {csv_path}: {found}")
     return parts
 
 
@@ -1567,10 +1641,13 @@ DEFAULT_PATHS = {
         "VideoREPA/ckpt/VideoMAE/k400_videomae_pretrain_base_patch16_224_frame_16x4_tube_mask_ratio_0_9_e1600.pth"
     ),
 }
-
-
-class Default(int):
-    """A size left at its default: it is rounded to what a model's patch divides."""
+# Those that are not given are rounded to what a model's tubelet or patch divides.
+DEFAULT_FRAMES = 48
+DEFAULT_SIZES = {"videomae_resize_h": 160, "videomae_resize_w": 240, "dinov2_resize_h": 420, "dinov2_resize_w": 630}
+RECIPES = {"videorepa": {"num_frames": 49, "sampling": "stride", "fit": "videorepa"}}
+SET_BY_RECIPE = ("num_frames", "sampling", "fps", "fit", *DEFAULT_SIZES)
+# Flags that decide what a feature is, as its file records them; beside them count the model's weights and input size.
+SETTINGS = ("sampling", "fps", "window", "hop", "fit", "layers", "pool", "precision", "save_dtype")
 
 
 def model_and_path(text: str) -> tuple[str, Path]:
@@ -1588,185 +1665,134 @@ def default_num_workers() -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. A `csv_path` of None means no captions, a checkpoint of None the hub's weights.
+    """The flags. A `csv_path` of None means no captions; what `num_frames` and input sizes of None become is decided by
+    the models. `weights`: name -> the file that was given, or found in its default place."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    values: dict[str, Any] = {}
 
-    Beside them: `vfms`, name -> `VFM` of the models, and `left_out`, why others are left out.
-    """
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    def add(flag: str, default: Any, text: str, **options: Any) -> None:
+        values[flag] = default
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(f"--{flag}", help=text + shown, **options)
 
-    def add_path(flag: str, text: str) -> None:
-        shown = f" (default: {DEFAULT_PATHS[flag]})" if flag in DEFAULT_PATHS else ""
-        add(f"--{flag}", type=Path, default=argparse.SUPPRESS, help=text + shown)
+    count, share, switch = number(int, 1), number(float, 0.001), {"action": "store_true"}
+    group = parser.add_argument_group("videos, captions and what is written")
+    for flag, text in {
+        "video_dir": "folder of videos",
+        "csv_path": "captions: a CSV with a column named caption; the default goes with the default of video_dir",
+        "output_root": "features go to <output_root>/<model>/<stem>.pt",
+    }.items():
+        add(flag, DEFAULT_PATHS[flag], text, type=Path)
+    add("recursive", False, "search subfolders of video_dir too; outputs mirror them", **switch)
+    add("overwrite", False, "make features again that exist already", **switch)
+    add("preview", False, "draw each clip and its features: <stem>.png beside its file", **switch)
+    add("output_format", "pt", "of the files", choices=["pt", "safetensors"])
+    dtypes = ["float32", "float16", "bfloat16"]
+    add("save_dtype", "float32", "of the saved features, or latents", choices=dtypes)
 
-    add_path("video_dir", "folder of videos")
-    add_path("csv_path", "captions: a CSV with a column named caption")
-    add_path("output_root", "features go to <output_root>/<model>/<stem>.pt")
-    add(
-        "--models",
-        nargs="+",
-        type=model_name,
-        default=DEFAULT_MODELS,
-        metavar="MODEL",
-        help=f"some of {', '.join(MODELS)}; timm:NAME or hf:REPO for others, or a folder in place of NAME or REPO",
-    )
-    add(
-        "--weights",
-        nargs="+",
-        type=model_and_path,
-        default=[],
-        metavar="MODEL=FILE",
-        help="published weights of any model, if not the hub's",
-    )
-    add(
-        "--layers",
-        nargs="+",
-        type=number(int, 1),
-        metavar="N",
-        help="blocks, from 1, whose outputs are stacked along C; without it the last of each model",
-    )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the models run")
-    add("--recursive", action="store_true", help="search subfolders of --video_dir too; outputs mirror them")
-    add("--num_frames", type=number(int, 1), default=48, help="frames sampled per clip")
-    ways = parser.add_mutually_exclusive_group()
-    ways.add_argument(
-        "--sampling", choices=["spread", "stride"], default="spread", help="evenly, or at the largest whole stride"
-    )
-    ways.add_argument("--fps", type=number(float, 0.001), help="instead: frames sampled per second of the clip")
-    add("--window", type=number(float, 0.001), help="cut each clip into windows of so many seconds, a file each")
-    add("--hop", type=number(float, 0.001), help="seconds from the start of a window to the next; without it --window")
-    add("--fit", choices=["squash", "crop"], default="squash", help="to the input size: whole, or the centre")
-    add("--recipe", choices=["videorepa"], help="frames and sizes exactly as VideoREPA's trainer takes them")
-    add("--videomae_resize_h", type=number(int, 1), default=Default(160), help="input height of video models")
-    add("--videomae_resize_w", type=number(int, 1), default=Default(240), help="input width of video models")
-    add("--dinov2_resize_h", type=number(int, 1), default=Default(420), help="input height of image models")
-    add("--dinov2_resize_w", type=number(int, 1), default=Default(630), help="input width of image models")
-    add("--dinov2_chunk", type=number(int, 1), default=128, help="frames per forward pass of an image model")
+    group = parser.add_argument_group("models and weights")
+    text = f"some of {', '.join(MODELS)}; timm:NAME or hf:REPO for others, or a folder in place of NAME or REPO"
+    add("models", DEFAULT_MODELS, text, nargs="+", type=model_name, metavar="MODEL")
+    add("list_models", False, "print what is known of each model, and end", **switch)
+    text = "published weights of any model, if not the hub's"
+    add("weights", None, text, nargs="+", type=model_and_path, metavar="MODEL=FILE")
     for name in DEFAULT_MODELS:
-        add_path(f"{name.lower()}_ckpt", f"published weights of {name}, if not the hub's")
-    add("--allow_skip_missing", action="store_true", help="go on without models whose weights or packages are missing")
-    add("--random_weights", action="store_true", help="a dry run without weights: the features mean nothing")
-    add("--batch_size", type=number(int, 1), default=1, help="clips per forward pass")
-    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the models' matrix products")
-    add(
-        "--save_dtype",
-        choices=["float32", "float16", "bfloat16"],
-        default="float32",
-        help="of the saved features, or latents",
-    )
-    add(
-        "--motion_checkpoint",
-        type=Path,
-        help="of train.py: write latents to <output_root>/<model>_motion instead of features; for one model",
-    )
-    add("--overwrite", action="store_true", help="make features again that exist already")
-    add("--preview", action="store_true", help="draw each clip and its features: <stem>.png beside the .pt")
-    add("--num_workers", type=number(int, 1), default=default_num_workers(), help="processes that decode")
-    add("--decode_timeout", type=number(int, 1), default=300, help="seconds that a decoder may take for a video")
-    args = parser.parse_args(argv)
-    args.models = list(dict.fromkeys(args.models))
-    if args.motion_checkpoint and len(args.models) > 1:
-        raise UserError(
-            "--motion_checkpoint encodes the features of one model; say with --models which one it was trained on"
-        )
-    if args.hop and not args.window:
-        raise UserError(f"--hop {args.hop:g} is the distance of windows; give --window too")
-    args.hop = args.hop or args.window
-    if args.recipe:
-        given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(SET_BY_RECIPE)))
-        for flag in SET_BY_RECIPE:
-            if getattr(given, flag) is not None:
-                raise UserError(f"--recipe {args.recipe} sets --{flag}; leave one of them out")
-        args.num_frames, args.sampling, args.fit = 49, "stride", args.recipe
-    resolve_paths(args)
-    args.vfms, args.left_out = find_models(args)
+        flag = f"{name.lower()}_ckpt"
+        add(flag, DEFAULT_PATHS.get(flag), f"published weights of {name}, if not the hub's", type=Path)
+    add("allow_skip_missing", False, "go on without models whose weights or packages are missing", **switch)
+    add("random_weights", False, "a dry run without weights: the features mean nothing", **switch)
+    text = "blocks, from 1, whose outputs are stacked along C; without it the last of each model"
+    add("layers", None, text, nargs="+", type=count, metavar="N")
+    add("pool", False, "save the mean over the grid: features [T, 1, 1, C]", **switch)
+    text = "of train.py: write latents to <output_root>/<model>_motion instead of features; for one model"
+    add("motion_checkpoint", None, text, type=Path)
+
+    group = parser.add_argument_group("frames")
+    text = f"sampled per clip (default: {DEFAULT_FRAMES}); with fps and window as many as a window holds"
+    add("num_frames", None, text, type=count)
+    add("sampling", "spread", "evenly, or at the largest whole stride", choices=["spread", "stride"])
+    add("fps", None, "instead: frames sampled per second of the clip", type=share)
+    add("window", None, "cut each clip into windows of so many seconds, a file each", type=share)
+    add("hop", None, "seconds from the start of a window to the next; without it those of window", type=share)
+    add("fit", "squash", "to the input size: whole, or the centre", choices=["squash", "crop"])
+    add("recipe", None, "frames and sizes exactly as VideoREPA's trainer takes them", choices=[*RECIPES])
+    for flag, size in DEFAULT_SIZES.items():
+        side = "height" if flag.endswith("h") else "width"
+        kind = "video" if flag.startswith("videomae") else "image"
+        add(flag, None, f"input {side} of {kind} models (default: {size})", type=count)
+
+    group = parser.add_argument_group("speed and memory")
+    add("device", "cuda" if torch.cuda.is_available() else "cpu", "where the models run")
+    add("batch_size", 1, "clips per forward pass", type=count)
+    add("dinov2_chunk", 128, "frames per forward pass of an image model", type=count)
+    add("precision", "float32", "of the models' matrix products", choices=["float32", "bfloat16"])
+    add("num_workers", default_num_workers(), "processes that decode", type=count)
+    add("decode_timeout", 300, "seconds that a decoder may take for a video", type=count)
+
+    given = vars(parser.parse_args(argv))
+    check_flags(given)
+    args = argparse.Namespace(**values | RECIPES.get(given.get("recipe"), {}) | given)
+    fill_in(args, given)
     return args
 
 
-# What --recipe decides.
-SET_BY_RECIPE = ("num_frames", "sampling", "fps", "fit")
-SET_BY_RECIPE += ("videomae_resize_h", "videomae_resize_w", "dinov2_resize_h", "dinov2_resize_w")
-
-
-def resolve_paths(args: argparse.Namespace) -> None:
-    """Fill in the paths that were not given. Raises `UserError` where a file that was given does not exist."""
-    for flag in ("video_dir", "output_root"):
-        setattr(args, flag, getattr(args, flag, REPOSITORY / DEFAULT_PATHS[flag]))
-    needed = ["csv_path"]
-    if not args.random_weights:
-        needed += [f"{name.lower()}_ckpt" for name in args.models if name in DEFAULT_MODELS]
-    for flag in needed:
-        if hasattr(args, flag):
-            if not getattr(args, flag).is_file():
-                raise UserError(f"--{flag} {getattr(args, flag)}: no such file")
-            continue
-        folders = [REPOSITORY] if flag == "csv_path" else [REPOSITORY, REPOSITORY.parent]
-        places = [folder / DEFAULT_PATHS[flag] for folder in folders if flag in DEFAULT_PATHS]
-        setattr(args, flag, next((place for place in places if place.is_file()), None))
-    args.weights = dict(args.weights)
-    for name, path in args.weights.items():
-        if name not in args.models or name.startswith("hf:"):
+def check_flags(given: dict[str, Any]) -> None:
+    """Raise `UserError` for flags that contradict each other."""
+    models, layers = [*dict.fromkeys(given.get("models", DEFAULT_MODELS))], given.get("layers", [])
+    if "fps" in given and "sampling" in given:
+        raise UserError("argument --fps: not allowed with argument --sampling; leave one of them out")
+    if "hop" in given and "window" not in given:
+        raise UserError(f"--hop {given['hop']:g} is the distance of windows; give --window too")
+    for flag in SET_BY_RECIPE:
+        if "recipe" in given and flag in given:
+            raise UserError(f"--recipe {given['recipe']} sets --{flag}; leave one of them out")
+    if "motion_checkpoint" in given and len(models) > 1:
+        raise UserError(
+            "--motion_checkpoint encodes the features of one model; say with --models which one it was trained on"
+        )
+    if len(set(layers)) < len(layers):
+        raise UserError(f"--layers {' '.join(map(str, layers))}: give each block once")
+    for one, other in combinations(models, 2):
+        if folder_name(one) == folder_name(other):
+            raise UserError(f"--models: {one} and {other} would both write into {folder_name(one)}")
+    for name, path in given.get("weights", []):
+        if name not in models or name.startswith("hf:"):
             raise UserError(f"--weights {name}: not one of --models, or one whose folder holds the weights (hf:FOLDER)")
+        if f"{name.lower()}_ckpt" in given:
+            raise UserError(f"--weights {name}={path} and --{name.lower()}_ckpt are one; leave one of them out")
         if not path.is_file():
             raise UserError(f"--weights {name}={path}: no such file")
 
 
-def missing(name: str, error: ImportError | FileNotFoundError, args: argparse.Namespace) -> str:
-    """Why model `name` is left out. Raises `UserError` that says it, without `--allow_skip_missing`."""
-    reason = f"{name}: {error}"
-    if isinstance(error, ImportError):
-        reason = f"{name}: the package {error.name} is missing; install envs/environment.vfm_feature.yaml"
-    if not args.allow_skip_missing:
-        raise UserError(f"{reason}, or skip such models with --allow_skip_missing") from error
-    say(f"warning: {reason}")
-    return reason
+def fill_in(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Give what was not `given` the values that depend on other flags and on what lies in the default places.
+
+    Raises `UserError` where a file that was given does not exist.
+    """
+    args.models = [*dict.fromkeys(args.models)]
+    args.hop = args.hop or args.window
+    for flag in ("video_dir", "output_root"):
+        setattr(args, flag, given.get(flag) or REPOSITORY / DEFAULT_PATHS[flag])
+    has_default_videos = args.video_dir.resolve() == (REPOSITORY / DEFAULT_PATHS["video_dir"]).resolve()
+    args.csv_path = find_file("csv_path", given, [REPOSITORY] if has_default_videos else [])
+    args.weights = dict(args.weights or [])
+    for name in DEFAULT_MODELS:
+        if name in args.models and not args.random_weights:
+            path = find_file(f"{name.lower()}_ckpt", given, [REPOSITORY, REPOSITORY.parent])
+            args.weights |= {name: path} if path else {}
 
 
-def find_models(args: argparse.Namespace) -> tuple[dict[str, VFM], list[str]]:
-    """The models by name, and why some are left out. Raises `UserError` where the flags do not fit them."""
-    for one, other in combinations(args.models, 2):
-        if folder_name(one) == folder_name(other):
-            raise UserError(f"--models: {one} and {other} would both write into {folder_name(one)}")
-    if args.layers and len(set(args.layers)) < len(args.layers):
-        raise UserError(f"--layers {' '.join(map(str, args.layers))}: give each block once")
-    vfms, left_out = {}, []
-    for name in args.models:
-        try:
-            vfm = find_vfm(name)
-        except (ImportError, FileNotFoundError) as error:
-            left_out.append(missing(name, error, args))
-            continue
-        input_size(name, vfm, args)
-        if max(args.layers or [1]) > vfm.depth:
-            raise UserError(f"--layers {max(args.layers)}: {name} has {vfm.depth} blocks")
-        vfms[name] = vfm
-    return vfms, left_out
+def find_file(flag: str, given: dict[str, Any], folders: list[Path]) -> Path | None:
+    """The file that was given, else the default one in the first of `folders` that has it. Raises `UserError`."""
+    if flag in given and not given[flag].is_file():
+        raise UserError(f"--{flag} {given[flag]}: no such file")
+    places = [folder / DEFAULT_PATHS[flag] for folder in folders if flag in DEFAULT_PATHS]
+    return given.get(flag) or next((place for place in places if place.is_file()), None)
 
 
 def folder_name(name: str) -> str:
     """Of model `name` in the output: `timm:a/b` is `timm_a_b`."""
     return re.sub(r"[^\w.-]+", "_", name)
-
-
-def frames_seen(vfm: VFM, args: argparse.Namespace) -> int:
-    """How many of a clip's frames a model sees. VideoREPA's video models do without the first."""
-    return args.num_frames - 1 if args.recipe and vfm.tubelet_size > 1 else args.num_frames
-
-
-def input_size(name: str, vfm: VFM, args: argparse.Namespace) -> tuple[int, int]:
-    """The (height, width) of model `name`'s input; sizes that nobody gave are rounded to what its patch divides.
-
-    Raises `UserError` where patches or tubelets do not divide what was given.
-    """
-    sizes = []
-    values = {"num_frames": frames_seen(vfm, args), **{flag: getattr(args, flag) for flag in vfm.size_flags}}
-    for flag, value in values.items():
-        step = vfm.tubelet_size if flag == "num_frames" else vfm.patch_size
-        nearest = max(step, round(value / step) * step)
-        if value % step and not isinstance(value, Default):
-            raise UserError(f"--{flag} {value}: {name} needs a multiple of {step}; try --{flag} {nearest}")
-        sizes.append(nearest)
-    return sizes[1], sizes[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1780,30 +1806,33 @@ class Clip:
 
     video: Path
     name: str  # the video's path in --video_dir
-    output: str  # the feature file's path in the model's folder, without .pt and the window's number
     part: Part
-    fingerprint: str | None  # of the video; None: it cannot be read
+    fingerprint: str  # of the video
+    fault: str = ""  # why the video cannot be read
 
-    def describe(self, start: float | None, end: float | None) -> str:
-        """The video's name, and of which part of it something is said."""
+    def describe(self, window: Window | None = None) -> str:
+        """The video's name, and which part of it, or window, something is said of."""
+        start, end = (window.start, window.end) if window else (self.part.start, self.part.end)
         bounds = [f"{word} {bound:g} s" for word, bound in (("from", start), ("to", end)) if bound is not None]
         return " ".join([self.name, *bounds])
 
 
-@dataclass
+@dataclass(eq=False)
 class ModelRun:
-    """One model's part of a run."""
+    """One model's part of a run, and what has come of it."""
 
     name: str
     vfm: VFM
     vit: nn.Module
     settings: dict[str, Any]  # all that its features depend on, except the clip
     folder: Path
-    todo: dict[Clip, frozenset[int] | None] = field(default_factory=dict)  # clip -> its windows; None: all
-    count: Counter = field(default_factory=Counter)  # of features written and skipped
-    failed: dict[str, str] = field(default_factory=dict)  # what `Clip.describe` says -> reason
-    shape: list[int] | None = None  # of a feature, or latent
+    suffix: str  # of its files
     autoencoder: MotionFeatureAutoencoder | None = None  # encodes the features; its latents are written instead
+    outcomes: dict[Path, str] = field(default_factory=dict)  # of each file: "written" or "skipped"
+    failed: list[tuple[str, str]] = field(default_factory=list)  # what `Clip.describe` says, reason
+    settled: set[Clip] = field(default_factory=set)  # those with an outcome or a failure
+    repeats: dict[str, int] = field(default_factory=dict)  # of files: how many of their frames repeat another
+    shape: list[int] | None = None  # of a feature, or latent
     rows: list[dict] = field(default_factory=list)  # of the latents' report
 
     @property
@@ -1812,9 +1841,9 @@ class ModelRun:
         return "feature" if self.autoencoder is None else "latent"
 
     @property
-    def about(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What its files say of the model."""
-        layers = {"layers": self.settings["layers"]} if "layers" in self.settings else {}
+        layers = {"layers": self.settings["layers"]} if self.settings["layers"] else {}
         return {"model": self.name, "weights": self.settings["weights"], "license": self.vfm.license, **layers}
 
     @property
@@ -1823,41 +1852,130 @@ class ModelRun:
 
     def path(self, clip: Clip, window: int) -> Path:
         number = f"_{window:03d}" if self.settings["window"] else ""
-        return self.folder / f"{clip.output}{number}.pt"
-
-    def needs(self, clip: Clip, window: int) -> bool:
-        return clip in self.todo and (self.todo[clip] is None or window in self.todo[clip])
+        return self.folder / f"{Path(clip.name).with_suffix('')}{clip.part.suffix}{number}{self.suffix}"
 
     def clip_settings(self, clip: Clip) -> dict[str, Any]:
         """What the file records; a finished feature is skipped if these are the same."""
         bounds = {"start": clip.part.start, "end": clip.part.end}
         return {**self.settings, **bounds, "video": clip.name, "video_fingerprint": clip.fingerprint}
 
+    def succeed(self, clip: Clip, path: Path, data: dict, outcome: str) -> None:
+        """Keep what the reports say of the file `path`, whose entries are `data`."""
+        self.outcomes[path] = outcome
+        self.settled.add(clip)
+        self.shape = list(data[self.kind].shape)
+        file = path.relative_to(self.folder).as_posix()
+        if repeats := len(data["frame_indices"]) - len(set(data["frame_indices"])):
+            self.repeats[file] = repeats
+        if self.autoencoder is not None:
+            figures = {name: data[name] for name in METRICS + MOVEMENT}
+            self.rows.append({"file": file, **figures, "failure": "", "outcome": outcome})
+
+    def fail(self, clip: Clip, window: Window | None, reason: str) -> None:
+        self.settled.add(clip)
+        self.failed.append((clip.describe(window if self.settings["window"] else None), reason))
+
 
 def list_clips(args: argparse.Namespace) -> list[Clip]:
-    """The clips of this rank's share of the videos, with their captions."""
+    """The clips of the videos, with their captions."""
     videos = list_videos(args.video_dir, args.recursive)
     parts: dict[Path, list[Part]] = {}
     if args.csv_path is None:
-        say(f"warning: no captions: {DEFAULT_PATHS['csv_path']} does not exist; --csv_path names another file")
+        say("warning: no captions: --csv_path names a CSV file that has them")
     else:
-        parts = read_captions(args.csv_path, videos)
+        parts = read_captions(args.csv_path, videos, args.video_dir)
         without = sum(not part.caption for group in parts.values() for part in group)
         if without:
             total = sum(map(len, parts.values()))
             say(f"warning: {without} of {total} clips have no caption in {args.csv_path}")
     clips = []
-    for video in tqdm(
-        videos[ranks.index :: ranks.count], "looking at videos", leave=False, delay=1, disable=ranks.index > 0
-    ):
+    for video in tqdm(videos, "looking at videos", leave=False, delay=1):
+        path, fingerprint, fault = args.video_dir / video, "", ""
         try:
-            fingerprint = file_fingerprint(args.video_dir / video)
-        except (UserError, OSError):  # decoding will say why
-            fingerprint = None
-        for part in parts.get(video, [Part(caption=None)]):
-            output = str(video.parent / f"{video.stem}{part.suffix}")
-            clips.append(Clip(args.video_dir / video, video.as_posix(), output, part, fingerprint))
+            check_file(path)
+            fingerprint = file_fingerprint(path)
+        except (UserError, OSError) as error:
+            fault = str(error)
+        clips += [Clip(path, video.as_posix(), part, fingerprint, fault) for part in parts.get(video, [Part()])]
     return clips
+
+
+def skip_or_raise(errors: dict[str, Exception], args: argparse.Namespace) -> dict[str, str]:
+    """Why models are left out, by name: one that any rank cannot run is run by none. `errors`: this rank's.
+
+    Each reason is a warning. Raises `UserError` without `--allow_skip_missing`.
+    """
+    own = {}
+    for name, error in errors.items():
+        own[name] = f"{name}: {error}" + (f" (rank {ranks.index})" if ranks.index else "")
+        if isinstance(error, ImportError) and error.name:
+            own[name] = f"{name}: the package {error.name} is missing; install envs/environment.vfm_feature.yaml"
+    everyone = ranks.gather(own)
+
+    def decide() -> dict[str, str]:
+        reasons = {name: reason for others in reversed(everyone) for name, reason in others.items()}
+        if len(reasons) == 1 and not args.allow_skip_missing:
+            raise UserError(f"{next(iter(reasons.values()))}, or skip such models with --allow_skip_missing")
+        for reason in reasons.values():
+            say(f"warning: {reason}")
+        if reasons and not args.allow_skip_missing:
+            names = ", ".join(reasons)
+            raise UserError(f"{names} cannot be run; do as said above, or skip such models with --allow_skip_missing")
+        return reasons
+
+    return ranks.from_first(decide)
+
+
+def find_models(args: argparse.Namespace) -> tuple[dict[str, VFM], dict[str, str]]:
+    """The models by name, and why some are left out; decides `num_frames`, if it was not given.
+
+    Raises `UserError` where the flags do not fit the models.
+    """
+    vfms: dict[str, VFM] = {}
+    errors: dict[str, Exception] = {}
+    with ranks.first_then_others():
+        for name in args.models:
+            try:
+                vfms[name] = find_vfm(name)
+            except (ImportError, FileNotFoundError) as error:
+                errors[name] = error
+    left_out = skip_or_raise(errors, args)
+    vfms = {name: vfm for name, vfm in vfms.items() if name not in left_out}
+    with ranks.first_then_others():
+        if args.num_frames is None and args.fps and args.window:
+            step = math.lcm(*(vfm.tubelet_size for vfm in vfms.values()))
+            tokens = math.floor(args.fps * args.window / step + 1e-9)  # 10 * 0.7 is a little less than 7
+            args.num_frames = max(1, tokens) * step
+            say(f"{args.num_frames} frames of each window: {args.window:g} s at {args.fps:g} frames a second")
+        args.num_frames = args.num_frames or DEFAULT_FRAMES
+        for name, vfm in vfms.items():
+            input_size(name, vfm, args)
+            if max(args.layers or [1]) > vfm.depth:
+                raise UserError(f"--layers {max(args.layers)}: {name} has {vfm.depth} blocks")
+    return vfms, left_out
+
+
+def frames_seen(vfm: VFM, args: argparse.Namespace) -> int:
+    """How many of a clip's frames a model sees. VideoREPA's video models do without the first."""
+    return args.num_frames - 1 if args.recipe and vfm.tubelet_size > 1 else args.num_frames
+
+
+def input_size(name: str, vfm: VFM, args: argparse.Namespace) -> tuple[int, int]:
+    """The (height, width) of model `name`'s input; sizes that nobody gave are rounded to what its patch divides.
+
+    Raises `UserError` where patches or tubelets do not divide what was given.
+    """
+    steps = {"num_frames": vfm.tubelet_size, **dict.fromkeys(vfm.size_flags, vfm.patch_size)}
+    values = {"num_frames": frames_seen(vfm, args), **{flag: getattr(args, flag) for flag in vfm.size_flags}}
+    for flag, step in steps.items():
+        value = values[flag] or DEFAULT_SIZES[flag]
+        nearest = max(step, round(value / step) * step)
+        if values[flag] is None:
+            values[flag] = nearest
+        elif nearest != value:
+            raise UserError(f"--{flag} {value}: {name} needs a multiple of {step}; try --{flag} {nearest}")
+    height, width = (values[flag] for flag in vfm.size_flags)
+    return height, width
 
 
 def output_folder(name: str, args: argparse.Namespace) -> Path:
@@ -1865,23 +1983,14 @@ def output_folder(name: str, args: argparse.Namespace) -> Path:
     return args.output_root / (folder_name(name) + ("_motion" if args.motion_checkpoint else ""))
 
 
-def make_folders(args: argparse.Namespace) -> None:
-    """Make the models' folders, without half-written files of earlier runs. Raises what `make_folder` raises."""
-    for name in args.vfms:
-        make_folder(output_folder(name, args), "--output_root", mirrors=True)
-
-
-def load_model(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
-    """Load a model onto the device. Raises `ImportError` or `FileNotFoundError` if a package or weights are missing."""
+def load_model(name: str, vfm: VFM, path: Path | None, args: argparse.Namespace) -> ModelRun:
+    """Load a model onto the device. `path`: of its weights; None: random ones. Raises `ImportError` if a package is
+    missing, `FileNotFoundError` if a folder holds no weights."""
     size, num_frames = input_size(name, vfm, args), frames_seen(vfm, args)
-    asked = tuple(getattr(args, flag) for flag in vfm.size_flags)
-    if size != asked:
-        say(f"{name}: input size {size}, as {asked} does not divide by its patch of {vfm.patch_size}")
-    path, weights = None, None
-    if not args.random_weights:
-        given = args.weights.get(name) or getattr(args, f"{name.lower()}_ckpt", None)
-        path = given or download_weights(name, vfm)
-        weights = read_weights(path, vfm)
+    usual = tuple(getattr(args, flag) or DEFAULT_SIZES[flag] for flag in vfm.size_flags)
+    if size != usual:
+        say(f"{name}: input size {size}, as {usual} does not divide by its patch of {vfm.patch_size}")
+    weights = None if path is None else read_weights(path, vfm)
     try:
         vit = build_vit(vfm, num_frames, size, weights)
     except ValueError as error:
@@ -1890,29 +1999,19 @@ def load_model(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
         check_tokens(name, vit, vfm, size, args.layers or [vfm.depth])
     if path:
         say(f"{name}: weights {vit.weights_hash} from {path}, licence {vfm.license}")
-    settings = {
-        "num_frames": num_frames,
-        "height": size[0],
-        "width": size[1],
-        "sampling": args.sampling,
-        "fps": args.fps,
-        "window": args.window,
-        "hop": args.hop,
-        "fit": args.fit,
-        "precision": args.precision,
-        "save_dtype": args.save_dtype,
-        "weights": vit.weights_hash,
-    }
-    if args.layers and args.layers != [vfm.depth]:
-        settings["layers"] = args.layers
-    return ModelRun(name, vfm, vit.to(args.device), settings, output_folder(name, args))
+    settings = {"num_frames": num_frames, "height": size[0], "width": size[1], "weights": vit.weights_hash}
+    settings |= {flag: getattr(args, flag) or None for flag in SETTINGS}
+    if settings["layers"] == [vfm.depth]:  # the one that counts without it
+        settings["layers"] = None
+    folder = output_folder(name, args)
+    return ModelRun(name, vfm, vit.to(args.device), settings, folder, f".{args.output_format}")
 
 
-def load_autoencoder(args: argparse.Namespace) -> MotionFeatureAutoencoder:
+def load_autoencoder(vfms: dict[str, VFM], args: argparse.Namespace) -> MotionFeatureAutoencoder:
     """The model of --motion_checkpoint. Raises `UserError` where it cannot be loaded or takes features of another C."""
     autoencoder = MotionFeatureAutoencoder.from_checkpoint(args.motion_checkpoint)
     wanted = autoencoder.config["input_dim"]
-    for name, vfm in args.vfms.items():
+    for name, vfm in vfms.items():
         channels = vfm.embed_dim * len(args.layers or [1])
         if channels != wanted:
             raise UserError(
@@ -1922,73 +2021,120 @@ def load_autoencoder(args: argparse.Namespace) -> MotionFeatureAutoencoder:
     return autoencoder
 
 
+def load_models(
+    vfms: dict[str, VFM], autoencoder: MotionFeatureAutoencoder | None, args: argparse.Namespace
+) -> tuple[list[ModelRun], dict[str, str]]:
+    """The models, and why some are left out, which `--allow_skip_missing` permits.
+
+    All weights are looked for before the first are loaded, and by rank 0 before the others, which find its downloads.
+    """
+    paths: dict[str, Path | None] = {}
+    errors: dict[str, Exception] = {}
+    runs = []
+    with ranks.first_then_others():
+        for name, vfm in vfms.items():
+            try:
+                paths[name] = None if args.random_weights else args.weights.get(name) or download_weights(name, vfm)
+            except (ImportError, FileNotFoundError) as error:
+                errors[name] = error
+        for name, path in paths.items() if args.allow_skip_missing or not errors else ():
+            try:
+                runs.append(load_model(name, vfms[name], path, args))
+            except (ImportError, FileNotFoundError) as error:
+                errors[name] = error
+        for run in runs if autoencoder else ():
+            encode_with(autoencoder, run, args.device)
+    left_out = skip_or_raise(errors, args)
+    return [run for run in runs if run.name not in left_out], left_out
+
+
 def encode_with(autoencoder: MotionFeatureAutoencoder, run: ModelRun, device: torch.device) -> None:
     """Have `run` write latents. Raises `UserError` for an autoencoder of another model's features."""
-    autoencoder.check_provenance(provenance(run.about))
+    autoencoder.check_provenance(provenance(run.provenance))
     run.settings["motion_autoencoder"] = autoencoder.identity()
     run.autoencoder = autoencoder.to(device)
 
 
-def load_models(args: argparse.Namespace) -> tuple[list[ModelRun], list[str]]:
-    """The models, and why some are left out, which `--allow_skip_missing` permits."""
-    runs, left_out = [], [*args.left_out]
-    for name, vfm in args.vfms.items():
-        try:
-            runs.append(load_model(name, vfm, args))
-        except (ImportError, FileNotFoundError) as error:
-            left_out.append(missing(name, error, args))
-    return runs, left_out
-
-
-def read_finished(run: ModelRun, clip: Clip, window: int) -> dict | None:
-    """The feature file of an earlier run if it was made with the same settings; its tensors stay on disk."""
+def read_finished(run: ModelRun, clip: Clip, window: int, args: argparse.Namespace) -> dict | None:
+    """The file of an earlier run, or of one beside this, if it was made with the same settings; its tensors stay on
+    disk."""
+    if args.overwrite:
+        return None
     try:
         saved = load_checked(run.path(clip, window), mmap=True, check=False)
-    except UserError:  # absent, or it cannot be read: then it is made again
+    except (UserError, OSError):  # absent, or it cannot be read: then it is made again
         return None
-    same = isinstance(saved, dict) and saved.get("settings") == run.clip_settings(clip)
-    return saved if same and isinstance(saved.get(run.kind), torch.Tensor) else None
+    if not isinstance(saved, dict) or not isinstance(saved.get(run.kind), torch.Tensor):
+        return None
+    made_with = saved.get("settings")
+    same = isinstance(made_with, dict) and dict.fromkeys(SETTINGS) | made_with == run.clip_settings(clip)
+    return saved if same else None
 
 
-def record(run: ModelRun, path: Path, data: dict, outcome: str) -> None:
-    """Count the file `path`, whose entries are `data`, as "written" or "skipped"."""
-    run.count[outcome] += 1
-    run.shape = list(data[run.kind].shape)
-    if run.autoencoder is not None:
-        file = path.relative_to(run.folder).as_posix()
-        figures = {name: data[name] for name in METRICS + MOVEMENT}
-        run.rows.append({"file": file, **figures, "failure": "", "outcome": outcome})
-
-
-def is_finished(run: ModelRun, clip: Clip, window: int, saved: dict | None) -> bool:
-    """Whether an earlier run's file can stay. A caption that changed is renewed in it."""
-    if saved is None:
-        return False
+def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
+    """Count a finished file as skipped; its caption is renewed where a CSV names the video."""
     path = run.path(clip, window)
-    record(run, path, saved, "skipped")
     if clip.part.caption is not None and clip.part.caption != saved.get("caption"):
         save_atomically({**saved, "caption": clip.part.caption}, path)
-    return True
+    run.succeed(clip, path, saved, "skipped")
 
 
-def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
-    """Fill each run's `todo`. A clip's first file records how many windows it has; without it all are made."""
-    for clip in tqdm(clips, "looking for finished features", leave=False, delay=1, disable=ranks.index > 0):
+def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> list[dict[Clip, list[str]]]:
+    """Each rank's share of the work: the models, by name, that clips still need. What is finished is kept.
+
+    A clip's first file records how many windows it has; where any is missing, each is looked for when it is decoded.
+    """
+    todo: dict[Clip, list[str]] = {}
+    for clip in tqdm(clips, "looking for finished features", leave=False, delay=1):
         for run in runs:
-            first = None if args.overwrite else read_finished(run, clip, 0)
-            if first is None:
-                run.todo[clip] = None
+            if clip.fault:
+                run.fail(clip, None, clip.fault)
                 continue
-            files = {index: read_finished(run, clip, index) for index in range(1, first["windows"])}
-            missing = [
-                index for index, saved in {0: first, **files}.items() if not is_finished(run, clip, index, saved)
-            ]
-            if missing:
-                run.todo[clip] = frozenset(missing)
+            files = [read_finished(run, clip, 0, args)]
+            if files[0]:
+                files += [read_finished(run, clip, window, args) for window in range(1, files[0]["windows"])]
+            if None in files:
+                todo.setdefault(clip, []).append(run.name)
+                continue
+            for window, saved in enumerate(files):
+                keep_finished(run, clip, window, saved)
+    rank_of = {video: index % ranks.count for index, video in enumerate(dict.fromkeys(clip.video for clip in todo))}
+    shares: list[dict[Clip, list[str]]] = [{} for _ in range(ranks.count)]
+    for clip, names in todo.items():
+        shares[rank_of[clip.video]][clip] = names
+    return shares
+
+
+def decode_todo(
+    todo: Iterable[Clip], runs: list[ModelRun], args: argparse.Namespace
+) -> Iterator[tuple[Clip, Window | None, Frames | str]]:
+    """Every window of the clips with its frames, or why it has none; with None for a window, why all that is left of
+    the clip has none. A video is decoded once for all of its clips."""
+    by_video: dict[Path, list[Clip]] = {}
+    for clip in todo:
+        by_video.setdefault(clip.video, []).append(clip)
+    clips_of = {
+        Job(str(video), [(clip.part.start, clip.part.end) for clip in clips]): clips
+        for video, clips in by_video.items()
+    }
+    left: dict[Clip, int] = {}  # windows to come
+    sizes = tuple(sorted({run.size for run in runs}))
+    sampling = Sampling(args.num_frames, sizes, args.sampling, args.fps, args.window, args.hop, args.fit)
+    with closing(decode_ahead([*clips_of], sampling, args.num_workers, args.decode_timeout)) as decoded:
+        for job, window, frames in decoded:
+            if window is None:
+                for clip in clips_of[job]:
+                    if left.get(clip, 1):
+                        yield clip, None, frames
+                continue
+            clip = clips_of[job][window.clip]
+            left[clip] = left.get(clip, window.count) - 1
+            yield clip, window, frames
 
 
 def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) -> torch.Tensor:
-    """Clips uint8 or float16 [T, H, W, 3] -> features float32 [len(clips), T/t, H/p, W/p, C], on the device.
+    """Clips uint8 or float16 [T, H, W, 3] -> features float32 [len(clips), T/t, H/p, W/p, C], on the device; with
+    --pool [len(clips), T/t, 1, 1, C].
 
     In VideoREPA's recipe an image model's 1 + 48 frames become 1 + 12 steps, as the latents of CogVideoX.
     """
@@ -2001,7 +2147,7 @@ def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) ->
     if args.recipe and run.vfm.tubelet_size == 1:
         fours = features[:, 1:].unflatten(1, (-1, 4)).mean(dim=2)  # [B, 12, H/p, W/p, C]
         features = torch.cat([features[:, :1], fours], dim=1)
-    return features
+    return features.mean(dim=(2, 3), keepdim=True) if args.pool else features
 
 
 def contents(run: ModelRun, feature: torch.Tensor) -> dict[str, Any]:
@@ -2017,96 +2163,71 @@ def contents(run: ModelRun, feature: torch.Tensor) -> dict[str, Any]:
 def save_feature(
     run: ModelRun, clip: Clip, window: Window, feature: torch.Tensor, frames: np.ndarray, preview: bool
 ) -> None:
-    """Write the file of a window, its feature [T, H, W, C] or the latent of that, and its preview. `run` records the
-    success, or why it failed."""
+    """Write the preview and the file of a window, its feature [T, H, W, C] or the latent of that. `run` records the
+    success, or why it failed. Raises `OSError`, except where the disk takes no such name, which is the clip's fault."""
     path = run.path(clip, window.index)
     try:
         if preview:
             refuse_other_picture(path.with_suffix(".png"))
-        made = contents(run, feature)
+        data = contents(run, feature) | {
+            "caption": clip.part.caption or "",
+            "video": clip.name,
+            **run.provenance,
+            "settings": run.clip_settings(clip),
+            "frame_indices": list(window.frame_indices[-run.settings["num_frames"] :]),
+            "fps": window.fps,
+            "start": window.start,
+            "end": window.end,
+            "windows": window.count,
+        }
+        if preview:
+            pictures = frames.round().clip(0, 255).astype(np.uint8)
+            write_preview(path, feature.cpu(), data.get("latent"), pictures, data)
+        save_atomically(data, path)
     except UserError as error:
-        bounds = (window.start, window.end) if run.settings["window"] else (clip.part.start, clip.part.end)
-        run.failed[clip.describe(*bounds)] = str(error)
-        return
-    data = {
-        **made,
-        "caption": clip.part.caption or "",
-        "video": clip.name,
-        **run.about,
-        "settings": run.clip_settings(clip),
-        "frame_indices": list(window.frame_indices[-run.settings["num_frames"] :]),
-        "fps": window.fps,
-        "start": window.start,
-        "end": window.end,
-        "windows": window.count,
-    }
-    save_atomically(data, path)
-    record(run, path, data, "written")
-    if preview:
-        pictures = frames.round().clip(0, 255).astype(np.uint8)
-        write_preview(path, feature.cpu(), data.get("latent"), pictures, data)
+        run.fail(clip, window, str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
+            raise
+        run.fail(clip, window, f"no file can be named {path.stem}: {error.strerror}; rename the video")
+    else:
+        run.succeed(clip, path, data, "written")
 
 
-def decode_todo(
-    runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace
-) -> Iterator[tuple[Clip, Window | None, Frames | str]]:
-    """Every window that any run needs, as (clip, window, frames), or the reason why it has no frames; with None for a
-    window, that of all that is left of the clip. A video is decoded once for all of its clips.
-    """
-    left: dict[Clip, set[int] | None] = {}  # windows to come
-    by_video: dict[Path, list[Clip]] = {}
-    for clip in clips:
-        wanted = [run.todo[clip] for run in runs if clip in run.todo]
-        if wanted:
-            left[clip] = None if None in wanted else set().union(*wanted)
-            by_video.setdefault(clip.video, []).append(clip)
-    groups = {
-        Job(str(video), [(clip.part.start, clip.part.end) for clip in group]): group
-        for video, group in by_video.items()
-    }
-    sizes = tuple(sorted({run.size for run in runs}))
-    sampling = Sampling(args.num_frames, sizes, args.sampling, args.fps, args.window, args.hop, args.fit)
-    with (
-        tqdm(total=sum(len(windows or [0]) for windows in left.values()), unit="clip", disable=ranks.index > 0) as bar,
-        closing(decode_ahead([*groups], sampling, args.num_workers, args.decode_timeout)) as decoded,
-    ):
-        for job, window, frames in decoded:
-            if window is None:
-                for clip in groups[job]:
-                    if left[clip] is None or left[clip]:
-                        yield clip, None, frames
-                        bar.update(len(left[clip] or [0]))
-                continue
-            clip = groups[job][window.clip]
-            if left[clip] is None:
-                left[clip] = set(range(window.count))
-                bar.total += window.count - 1
-            if window.index in left[clip]:
-                left[clip].discard(window.index)
-                yield clip, window, frames
-                bar.update()
-
-
-def extract(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> None:
+def extract(runs: list[ModelRun], todo: dict[Clip, list[str]], args: argparse.Namespace) -> None:
     """Run every model on the clips that it still needs, and record failures.
 
     Decoding runs ahead in processes. Writing runs one batch behind in a thread, so that a GPU need not wait for it.
     """
-    with ThreadPoolExecutor(max_workers=1) as writer, closing(decode_todo(runs, clips, args)) as decoded:
+    with (
+        tqdm(total=len(todo), unit="clip", disable=ranks.index > 0 or not todo) as bar,
+        ThreadPoolExecutor(max_workers=1) as writer,
+        closing(decode_todo(todo, runs, args)) as decoded,
+    ):
+        seen: set[Clip] = set()
         writes: list[Future] = []
         while batch := list(islice(decoded, args.batch_size)):
             earlier_writes, writes = writes, []
             for run in runs:
                 good = []
                 for clip, window, frames in batch:
-                    if isinstance(frames, str) and clip in run.todo:
-                        run.failed[clip.describe(clip.part.start, clip.part.end)] = frames
-                    elif window and not isinstance(frames, str) and run.needs(clip, window.index):
+                    if run.name not in todo[clip]:
+                        continue
+                    if isinstance(frames, str):
+                        run.fail(clip, window, frames)
+                    elif saved := read_finished(run, clip, window.index, args):
+                        keep_finished(run, clip, window.index, saved)
+                    else:
                         good.append((clip, window, frames[run.size]))
                 if good:
                     features = forward(run, [frames for *_, frames in good], args)
                     for (clip, window, frames), feature in zip(good, features, strict=True):
                         writes.append(writer.submit(save_feature, run, clip, window, feature, frames, args.preview))
+            for clip, window, _ in batch:
+                if window and clip not in seen:
+                    bar.total += window.count - 1
+                seen.add(clip)
+                bar.update(1)
             for write in earlier_writes:
                 write.result()
         for write in writes:
@@ -2115,61 +2236,29 @@ def extract(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -
 
 def collect(runs: list[ModelRun]) -> None:
     """Add the other ranks' results to rank 0's."""
-    for results in ranks.gather({run.name: (run.count, run.failed, run.shape, run.rows) for run in runs})[1:]:
-        for run in runs:
-            if run.name not in results:  # that rank left the model out
-                continue
-            count, failed, shape, rows = results[run.name]
-            run.count += count
-            run.failed |= failed
+    mine = [(run.outcomes, run.failed, run.settled, run.repeats, run.shape, run.rows) for run in runs]
+    for results in ranks.gather(mine)[1:]:
+        for run, (outcomes, failed, settled, repeats, shape, rows) in zip(runs, results, strict=True):
+            run.outcomes |= outcomes
+            run.failed += failed
+            run.settled |= settled
+            run.repeats |= repeats
             run.shape = run.shape or shape
             run.rows += rows
 
 
-def tell_of_others(runs: list[ModelRun]) -> None:
-    """Say which folders hold more than this run made or found finished: training would take that too."""
-    for run in runs:
-        others = sum(1 for _ in run.folder.rglob("*.pt")) - run.count["written"] - run.count["skipped"]
-        if others > 0:
-            say(f"{run.folder} also holds {others} .pt files of other clips, windows or settings")
-
-
-def report(runs: list[ModelRun], left_out: list[str], output_root: Path) -> None:
-    """Print the summary; write `vfm_dimensions.txt` and each model's `failed_videos.txt` and `encode_report.csv`."""
-    rows = {
-        run.name: {
-            "written": run.count["written"],
-            "skipped": run.count["skipped"],
-            "failed": len(run.failed),
-            run.kind: str(run.shape or "-"),
-            "dtype": run.settings["save_dtype"],
-            "MB": round(sum(path.stat().st_size for path in run.folder.rglob("*.pt")) / 1e6, 1),
-            "folder": str(run.folder),
-        }
-        for run in runs
-    }
-    if rows:
-        print(f"\n{pd.DataFrame.from_dict(rows, orient='index').to_string()}")
-    for run in runs:
-        if run.failed:
-            print(f"{run.name}: {run.folder / 'failed_videos.txt'} says why videos failed")
-    for reason in left_out:
-        print(f"not run: {reason}")
-    if any(run.settings["weights"] == "random" for run in runs):
-        print("--random_weights: a dry run; these features mean NOTHING")
-
+def write_reports(runs: list[ModelRun], output_root: Path) -> None:
+    """Write `vfm_dimensions.txt`, and each model's `failed_videos.txt` and `encode_report.csv`."""
     for run in runs:
         failures = run.folder / "failed_videos.txt"
         if run.failed:
-            lines = [f"{' '.join(name.split())}\t{reason}\n" for name, reason in sorted(run.failed.items())]
+            lines = ["\t".join(" ".join(text.split()) for text in failure) + "\n" for failure in sorted(run.failed)]
             with whole_file(failures) as file:
                 file.write("".join(lines).encode(errors="backslashreplace"))  # names that are not in UTF-8
         else:
             failures.unlink(missing_ok=True)
         if run.autoencoder is not None:
-            reasons = [{"file": name, "failure": reason} for name, reason in run.failed.items()]
-            write_encode_report(run.rows + reasons, run.folder)
-            print_summary(run.rows)
+            write_encode_report(run.rows + [{"file": name, "failure": why} for name, why in run.failed], run.folder)
     known = [run for run in runs if run.shape]
     if known:
         dimensions = "".join(f"{run.name}: {run.kind} shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
@@ -2177,31 +2266,77 @@ def report(runs: list[ModelRun], left_out: list[str], output_root: Path) -> None
             file.write(dimensions.encode())
 
 
+def shown(path: Path) -> str:
+    """`path` as it is, or relative to the working directory, whichever is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
+
+
+def print_results(runs: list[ModelRun], left_out: Iterable[str], num_clips: int, preview: bool) -> None:
+    """Print what came of each model: a table, what the files do not tell by themselves, and last the failures."""
+    table = {}
+    for run in runs:
+        count, files = Counter(run.outcomes.values()), find_files(run.folder, (".pt", ".safetensors"))
+        table[run.name] = {
+            "written": count["written"],
+            "skipped": count["skipped"],
+            "failed": len(run.failed),
+            run.kind: str(run.shape or "-"),
+            "dtype": run.settings["save_dtype"],
+            "MB": round(sum(path.stat().st_size for path in files) / 1e6, 1),
+            "folder": shown(run.folder),
+        }
+        if others := len({*files} - run.outcomes.keys()):
+            say(f"{shown(run.folder)} also holds {others} files of other clips, windows, settings or formats")
+    if table:
+        print(f"\n{pd.DataFrame.from_dict(table, orient='index').to_string()}")
+    for run in runs:
+        if run.repeats:
+            file = max(run.repeats, key=run.repeats.get)
+            worst = f"in {file} {run.repeats[file]} of {run.settings['num_frames']}"
+            print(f"{run.name}: {len(run.repeats)} clips show fewer frames than asked, and some repeat: {worst}")
+        if run.autoencoder is not None:
+            print_summary(run.rows)
+        if preview and "skipped" in run.outcomes.values():
+            print(f"{run.name}: --preview drew what was written now; --overwrite makes and draws the skipped files too")
+        if unsettled := num_clips - len(run.settled):
+            print(f"{run.name}: {unsettled} of {num_clips} clips have no result yet; the same command goes on")
+    for reason in left_out:
+        print(f"not run: {reason}")
+    if any(run.settings["weights"] == "random" for run in runs):
+        print("--random_weights: a dry run; these features mean NOTHING")
+    for run in runs:
+        if run.failed:
+            print(f"{run.name}: {len(run.failed)} failed; {shown(run.folder / 'failed_videos.txt')} says why")
+
+
 def main() -> int:
-    args = parse_args()
     ranks.join()
-    args.device = open_device(args.device)
-    autoencoder = load_autoencoder(args) if args.motion_checkpoint else None
-    clips = list_clips(args)
-    make_folders(args)
+    args = ranks.from_first(parse_args)
+    if args.list_models:
+        print(describe_models())
+        return 0
+    with ranks.first_then_others():
+        args.device = open_device(args.device)
+    vfms, left_out = find_models(args)
+    clips = ranks.from_first(lambda: list_clips(args))  # a network disk can show other files to other machines
+    with ranks.first_then_others():
+        autoencoder = load_autoencoder(vfms, args) if args.motion_checkpoint else None
+        for name in vfms:
+            make_folder(output_folder(name, args), "--output_root", mirrors=True)
     if args.random_weights:
         say("warning: --random_weights: a dry run; the features will mean NOTHING")
     runs: list[ModelRun] = []
-    left_out: list[str] = []
     try:
-        runs, left_out = load_models(args)
-        if autoencoder is not None:
-            for run in runs:
-                encode_with(autoencoder, run, args.device)
-        plan(runs, clips, args)
-        extract(runs, clips, args)
+        runs, without_weights = load_models(vfms, autoencoder, args)
+        left_out |= without_weights
+        shares = ranks.from_first(lambda: plan(runs, clips, args))
+        extract(runs, shares[ranks.index], args)
         collect(runs)
-        if ranks.index == 0:
-            tell_of_others(runs)
     finally:
         if ranks.index == 0 and (runs or left_out):
-            report(runs, left_out, args.output_root)
-    return 0 if any(run.count["written"] or run.count["skipped"] for run in runs) or ranks.index > 0 else 1
+            write_reports(runs, args.output_root)
+            print_results(runs, left_out.values(), len(clips), args.preview)
+    return 0 if any(run.outcomes for run in runs) or ranks.index > 0 else 1
 
 
 if __name__ == "__main__":

@@ -98,12 +98,11 @@ def extraction_seconds(folder: Path, models: list[str], num_frames: int, *flags:
         command = ["--video_dir", str(folder), "--models", *models, "--num_frames", str(num_frames), *flags]
         args = vfm.parse_args([*command, "--random_weights", "--output_root", out])
         args.device = open_device(args.device)
-        clips = vfm.list_clips(args)
-        vfm.make_folders(args, clips)
-        runs, _ = vfm.load_models(args)
-        vfm.plan(runs, clips, args)
+        vfms, _ = vfm.find_models(args)
+        runs, _ = vfm.load_models(vfms, None, args)
+        [todo] = vfm.plan(runs, vfm.list_clips(args), args)
         start = time.perf_counter()
-        vfm.extract(runs, clips, args)
+        vfm.extract(runs, todo, args)
         return time.perf_counter() - start
 
 

@@ -82,6 +82,10 @@ MISTAKES = [
     ("vfm_feature.py --video_dir clips --weights DINOv3-B=a.pth", "--weights DINOv3-B: not one of --models"),
     ("vfm_feature.py --video_dir clips --models DINOv3-B --weights dinov3-b=a.pth", "DINOv3-B=a.pth: no such file"),
     (
+        "vfm_feature.py --video_dir clips --weights VideoMAE=a_file --videomae_ckpt a_file",
+        "--weights VideoMAE=a_file and --videomae_ckpt are one; leave one of them out",
+    ),
+    (
         "vfm_feature.py --video_dir clips --models DINOv3-B --dinov2_resize_w 630",
         "--dinov2_resize_w 630: DINOv3-B needs a multiple of 16; try --dinov2_resize_w 624",
     ),

@@ -2,11 +2,13 @@
 
 import argparse
 import functools
+import json
 import os
 import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,11 +21,12 @@ import torch
 from bench_faults import ffmpeg
 from draw_clips import draw_frame, write_video
 from made_up import ROOT, SMALL, counts, filled, hear_ctrl_c, pattern_clip
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import vfm_feature as vfm
-from model import UserError
+from model import UserError, load_checked
 
 
 @pytest.fixture
@@ -374,65 +377,97 @@ def test_resizing_is_bicubic_with_antialiasing_and_leaves_a_fitting_frame_alone(
     assert (resized - exact).abs().mean() <= 0.3
 
 
+def read_captions(folder, table, names):
+    """The captions of videos of these names in `folder`, by name, None where the table does not name them."""
+    (folder / "captions.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
+    found = vfm.read_captions(folder / "captions.csv", [Path(name) for name in names], folder)
+    return {video.as_posix(): [part.caption for part in parts] for video, parts in found.items()}
+
+
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
-        (
-            'caption\n"a dog, running"\n小狗在跑\n',
-            {"0000.mp4": "a dog, running", "0001.mp4": "小狗在跑", "0002.mp4": ""},
-        ),
+        ('caption\n"a dog, running"\n小狗在跑\n', {"0000.mp4": "a dog, running", "0001.mp4": "小狗在跑"}),
         ("caption\nfirst\n\nthird\n", {"0000.mp4": "first", "0001.mp4": "", "0002.mp4": "third"}),
-        ("id,Caption\n7,first\n\n8,second\n", {"0000.mp4": "first", "0001.mkv": "second"}),
-        ("id,Caption\n7,first\n8,second\n", {"0000.mp4": "", "0001.mkv": "", "7.mp4": "first"}),
-        ("7,caption,of\n7.mp4,first,8.mp4\nx,second,7.mp4\n", {"7.mp4": "second", "8.mp4": "first"}),
+        ("caption\rfirst\rsecond\rthird\r", {"0002.mkv": "third"}),
+        ("id,Caption\n7,first\n\n8,second\n", {"0000.mp4": None, "0001.mkv": None, "7.mp4": "first"}),
         (
             "image_path,caption\n/data/b.mp4,bee\nsub\\a.mov,ay\nc,sea\n貓.mp4,cat\n",
-            {"a.mov": "ay", "b.mp4": "bee", "b.mkv": "bee", "c.webm": "sea", "貓.mp4": "cat", "0000.mp4": ""},
+            {"a.mov": "ay", "b.mp4": "bee", "c.webm": "sea", "貓.mp4": "cat", "0000.mp4": None},
         ),
         (
-            'caption,video\n"line\nbreak ""quoted""",a.mp4\nagain,a.mp4\n,b.mp4\n',
-            {"a.mp4": 'line\nbreak "quoted"', "b.mp4": ""},
+            'caption,video\n"line\r\nbreak ""quoted""",a.mp4\nagain,a.mp4\n,b.mp4\n',
+            {"a.mp4": 'line\r\nbreak "quoted"', "b.mp4": ""},
         ),
         (
             "\ufeffvideo,caption\nv1.2.mp4,a dot\n0007,seven\nNA,none\nnan.mp4,null\n1e3,NaN\n",
             {"v1.2.mp4": "a dot", "0007.mp4": "seven", "NA.mp4": "none", "nan.mp4": "null", "1e3.mp4": "NaN"},
         ),
-        ("video,caption\na.mp4\n,\n", {"a.mp4": ""}),
-        ("video,caption\n", {"a.mp4": ""}),
-        ("caption,video,caption\na dog,a.mp4,two\n", {"a.mp4": "a dog"}),
+        ("video,caption\n", {"a.mp4": None}),
         (f"video,caption\na.mp4,{'x' * 300_000}\nb.mp4,bee\n", {"a.mp4": "x" * 300_000, "b.mp4": "bee"}),
         (
             "video,caption\n" + "c.mp4,sea\n" * 1000 + f'a.mp4,"{"x, " * 1_000_000}end"\nb.mp4,bee\n',
             {"a.mp4": "x, " * 1_000_000 + "end", "b.mp4": "bee", "c.mp4": "sea"},
         ),
+        ("id,caption\n1,one\n2.0,two\n12.,twelve\n", {"0001.mp4": "one", "0002.mp4": "two", "012.avi": "twelve"}),
+        ("id,caption\n1,stem\n7,number\n", {"1.mp4": "stem", "0001.mp4": None, "07.mp4": None, "007.mp4": None}),
+        (
+            'x,caption\n"""0003.mp4""",a\n " 0001 ",b\n“2”,c\n\'q\',d\n',
+            {"0003.mp4": "a", "0001.mp4": "b", "0002.mp4": "c", "'q'.mp4": "d"},
+        ),
+        (",video,caption\n0,2.mp4,two\n1,0.mp4,zero\n2,gone.mp4,-\n", {"0.mp4": "zero", "1.mp4": None, "2.mp4": "two"}),
+        (",clip,caption\n0,0001,one\n1,0000,zero\n", {"0000.mp4": "zero", "0001.mp4": "one"}),
+        ("path,file,caption\nx/a.mp4,a,ay\nx/b.mp4,b,bee\n", {"a.mp4": "ay", "b.mp4": "bee"}),
     ],
     ids=[
-        *("by row", "blank line in one column", "by row beside other names", "another name", "the best of two columns"),
-        *(
-            "paths",
-            "quotes and repeats",
-            "byte order mark, dots, numbers",
-            "short rows",
-            "header alone",
-            "two captions",
-        ),
-        *("300 KB", "3 MB behind 10 KB"),
+        *("by row", "blank line in one column", "lines of an old Mac", "another name", "paths", "quotes and repeats"),
+        *("byte order mark, dots, numbers", "header alone", "300 KB", "3 MB behind 10 KB", "numbers"),
+        *("a number of two videos", "quoted names", "full names before an index", "stems before an index", "agreement"),
     ],
 )
 def test_captions(tmp_path, table, expected):
-    (tmp_path / "captions.csv").write_text(table, encoding="utf-8")
-    videos = {name: Path("somewhere") / name for name in expected}
-    captions = vfm.read_captions(tmp_path / "captions.csv", list(videos.values()))
-    assert {name: [part.caption for part in captions[video]] for name, video in videos.items()} == {
-        name: [caption] for name, caption in expected.items()
+    assert read_captions(tmp_path, table, expected) == {name: [caption] for name, caption in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (
+            "video,caption\nsub/a.mp4,below\ndata/sub/b.mp4,bee\na.mp4,above\n",
+            {"a.mp4": "above", "b.mp4": None, "sub/a.mp4": "below", "sub/b.mp4": "bee"},
+        ),
+        ("video,caption\ntrain/1.mp4,train\nval/1.mp4,val\n", {"val/1.mp4": "val"}),
+        ("video,caption\nb.mp4,either\ny/b.mp4,in y\n", {"x/b.mp4": None, "x/y/b.mp4": "in y"}),
+        ("video,caption\n2,two\n", {"x/02.mp4": "two", "y/03.mp4": None}),
+    ],
+)
+def test_a_caption_is_of_the_video_of_the_longest_path(tmp_path, table, expected):
+    assert read_captions(tmp_path, table, expected) == {name: [caption] for name, caption in expected.items()}
+
+
+def test_the_folder_that_was_given_counts_as_part_of_the_path(tmp_path):
+    (tmp_path / "val").mkdir()
+    table = "video,caption\ntrain/1.mp4,train\nval/1.mp4,val\n"
+    assert read_captions(tmp_path / "val", table, ["1.mp4"]) == {"1.mp4": ["val"]}
+    with pytest.raises(UserError, match=r"1\.mp4 can be train/1\.mp4 or val/1\.mp4; keep the rows of one"):
+        read_captions(tmp_path, table, ["1.mp4"])
+
+
+def test_parts_are_in_the_order_of_the_rows(tmp_path, capsys):
+    table = "video,caption,start,end\na,one,3,4\na.mkv,two,1,2\nb.mp4,bee,,\nz,gone,,\nx/a,three,0,1\n"
+    assert read_captions(tmp_path, table, ["a.mkv", "b.mp4", "c.mp4"]) == {
+        "a.mkv": ["one", "two"],  # x/a is another folder's
+        "b.mp4": ["bee"],
+        "c.mp4": [None],
     }
-
-
-def test_a_caption_is_of_the_video_of_the_longest_path(tmp_path):
-    (tmp_path / "c.csv").write_text("video,caption\nsub/a.mp4,below\ndata/sub/b.mp4,bee\na.mp4,above\n")
-    videos = [Path("a.mp4"), Path("b.mp4"), Path("sub/a.mp4"), Path("sub/b.mp4")]
-    captions = [part.caption for (part,) in vfm.read_captions(tmp_path / "c.csv", videos).values()]
-    assert captions == ["above", "", "below", "bee"]
+    assert capsys.readouterr().err.endswith(
+        "captions.csv: column 'video' names 2 of 3 videos; 2 of its 5 rows belong to no video; start and end cut them "
+        "into 4 clips, _000, _001 and so on of each\n"
+    )
+    read_captions(tmp_path, "video,caption\na,one\na.mkv,two\n", ["a.mkv"])
+    assert "; 1 rows name a video again, and its first counts\n" in capsys.readouterr().err
+    read_captions(tmp_path, "caption\none\ntwo\n", ["0000.mkv"])
+    assert "; 1 of its 2 rows belong to no video\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -441,23 +476,40 @@ def test_a_caption_is_of_the_video_of_the_longest_path(tmp_path):
         (b"", "no column named caption; it has nothing"),
         (b"video,text\na.mp4,a dog\n", "no column named caption; it has 'video', 'text'"),
         (b"," * 2**12, "no column named caption"),
+        (b"caption,video,caption\na dog,a.mp4,two\n", "2 columns are named caption; rename all but one"),
         (b"video,caption\na.mp4,a dog\nb.mp4,a cat, asleep\n", "row 3: 3 fields where the header has 2"),
         (b"video,caption\na.mp4,a dog, running\nb.mp4,a cat, asleep\n", "row 2: 3 fields where the header has 2"),
         (b"video,caption\n" + b"x.mp4,word\n" * 10000 + b"a.mp4,a dog, running\n", "row 10002: 3 fields"),
+        (b"video,caption\na.mp4\n", "row 2: 1 fields where the header has 2"),
+        (b"video,caption\na.mp4,a\rdog\n", "row 2: a carriage return outside quotes; quote captions"),
+        (b"caption\na dog\na\rcat\n", "row 3: a carriage return outside quotes; quote captions"),
         (b'video,caption\na.mp4,a dog\nb.mp4,"a cat\nc.mp4,a cow\n', "row 3: unexpected end of data"),
         (b'video,caption\na.mp4,"a dog\nb.mp4,"a cat"\n', "row 2: ',' expected after"),
         ("caption\ncafé\n".encode("latin-1"), "cannot be read as text in UTF-8 ('utf-8' codec can't decode"),
         (bytes(range(256)), "cannot be read as text in UTF-8"),
+        (b"caption\na dog\n", "none of its 1 rows (the first: 'a dog') is of a.mp4; add a column of file names"),
+        (b"name,caption\n17,a dog\n18,a cat\n", "called 'a.mp4' and the like; 'name' has '17'; write file names"),
+        (b"a,b,caption\na.mp4,b.mp4,x\nb.mp4,a.mp4,y\n", "'a' and 'b' contradict each other: row 2 has 'a.mp4' and"),
+        (b"id,a,caption\nb,a,x\nz,b,y\n", "'a' and 'id' contradict each other"),
     ],
     ids=[
-        *("empty", "other columns", "commas", "long row", "all rows long", "late long row", "unclosed quote"),
-        *("stray quote", "latin-1", "binary"),
+        *(
+            "empty",
+            "other columns",
+            "commas",
+            "two captions",
+            "long row",
+            "all rows long",
+            "late long row",
+            "short row",
+        ),
+        *("carriage return", "carriage return by row", "unclosed quote", "stray quote", "latin-1", "binary"),
+        *("no row for a video", "no name", "two files", "two stems"),
     ],
 )
 def test_a_table_that_cannot_be_trusted_is_refused(tmp_path, table, error):
-    (tmp_path / "captions.csv").write_bytes(table)
     with pytest.raises(UserError, match=re.escape(error)):
-        vfm.read_captions(tmp_path / "captions.csv", [Path("a.mp4")])
+        read_captions(tmp_path, table, ["a.mp4", "b.mp4"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,7 +528,7 @@ def test_two_models_in_one_run(clips, tmp_path, run_here):
     assert result.returncode == 0, result.stderr
     assert "1 of 2 clips have no caption" in result.stderr
     assert "mean NOTHING" in result.stdout
-    assert f"captions: column 'video' of {clips / 'captions.csv'} names 1 of 2 videos" in result.stderr
+    assert f"captions: {clips / 'captions.csv'}: column 'video' names 1 of 2 videos" in result.stderr
     saved = torch.load(out / "VideoMAEv2" / "ball.pt", weights_only=True)
     assert saved["feature"].shape == (2, 2, 3, 24)
     assert saved["feature"].dtype == torch.float16
@@ -509,9 +561,11 @@ def test_finished_features_are_skipped_unless_something_changed(clips, tmp_path,
     assert torch.load(out / "VideoMAE" / "ball.pt", weights_only=True)["caption"] == "new"
     assert (out / "VideoMAE" / "square.pt").stat().st_mtime_ns == made
 
-    captions.write_text("video,caption\nsquare,same\n")  # nor does a caption stay that the CSV has no more
+    captions.write_text("video,caption\nsquare,\n")  # by a CSV that names the video, and by no other
     assert counts(run_here(*command)) == [0, 2, 0]
-    assert torch.load(out / "VideoMAE" / "ball.pt", weights_only=True)["caption"] == ""
+    assert counts(run_here(*command[:2], *command[4:])) == [0, 2, 0]
+    assert torch.load(out / "VideoMAE" / "ball.pt", weights_only=True)["caption"] == "new"
+    assert torch.load(out / "VideoMAE" / "square.pt", weights_only=True)["caption"] == ""
 
     size = (clips / "ball.mp4").stat().st_size
     other = gray_clip(tmp_path / "other.mp4", 5).read_bytes()  # another video of the same name and size
@@ -559,6 +613,190 @@ def test_ranks_and_rival_runs_write_what_one_process_writes(clips, tmp_path):
     )
     assert len(one) == 5 + 1 + 1  # features, failures, and the dimensions
     assert one == ranks == rivals
+
+
+# Flags that decide no feature's values, or decide them by way of the weights' hash, the input's size or `SETTINGS`.
+HARMLESS = {"video_dir", "csv_path", "output_root", "recursive", "overwrite", "preview", "output_format", "models"}
+HARMLESS |= {"list_models", "weights", "videomaev2_ckpt", "videomae_ckpt", "dinov2_ckpt", "vjepa2_ckpt"}
+HARMLESS |= {"allow_skip_missing", "random_weights", "motion_checkpoint", "num_frames", "recipe", "device"}
+HARMLESS |= {"videomae_resize_h", "videomae_resize_w", "dinov2_resize_h", "dinov2_resize_w"}
+HARMLESS |= {"batch_size", "dinov2_chunk", "num_workers", "decode_timeout"}
+
+
+def test_every_flag_is_in_the_settings_or_harmless():
+    assert vars(vfm.parse_args([])).keys() == {*vfm.SETTINGS} | HARMLESS
+    assert not HARMLESS & {*vfm.SETTINGS}
+
+
+def test_the_default_captions_go_with_the_default_videos(clips, tmp_path, run_here, monkeypatch):
+    (tmp_path / "repository").mkdir()
+    monkeypatch.setattr(vfm, "REPOSITORY", tmp_path / "repository")
+    shutil.copytree(clips, tmp_path / "dataset" / "motion_top100")
+    (tmp_path / "dataset" / "motion_top100.csv").write_text("video,caption\nball,of the other data set\n")
+    command = ["--models", "VideoMAE", *SMALL, "--output_root", tmp_path / "out", "--video_dir"]
+    result = run_here(*command, clips)
+    assert counts(result) == [2, 0, 0] and "no captions: --csv_path names a CSV file" in result.stderr
+    assert torch.load(tmp_path / "out" / "VideoMAE" / "ball.pt", weights_only=True)["caption"] == ""
+    assert counts(run_here(*command[:-1])) == [0, 2, 0]
+    assert (
+        torch.load(tmp_path / "out" / "VideoMAE" / "ball.pt", weights_only=True)["caption"] == "of the other data set"
+    )
+
+
+def test_what_is_not_the_video_itself_fails_by_name(clips, tmp_path, run_here):
+    """Links to nothing, what git-annex and Git LFS leave; linked folders are searched."""
+    (clips / "gone.mp4").symlink_to(".git/annex/objects/xx/gone.mp4")
+    (clips / "lfs.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    (clips / "unlocked.mp4").write_text("/annex/objects/MD5E-s9--00.mp4\n")
+    (tmp_path / "store").mkdir()
+    gray_clip(tmp_path / "store" / "1.mp4", 4)
+    (clips / "linked").symlink_to(tmp_path / "store")
+    out = tmp_path / "out" / "VideoMAE"
+    command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL, "--recursive"]
+    result = run_here(*command)
+    assert counts(result) == [3, 0, 3] and (out / "linked" / "1.pt").is_file()
+    reasons = {"gone.mp4": "git annex get", "lfs.mp4": "git lfs pull", "unlocked.mp4": "git annex get"}
+    lines = (out / "failed_videos.txt").read_text().splitlines()
+    for line, (name, reason) in zip(lines, reasons.items(), strict=True):
+        assert line.startswith(f"{name}\t") and reason in line
+    assert result.stdout.splitlines()[-1] == f"VideoMAE: 3 failed; {out / 'failed_videos.txt'} says why"
+
+
+def test_a_name_that_is_too_long_fails_alone(clips, tmp_path, run_here):
+    """Of 255 bytes, which a disk allows, that of a window's file, or of its picture, can be more."""
+    long, picture = "影" * 83, "x" * 248
+    gray_clip(clips / f"{long}.mp4", 4)
+    shutil.copy(clips / f"{long}.mp4", clips / f"{picture}.mp4")
+    out = tmp_path / "out" / "VideoMAE"
+    command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL, "--window", 5]
+    assert counts(run_here(*command, "--preview")) == [2, 0, 2]
+    assert sorted(path.name for path in out.glob("*.pt") if len(path.name) < 99) == ["ball_000.pt", "square_000.pt"]
+    lines = (out / "failed_videos.txt").read_text().splitlines()
+    assert [line.split(" from ")[0] for line in lines] == [f"{picture}.mp4", f"{long}.mp4"]
+    assert lines[1].endswith(f"\tno file can be named {long}_000: File name too long; rename the video")
+
+
+def clip_with_a_gap(path: Path) -> None:
+    """Eight frames a second from 0 to 1 s and from 5 to 6 s."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in [*range(8), *range(40, 48)]:
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 4 * index, np.uint8), format="rgb24")
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_windows_hold_as_many_frames_as_fps_says_and_each_failure_has_its_line(clips, tmp_path, run_here):
+    for path in clips.iterdir():
+        path.unlink()
+    clip_with_a_gap(clips / "gap.mkv")
+    (tmp_path / "parts.csv").write_text("video,caption,start\ngap,late,3\ngap,whole,0\n")
+    out = tmp_path / "out" / "VideoMAE"
+    command = ["--video_dir", clips, "--csv_path", tmp_path / "parts.csv", "--output_root", tmp_path / "out"]
+    command += ["--models", "VideoMAE", "--window", 1, "--fps", 8, "--random_weights", *SMALL[3:]]
+    result = run_here(*command)
+    assert counts(result) == [3, 0, 6]
+    assert "8 frames of each window: 1 s at 8 frames a second" in result.stderr
+    assert "start and end cut them into 2 clips, _000, _001 and so on of each" in result.stderr
+    saved = {path.stem: torch.load(path, weights_only=True) for path in out.glob("*.pt")}
+    assert {stem: (data["start"], data["frame_indices"]) for stem, data in saved.items()} == {
+        "gap_000_002": (5.0, [*range(8, 16)]),
+        "gap_001_000": (0.0, [*range(8)]),
+        "gap_001_005": (5.0, [*range(8, 16)]),
+    }
+    assert saved["gap_000_002"]["feature"].shape == (4, 2, 3, 24) and saved["gap_000_002"]["caption"] == "late"
+    failures = (out / "failed_videos.txt").read_text()
+    assert [line.split("\t")[0] for line in failures.splitlines()] == [
+        f"gap.mkv from {start} s to {start + 1} s" for start in (1, 2, 3, 3, 4, 4)
+    ]  # a line each, of both parts
+    made = {path: path.stat().st_mtime_ns for path in out.glob("*.pt")}
+    assert counts(run_here(*command)) == [0, 3, 6]  # though the first window of a clip is not there
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.pt")} == made
+    assert (out / "failed_videos.txt").read_text() == failures
+
+
+def test_frames_that_repeat_are_counted(clips, tmp_path, run_here):
+    gray_clip(clips / "short.mp4", 3)
+    command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL[:2], "6"]
+    for outcome in ([3, 0, 0], [0, 3, 0]):
+        result = run_here(*command, *SMALL[3:])
+        assert counts(result) == outcome
+        assert "VideoMAE: 1 clips show fewer frames than asked, and some repeat: in short.pt 3 of 6\n" in result.stdout
+
+
+def test_pooled_features_and_safetensors(clips, tmp_path, run_here):
+    command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL]
+    out = tmp_path / "out" / "VideoMAE"
+    assert counts(run_here(*command)) == [2, 0, 0]
+    whole = torch.load(out / "ball.pt", weights_only=True)["feature"]
+    assert whole.shape == (2, 2, 3, 24)
+    assert counts(run_here(*command, "--pool", "--preview")) == [2, 0, 0]  # another feature, so made again
+    pooled = torch.load(out / "ball.pt", weights_only=True)["feature"]
+    torch.testing.assert_close(pooled, whole.mean(dim=(1, 2), keepdim=True))
+    assert (out / "ball.png").is_file()
+
+    command += ["--output_format", "safetensors", "--save_dtype", "bfloat16"]
+    result = run_here(*command)
+    assert counts(result) == [2, 0, 0] and "also holds 2 files of other clips" in result.stderr
+    with safe_open(out / "ball.safetensors", framework="pt") as file:
+        torch.testing.assert_close(file.get_tensor("feature"), whole.bfloat16())
+        assert file.metadata()["video"] == "ball.mp4"
+    (tmp_path / "captions.csv").write_text("video,caption\nball,a ball\n")
+    assert counts(run_here(*command, "--csv_path", tmp_path / "captions.csv")) == [0, 2, 0]
+    saved = load_checked(out / "ball.safetensors")
+    assert saved["caption"] == "a ball" and saved["settings"]["save_dtype"] == "bfloat16"
+    torch.testing.assert_close(saved["feature"], whole.bfloat16())
+
+
+def two_ranks(folders, *arguments):
+    """What vfm_feature.py says as rank 0 and as rank 1, which stand in different folders."""
+    command = [sys.executable, str(ROOT / "vfm_feature.py"), *map(str, arguments), *SMALL[:1], *SMALL[3:]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        shared |= {"MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    started = [
+        subprocess.Popen(
+            [*command, "--device", "cpu"],
+            cwd=folder,
+            env={**os.environ, **shared, "RANK": str(rank)},
+            stdout=-1,
+            stderr=-1,
+            text=True,
+        )
+        for rank, folder in enumerate(folders)
+    ]
+    said = [process.communicate(timeout=300) for process in started]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *streams)
+        for process, streams in zip(started, said, strict=True)
+    ]
+
+
+def test_ranks_do_what_rank_0_planned_and_leave_a_model_out_together(clips, tmp_path):
+    """Rank 1 still sees the folder as it was, without the first video, and has no configuration of one model."""
+    for index in range(2):
+        gray_clip(clips / f"{index}.mp4", 4)
+    shutil.copytree(clips, tmp_path / "old" / "clips")
+    (tmp_path / "old" / "clips" / "0.mp4").unlink()
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    (tmp_path / "toy").mkdir()
+    config = {"model_type": "videomae", "image_size": 32, "num_frames": 4, "patch_size": 16, **shape}
+    (tmp_path / "toy" / "config.json").write_text(json.dumps(config))
+    command = ["--video_dir", "clips", "--output_root", tmp_path / "out", "--num_frames", 4, "--allow_skip_missing"]
+    first, second = two_ranks([tmp_path, tmp_path / "old"], *command, "--models", "VideoMAE", "hf:./toy")
+    assert counts(first) == [4, 0, 0], second.stderr
+    assert re.search(r"^not run: hf:\./toy: .+ \(rank 1\)$", first.stdout, re.MULTILINE)
+    assert not list((tmp_path / "out").glob("hf*/*.pt"))
+    assert "not run" not in second.stdout and "warning" not in second.stderr
+
+
+def test_a_mistake_is_told_once_by_all_ranks(clips, tmp_path):
+    first, second = two_ranks([tmp_path] * 2, "--video_dir", "clips", "--num_frames", 3, "--models", "VideoMAE")
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert first.stderr.count("\n") == 1 and second.stderr == ""
 
 
 def test_batches_and_bfloat16_come_close_to_the_plain_run(clips, tmp_path, run_here):
