@@ -200,6 +200,7 @@ def test_a_lost_ctrl_c_comes_again(capfd, monkeypatch):
         raise AssertionError("it was lost")
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with pytest.raises(SystemExit) as ending:
         run_script(main)
     for number, handler in handlers.items():
