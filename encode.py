@@ -45,7 +45,6 @@ from model import (
     file_fingerprint,
     find_features,
     group_by_reason,
-    how_to_permute,
     in_parts,
     load_checked,
     load_feature,
@@ -80,31 +79,29 @@ def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstru
 
     Raises `UserError` for another C than the model's, and where latent or reconstruction are not finite.
     """
-    if feature.shape[-1] != model.config["input_dim"]:
-        input_dim = model.config["input_dim"]
+    latent = model.encode(feature[None])
+    if not latent.isfinite().all():
         raise UserError(
-            how_to_permute(list(feature.shape), input_dim)
-            or f"C is {feature.shape[-1]}, but the checkpoint was trained on features of C = {input_dim}; give the one "
-            "that was trained on this model's features"
+            "the latent is not finite: nor are the features, or they are far from those that the checkpoint was "
+            "trained on"
         )
-    latent = model.encode_long(feature)
     errors = FeatureErrors()
     reconstruction = torch.empty(feature.shape) if save_reconstruction else None
-    for tile, part in model.decode_long(latent):
-        errors.add(feature[tile][None].to(part), part[None])  # [1, T, ..., C]
+    for place, part in model.decoder.blocks(latent):
+        errors.add(feature[None][place].to(part), part, goes_on=place[1].start > 0)
         if save_reconstruction:
-            reconstruction[tile] = part.cpu()
+            reconstruction[None][place] = part.cpu()
     metrics = errors.figures()
     if not math.isfinite(metrics["cosine"]):
         raise UserError("what its latent decodes to is not finite; the features are too large")
     names = describe_motion_embedding(model.config)
-    embedding = model.embed_long(latent)  # [T, D]
+    embedding = model.embed(latent.to(model.code.mean.device))[0].cpu()  # [T, D]
     moves = dict.fromkeys(MOVEMENT, math.nan)
     if feature.ndim == 4:
         means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over the steps, of which t = 0 is none
         moves |= {name: mean for name, mean in zip(names, means, strict=True) if name in MOVEMENT}
     result = {
-        "latent": latent,
+        "latent": latent[0].cpu(),
         "motion_embedding": embedding,
         "embedding_channels": names,
         "compression_ratio": model.compression_ratio,

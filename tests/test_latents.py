@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import vfm_feature as vfm
 from model import LatentDataset, MotionFeatureAutoencoder, UserError, save_atomically
+from train import fit_code
 
 
 @pytest.fixture
@@ -39,9 +40,9 @@ def write_checkpoint(path, input_dim=24, gain=1.0):
     """An autoencoder measured on noise, whose networks do something, as train.py writes it."""
     torch.manual_seed(0)
     model = MotionFeatureAutoencoder(input_dim, 16, latent_dim=8, num_heads=2, num_layers=1, use_token=True)
-    model.code.fit([torch.randn(6, 2, 3, input_dim) for _ in range(4)])
+    fit_code(model.code, [torch.randn(6, 2, 3, input_dim) for _ in range(4)])
     model.code.gain *= gain
-    torch.nn.init.normal_(model.encoder.network.head.weight, std=0.1)
+    torch.nn.init.normal_(model.network.networks[0].head.weight, std=0.1)
     torch.save({"config": model.config, "model": model.state_dict()}, path)
     return path
 
