@@ -226,9 +226,9 @@ class SpaceTimeCode(nn.Module):
         self.register_buffer("basis", torch.eye(config.input_dim))  # columns: principal components
         self.register_buffer("gain", torch.ones(config.latent_dim))
         self.register_buffer("smoothing", torch.zeros(()))
-        self.register_buffer("energy", torch.zeros(*self.size, config.input_dim, dtype=torch.uint8))  # levels
+        self.register_buffer("energy", torch.full((*self.size, config.input_dim), TOP, dtype=torch.uint8))  # levels
         # Levels that make a coefficient's energy its importance, by frequency over time: of components < D, of others.
-        self.register_buffer("weight", torch.zeros(self.size[0], 2, dtype=torch.int32))
+        self.register_buffer("weight", torch.tensor([1, 0], dtype=torch.int32).repeat(self.size[0], 1))
         self.slots_of: dict[Size, tuple[Tensor, Tensor, Tensor]] = {}  # what `slots` found
         self.register_load_state_dict_post_hook(lambda code, _: code.slots_of.clear())
 
@@ -249,10 +249,10 @@ class SpaceTimeCode(nn.Module):
                 or f"C is {shape[-1]}, but the checkpoint was trained on features of C = {channels}; give the one that "
                 "was trained on this model's features"
             )
-        cells = math.prod(self.clip_shape[1:])
-        looks_like_one_clip = shape[2] != cells and (
-            len(self.clip_shape) == 3 or (shape[0], math.prod(shape[1:3])) == self.clip_shape
-        )
+        if len(self.clip_shape) == 3:
+            looks_like_one_clip = shape[0] > 1 and shape[2] != math.prod(self.clip_shape[1:])
+        else:
+            looks_like_one_clip = (shape[0], math.prod(shape[1:3])) == self.clip_shape and shape[1] > 1
         if len(shape) not in (4, 5) or (len(shape) == 4 and looks_like_one_clip):
             raise UserError(
                 f"{list(shape)} lacks the batch axis: give x[None] of one clip x; of features [B, T, H * W, C] on a "
@@ -269,7 +269,7 @@ class SpaceTimeCode(nn.Module):
                 if not torch.compiler.is_compiling():
                     warnings.warn(
                         f"clips of {size} {name}, but the means of {mean.shape[dim]} are known: their mean is used",
-                        stacklevel=2,
+                        stacklevel=1,
                     )
                 mean = mean.mean(dim=dim, keepdim=True)
         return mean.expand(length, math.prod(grid), -1).unflatten(1, grid)[None]
