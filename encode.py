@@ -4,7 +4,8 @@ In: a checkpoint of train.py, and one feature file (.pt, .pth, .npy, .safetensor
 Out: a dict that `torch.load` reads (or a .safetensors) of `latent` [T, N, D] or [T, H, W, D], `motion_embedding`
      [T, D], `embedding_channels` (its channels' names), `compression_ratio` (D / C), how well the latent decodes, how
      the picture moves on average (`right`, `down`, `log speed`), and the input's `caption`, `video` and `model` where
-     it had them. A folder's files are mirrored, and `encode_report.csv` has a row for each.
+     it had them. A folder's files are mirrored, `encode_report.csv` has a row for each, and `stats.pt` the `mean` and
+     `var` [D] of the latent's channels over the training clips.
 
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features/0000.pt --output latents/0000.pt
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features --output latents
@@ -37,6 +38,7 @@ from tqdm import tqdm
 from losses import METRICS, FeatureErrors
 from model import (
     FRAME_MOTION,
+    STATS_NAME,
     ArgumentParser,
     MotionFeatureAutoencoder,
     UserError,
@@ -58,6 +60,7 @@ from model import (
     run_script,
     save_atomically,
     whole_file,
+    write_stats,
 )
 
 if TYPE_CHECKING:
@@ -382,6 +385,8 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
         if path.parent in earlier:  # latents of an earlier run are no features
             continue
         output = target / path.relative_to(source).with_suffix(f".{output_format}")
+        if output.name == STATS_NAME:
+            raise UserError(f"{path} would write {output}, where the latents' mean and variance are kept; rename it")
         if output in features:
             raise UserError(f"{features[output]} and {path} would both write {output}; rename one")
         features[output] = path
@@ -461,6 +466,8 @@ def main() -> int:
     made_with = {**model.identity(), "save_reconstruction": args.save_reconstruction, "grid": args.grid}
 
     jobs = ranks.from_first(lambda: plan(args.input, args.output, args.output_format))
+    if ranks.index == 0 and args.input.is_dir():
+        write_stats(model, args.output)
     mine = jobs[ranks.index :: ranks.count]
     rows: list[dict[str, Any]] = []
     try:

@@ -41,6 +41,7 @@ EXTRA_RMS = 0.2  # of an extra, the channels having 1
 MEAN_SHARE = 0.5  # of the features' mean that stays in the latent
 SLOTS_KEPT = 16  # sizes of blocks, of which the code remembers where coefficients lie
 CELLS = 256  # of features [T, N, C], that are coded at once
+STATS_NAME = "stats.pt"  # in a folder of latents
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
 POINTERS = {  # how what stands in place of a file begins, what puts it there, what fetches the file
     b"version https://git-lfs.github.com/spec/": ("Git LFS", "git lfs pull"),
@@ -1056,6 +1057,11 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def write_stats(model: MotionFeatureAutoencoder, folder: Path) -> None:
+    """stats.pt in a folder of the model's latents: `mean` and `var` [D] of their channels over its training clips."""
+    save_atomically({"mean": model.latent_mean.cpu(), "var": model.latent_var.cpu()}, folder / STATS_NAME)
+
+
 class LatentDataset(Dataset):
     """The latents below a folder (.pt, .safetensors), of encode.py or vfm_feature.py --motion_checkpoint, for a
     DataLoader.
@@ -1065,12 +1071,17 @@ class LatentDataset(Dataset):
     has none) and, if the first file has them, `frame_indices` [F] of the video (-1 where another file does not say).
     No more is read from disk than is used: `dataset["0000"]["latent"][:8]` reads eight steps.
 
-    Raises `UserError` for a folder without latents, and for a file that is none.
+    With `normalise`, each channel of the latents has mean 0 and variance 1 over the clips that the model was trained
+    on, by the folder's stats.pt, as generators want it; the model decodes `latent * dataset.std + dataset.mean`.
+
+    Raises `UserError` for a folder without latents, or whose stats.pt is absent or of others, and for a file that is
+    no latent.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, normalise: bool = False) -> None:
         folder = Path(folder)
-        files = find_files(folder, (".pt", ".safetensors")) if folder.is_dir() else []
+        found = find_files(folder, (".pt", ".safetensors")) if folder.is_dir() else []
+        files = [file for file in found if file.name != STATS_NAME]
         if not files:
             raise UserError(
                 f"{folder} holds no latents; make them with encode.py or vfm_feature.py --motion_checkpoint"
@@ -1082,7 +1093,14 @@ class LatentDataset(Dataset):
                 raise UserError(f"{self.paths[stem]} and {file} are both {stem}; keep one of them")
             self.paths[stem] = file
         self.stems = list(self.paths)
-        self.frame_indices = self.load(self.stems[0]).get("frame_indices")  # a folder of features is refused here
+        first = self.load(self.stems[0])  # a folder of features is refused here
+        self.frame_indices, self.normalise = first.get("frame_indices"), normalise
+        if normalise:
+            stats = load_checked(folder / STATS_NAME)
+            shapes = [getattr(x, "shape", None) for x in stats.values()] if isinstance(stats, dict) else []
+            if shapes != [first["latent"].shape[-1:]] * 2:
+                raise UserError(f"{folder / STATS_NAME} is not of these latents; make them again with --overwrite")
+            self.mean, self.std = stats["mean"], stats["var"].clamp_min(1e-12).sqrt()
 
     def __len__(self) -> int:
         return len(self.stems)
@@ -1099,6 +1117,8 @@ class LatentDataset(Dataset):
         saved = self.load(stem)
         item = {"stem": stem, "caption": str(saved.get("caption", ""))}
         item |= {name: saved[name] for name in ("latent", "motion_embedding")}
+        if self.normalise:
+            item["latent"] = (item["latent"] - self.mean) / self.std
         if self.frame_indices is not None:
             unknown = torch.full((len(self.frame_indices),), -1)
             item["frame_indices"] = torch.as_tensor(saved.get("frame_indices", unknown))

@@ -194,7 +194,7 @@ def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile
 
 def video_of(path: Path, metadata: dict[str, Any]) -> str:
     """Which video a feature is of: its entry `video`, else its name without a window's number `_NNN`."""
-    return str(metadata.get("video") or re.sub(r"_\d{3,}$", "", path.stem))
+    return str(metadata.get("video") or path.with_name(re.sub(r"_\d{3,}$", "", path.stem)))
 
 
 def hash_of_files(files: list[FeatureFile], folder: Path) -> str:
@@ -207,14 +207,15 @@ def split_files(
     files: list[FeatureFile], val_fraction: float, seed: int
 ) -> tuple[list[FeatureFile], list[FeatureFile]]:
     """Training and held-out files, the same for the same files, fraction and seed. Videos are held out whole, since
-    their windows are alike, and one is always trained on. Below 10 files none is held out."""
-    videos = sorted({file.video for file in files})
-    count = round(len(files) * val_fraction) if len(files) >= 10 else 0
-    held_out: list[FeatureFile] = []
-    for video in random.Random(seed).sample(videos, len(videos) - 1):
-        if len(held_out) < count:
-            held_out += [file for file in files if file.video == video]
-    return [file for file in files if file not in held_out], [file for file in files if file in held_out]
+    their windows are alike; at least half of the files are trained on. Below 10 files none is held out."""
+    sizes = collections.Counter(file.video for file in files)
+    wanted, count = round(len(files) * val_fraction) if len(files) >= 10 else 0, 0
+    held_out = set()
+    for video in random.Random(seed).sample(sorted(sizes), len(sizes)):
+        if count < wanted and count + sizes[video] <= len(files) / 2:
+            held_out.add(video)
+            count += sizes[video]
+    return [file for file in files if file.video not in held_out], [file for file in files if file.video in held_out]
 
 
 class Clips:
@@ -721,8 +722,9 @@ def describe_gain(history: list[dict[str, float]], measured_on: str) -> str:
     best = best_row(history)
     if best["epoch"] == 0:
         return f"best: epoch 0, the code alone; training took nothing off the loss of {measured_on} files"
-    gains = {name: 1 - best[f"val_{column}"] / history[0][f"val_{column}"] for name, column in COMPARED.items()}
-    told = ", ".join(f"{name} {gain:.1%}" for name, gain in gains.items() if name not in ("reconstruction", "motion"))
+    first = {name: history[0][f"val_{column}"] for name, column in list(COMPARED.items())[2:]}  # the others stay
+    gains = {name: 1 - best[f"val_{COMPARED[name]}"] / error for name, error in first.items() if error > 1e-6}
+    told = ", ".join(f"{name} {gain:.1%}" for name, gain in gains.items()) or "there were none"
     return f"best: epoch {best['epoch']:.0f}; training took off the code's errors, {measured_on}: {told}"
 
 

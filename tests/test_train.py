@@ -98,6 +98,18 @@ def test_videos_are_held_out_whole(tmp_path):
         assert len(parts[1]) == 6 and not {file.video for file in parts[0]} & {file.video for file in parts[1]}
     windows = [file._replace(video="one.mp4") for file in files]
     assert train.split_files(windows, 0.2, 0) == (windows, [])
+    for seed in range(5):  # of a long video and some short ones, the long one is trained on
+        long = [file._replace(video="long.mp4" if index < 20 else file.video) for index, file in enumerate(files)]
+        parts = train.split_files(long, 0.1, seed)
+        assert len(parts[1]) == 3 and "long.mp4" not in {file.video for file in parts[1]}
+
+
+def test_clips_without_any_error_gain_nothing():
+    """A still picture has relations of 1 and no motion: what is left of rounding is nothing that training takes off."""
+    row = {"val_reconstruction_error": 0.1, "val_motion_error": float("nan"), "val_relations_loss": 1e-9}
+    history = [{"epoch": 0, "val_loss": 0.2} | row | {"val_relations_of_moving_loss": 0.0}]
+    history.append(history[0] | {"epoch": 1, "val_loss": 0.1, "val_relations_loss": 1e-4})
+    assert train.describe_gain(history, "held out").endswith("held out: there were none")
 
 
 def test_the_errors_are_what_numpy_says(trained):
