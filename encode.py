@@ -4,7 +4,8 @@ In: a checkpoint of train.py, and one feature file (.pt, .pth, .npy, .safetensor
 Out: a dict that `torch.load` reads (or a .safetensors) of `latent` [T, N, D] or [T, H, W, D], `motion_embedding`
      [T, D], `embedding_channels` (its channels' names), `compression_ratio` (D / C), how well the latent decodes, how
      the picture moves on average (`right`, `down`, `log speed`), and the input's `caption`, `video` and `model` where
-     it had them. A folder's files are mirrored, and `encode_report.csv` has a row for each.
+     it had them. A folder's files are mirrored, `encode_report.csv` has a row for each, and `stats.pt` the `mean` and
+     `var` [D] of the latent's channels over the training clips.
 
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features/0000.pt --output latents/0000.pt
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features --output latents
@@ -37,6 +38,7 @@ from tqdm import tqdm
 from losses import METRICS, FeatureErrors
 from model import (
     FRAME_MOTION,
+    STATS_NAME,
     ArgumentParser,
     MotionFeatureAutoencoder,
     UserError,
@@ -45,7 +47,6 @@ from model import (
     file_fingerprint,
     find_features,
     group_by_reason,
-    how_to_permute,
     in_parts,
     load_checked,
     load_feature,
@@ -59,6 +60,7 @@ from model import (
     run_script,
     save_atomically,
     whole_file,
+    write_stats,
 )
 
 if TYPE_CHECKING:
@@ -80,31 +82,29 @@ def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstru
 
     Raises `UserError` for another C than the model's, and where latent or reconstruction are not finite.
     """
-    if feature.shape[-1] != model.config["input_dim"]:
-        input_dim = model.config["input_dim"]
+    latent = model.encode(feature[None])
+    if not latent.isfinite().all():
         raise UserError(
-            how_to_permute(list(feature.shape), input_dim)
-            or f"C is {feature.shape[-1]}, but the checkpoint was trained on features of C = {input_dim}; give the one "
-            "that was trained on this model's features"
+            "the latent is not finite: nor are the features, or they are far from those that the checkpoint was "
+            "trained on"
         )
-    latent = model.encode_long(feature)
     errors = FeatureErrors()
     reconstruction = torch.empty(feature.shape) if save_reconstruction else None
-    for tile, part in model.decode_long(latent):
-        errors.add(feature[tile][None].to(part), part[None])  # [1, T, ..., C]
+    for place, part in model.decoder.blocks(latent):
+        errors.add(feature[None][place].to(part), part, goes_on=place[1].start > 0)
         if save_reconstruction:
-            reconstruction[tile] = part.cpu()
+            reconstruction[None][place] = part.cpu()
     metrics = errors.figures()
     if not math.isfinite(metrics["cosine"]):
         raise UserError("what its latent decodes to is not finite; the features are too large")
     names = describe_motion_embedding(model.config)
-    embedding = model.embed_long(latent)  # [T, D]
+    embedding = model.embed(latent.to(model.code.mean.device))[0].cpu()  # [T, D]
     moves = dict.fromkeys(MOVEMENT, math.nan)
     if feature.ndim == 4:
         means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over the steps, of which t = 0 is none
         moves |= {name: mean for name, mean in zip(names, means, strict=True) if name in MOVEMENT}
     result = {
-        "latent": latent,
+        "latent": latent[0].cpu(),
         "motion_embedding": embedding,
         "embedding_channels": names,
         "compression_ratio": model.compression_ratio,
@@ -385,6 +385,8 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
         if path.parent in earlier:  # latents of an earlier run are no features
             continue
         output = target / path.relative_to(source).with_suffix(f".{output_format}")
+        if output.name == STATS_NAME:
+            raise UserError(f"{path} would write {output}, where the latents' mean and variance are kept; rename it")
         if output in features:
             raise UserError(f"{features[output]} and {path} would both write {output}; rename one")
         features[output] = path
@@ -464,6 +466,8 @@ def main() -> int:
     made_with = {**model.identity(), "save_reconstruction": args.save_reconstruction, "grid": args.grid}
 
     jobs = ranks.from_first(lambda: plan(args.input, args.output, args.output_format))
+    if ranks.index == 0 and args.input.is_dir():
+        write_stats(model, args.output)
     mine = jobs[ranks.index :: ranks.count]
     rows: list[dict[str, Any]] = []
     try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+RELATION_TOKENS = 512  # of a clip, whose cosines are compared
 METRICS = ["reconstruction_error", "motion_error", "cosine"]  # of `FeatureErrors`
 
 
@@ -21,26 +22,37 @@ def motion_autoencoder_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of three terms, and the terms by themselves (detached, unweighted scalars).
 
-    x, reconstruction: [B, T, N, C] or [B, T, H, W, C]; latent: the same layout with its own channels.
+    x, reconstruction: [B, T, N, C] or [B, T, H, W, C]; latent: the same layout with its own channels. Raises
+    `ValueError` for other shapes.
 
     - `reconstruction`: mean squared error.
     - `motion`: mean squared error between the temporal differences of reconstruction and x; 0 for T = 1.
-    - `smoothness`: mean squared temporal difference of the latent over its variance. Without the division the model
-      would lower this term by shrinking its latent, and with its mean square in place of its variance by shifting it;
-      neither smooths anything.
+    - `smoothness`: `latent_smoothness`.
     """
-    terms = {"reconstruction": (reconstruction - x).square().mean()}
-    if x.shape[1] > 1:
-        terms["motion"] = (reconstruction.diff(dim=1) - x.diff(dim=1)).square().mean()
-        deviation = latent - latent.mean(dim=tuple(range(latent.ndim - 1)), keepdim=True)
-        variance = deviation.square().mean().clamp_min(torch.finfo(latent.dtype).tiny)
-        terms["smoothness"] = latent.diff(dim=1).square().mean() / variance
-    else:
-        terms["motion"] = terms["smoothness"] = x.new_zeros(())
+    if x.ndim not in (4, 5) or reconstruction.shape != x.shape or latent.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"x {list(x.shape)}, reconstruction {list(reconstruction.shape)} and latent {list(latent.shape)} are not "
+            "[B, T, N, C] or [B, T, H, W, C] of the same clips; give x[None] of one clip x"
+        )
+    terms = {"reconstruction": (reconstruction - x).square().mean(), "smoothness": latent_smoothness(latent)}
+    difference = (reconstruction - x).diff(dim=1)
+    terms["motion"] = difference.square().mean() if x.shape[1] > 1 else x.new_zeros(())
     loss = (
         recon_weight * terms["reconstruction"] + motion_weight * terms["motion"] + smooth_weight * terms["smoothness"]
     )
     return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def latent_smoothness(latent: Tensor) -> Tensor:
+    """The mean squared temporal difference of a latent [B, T, ..., D] over its variance; 0 for T = 1.
+
+    Without the division a model would lower it by shrinking its latent, and with the mean square in place of the
+    variance by shifting it; neither smooths anything.
+    """
+    if latent.shape[1] == 1:
+        return latent.new_zeros(())
+    deviation = latent - latent.mean(dim=tuple(range(latent.ndim - 1)), keepdim=True)
+    return latent.diff(dim=1).square().mean() / deviation.square().mean().clamp_min(torch.finfo(latent.dtype).tiny)
 
 
 class FeatureErrors:
@@ -57,20 +69,24 @@ class FeatureErrors:
         self.tokens = 0
         self.error = self.energy = self.motion_error = self.motion_energy = self.cosine = 0.0
 
-    def add(self, x: Tensor, reconstruction: Tensor) -> None:
-        """x, reconstruction: [B, T, ..., C]. Clips may be split into parts along any axis but time and channels."""
+    def add(self, x: Tensor, reconstruction: Tensor, goes_on: bool = False) -> None:
+        """x, reconstruction: [B, T, ..., C], of clips or of parts of them. `goes_on`: this part follows upon the last
+        one in time, so that the change between them counts too."""
         x, reconstruction = x.float(), reconstruction.float()
         if not self.tokens:  # the first mean is subtracted from all: sums of large numbers lose the small ones
             self.origin = x.flatten(0, -2).mean(dim=0)
             self.sum = torch.zeros(x.shape[-1], dtype=torch.float64)
-        deviation = x - self.origin
+        deviation, error = x - self.origin, reconstruction - x
         self.tokens += x[..., 0].numel()
         self.sum += deviation.flatten(0, -2).sum(dim=0).cpu().double()
         self.energy += deviation.square().sum().item()
-        self.error += (reconstruction - x).square().sum().item()
-        self.motion_energy += x.diff(dim=1).square().sum().item()
-        self.motion_error += (reconstruction - x).diff(dim=1).square().sum().item()
+        self.error += error.square().sum().item()
         self.cosine += F.cosine_similarity(x, reconstruction, dim=-1).sum().item()
+        if goes_on:
+            x, error = (torch.cat(pair, dim=1) for pair in zip(self.last, (x, error), strict=True))
+        self.motion_energy += x.diff(dim=1).square().sum().item()
+        self.motion_error += error.diff(dim=1).square().sum().item()
+        self.last = x[:, -1:], error[:, -1:]
 
     def figures(self) -> dict[str, float]:
         variance = self.energy - self.sum.square().sum().item() / self.tokens
@@ -87,12 +103,42 @@ def token_relations(tokens: Tensor) -> Tensor:
     return tokens @ tokens.mT
 
 
+def relation_error(x: Tensor, latent: Tensor, chosen: Tensor | None = None) -> Tensor:
+    """The mean absolute change of the cosines between tokens, from x [B, K, C] to the latent [B, K, D]: of all pairs,
+    or of the pairs of those `chosen` [B, K]."""
+    change = (token_relations(x) - token_relations(latent)).abs()
+    if chosen is None:
+        return change.mean()
+    pairs = chosen[:, :, None] & chosen[:, None, :]
+    return (change * pairs).sum() / pairs.sum().clamp_min(1)
+
+
+def relation_errors(x: Tensor, latent: Tensor) -> dict[str, Tensor]:
+    """The `relation_error` of a clip [1, T, ..., C] and its latent: of `RELATION_TOKENS` tokens evenly spread over it,
+    and of as many of the tenth of its tokens that moves most since the step before."""
+    moves = F.pad(x.diff(dim=1).norm(dim=-1).flatten(2), (0, 0, 1, 0)).flatten()
+    fastest = moves.argsort(descending=True)[: max(2, len(moves) // 10)]
+    tokens = [part.flatten(1, -2) for part in (x, latent)]
+    errors = {}
+    for name, some in {"relations": torch.arange(len(moves), device=x.device), "relations_of_moving": fastest}.items():
+        spread = torch.linspace(0, len(some) - 1, min(RELATION_TOKENS, len(some)), device=x.device).long()
+        errors[name] = relation_error(*(part[:, some[spread]] for part in tokens))
+    return errors
+
+
 def token_relation_distillation(align: Tensor, target: Tensor, margin: float = 0.1) -> Tensor:
     """How far the relations between all tokens of a clip differ beyond `margin`: VideoREPA's alignment loss.
 
     align: [B, C, T, H, W], of the model in training; target: [B, D, T, H, W]; their channels may differ. Returns a
-    scalar. Source: "VideoREPA: Learning Physics for Video Generation through Relational Alignment with Foundation
-    Models" (https://github.com/aHapBean/VideoREPA).
+    scalar. Raises `ValueError` for other shapes, as far as they can be told. Source: "VideoREPA: Learning Physics for
+    Video Generation through Relational Alignment with Foundation Models" (https://github.com/aHapBean/VideoREPA).
     """
+    alike = align.shape[:1] + align.shape[2:] == target.shape[:1] + target.shape[2:]
+    last = align.shape == target.shape and align.shape[-1] > align.shape[1]  # wider than it has channels
+    if align.ndim != 5 or not alike or last:
+        raise ValueError(
+            f"align {list(align.shape)} and target {list(target.shape)} are not [B, C, T, H, W] with the same B, T, H "
+            "and W; of [B, T, H, W, C] give x.permute(0, 4, 1, 2, 3)"
+        )
     align, target = (token_relations(x.flatten(2).mT) for x in (align, target))  # [B, THW, THW]
     return F.relu((align - target).abs() - margin).mean()

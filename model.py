@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,10 +35,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy", ".safetensors")
-RELATION_CLIPS, RELATION_TOKENS = 16, 128  # of a clip; their cosines decide which coefficients are kept, and the gains
-RELATION_TARGET = 0.85  # of the cosines' error when the leading components alone are kept, all of them
-POSITION_IN_BASIS = 1 / 4  # share of the position in the features that the components are taken from
-BALANCE = 1 / 6  # part of their covariance in which all frequencies count alike, over the part weighted as the loss is
+CODE_VERSION = 3  # of what checkpoints and latents mean; those of another are refused, or made anew
+LEVELS, TOP = 6, 255 - 6 * 22  # of energies, to an octave; and that of 1, the largest being 2 ** 22
+EXTRA_RMS = 0.2  # of an extra, the channels having 1
+MEAN_SHARE = 0.5  # of the features' mean that stays in the latent
+SLOTS_KEPT = 16  # sizes of blocks, of which the code remembers where coefficients lie
+CELLS = 256  # of features [T, N, C], that are coded at once
+STATS_NAME = "stats.pt"  # in a folder of latents
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
 POINTERS = {  # how what stands in place of a file begins, what puts it there, what fetches the file
     b"version https://git-lfs.github.com/spec/": ("Git LFS", "git lfs pull"),
@@ -45,13 +49,12 @@ POINTERS = {  # how what stands in place of a file begins, what puts it there, w
 }
 OTHER_VALUES = "other values as JSON"  # entry of a .safetensors' metadata, which is strings alone
 STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
-EMBEDDING_VERSION = 2  # of how it is read from a latent
 CONTENT = 1 / 20  # scale of the embedding's channels of content
 FARTHEST = 0.4  # cells that each pass can add to a cell's movement
 REST = 0.01  # cells a step: movement below it counts as rest
 # Time steps to each side that movement is smoothed over: aliasing alternates, motion does not.
 CELLS_OVER, CAMERA_OVER, TURN_ZOOM_OVER = 1, 2, 3
-TOKENS = 2**14  # tokens that `encode_long` takes at once
+TOKENS = 2**14  # tokens whose motion is looked at at once
 TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
 LEFTOVER_SECONDS = 24 * 3600  # after which a half-written file is nobody's
 FINGERPRINT_BYTES = 2**16
@@ -60,30 +63,32 @@ FINGERPRINT_BYTES = 2**16
 # ---------------------------------------------------------------------------------------------------------------------
 # The motion autoencoder
 #
-# C = 768 channels become D = 192. The linear code (`SpaceTimeCode`) is measured in closed form; two networks over time
-# are trained on top, for each position by itself. They end in a layer that starts at zero, so training starts from the
-# code. The code takes blocks of at most 24 time steps x 16 x 16 cells: of the default features, 24 x 10 x 15 (features
-# [B, T, N, C] have no grid: blocks of one cell).
+# A clip is a row of blocks, of at most 24 time steps x 16 x 16 cells: features [24, 10, 15, 768] are one, [48, 30, 45]
+# are 2 x 2 x 3 of [24, 15, 15], and of [T, N, C], which have no grid, each cell is one. Blocks are coded one by one.
+# C = 768 channels become D = 192 by a linear code (`SpaceTimeCode`), which train.py measures in closed form. On top of
+# it an invertible network is trained that brings the cosines between tokens nearer to the features'.
 #
 #   x [B, T, H, W, 768] --> z = (x - mean) / scale; the mean is that of each position, if all clips have the same
 #    |  measured: SpaceTimeCode.encode
 #    +--> z @ basis --> cosine transform of each block: L = 24 * 10 * 15 frequencies x 768 components
 #    |        +--> of these L * 768 coefficients the L * 192 most important are kept, each times its gain:
 #    |             of components < 192: at their own frequency and channel -----------+--> inverse transform ---+
-#    |             of the others, the guests: small, at the places left empty -----------+                      |
-#    |  trained: encoder's network                                                    |                      |
-#    +--> [z, delta z] [S, T, 1536] --> convolution, 2 transformer layers over T --> to the guests' places      |
-#                                                                                                               v
-#   latent [B, T, H, W, 192] <----------------------------------------------------------------------------------+
-#    |  measured: SpaceTimeCode.decode, the steps above undone
-#    +--> linear [B, T, H, W, 768]
-#    |       |  trained: decoder's network
-#    |       +--> [S, T, 768] --> convolution, 2 transformer layers over T --> refinement [S, T, 768], S = B * H * W
-#    |    reconstruction = (linear + refinement) * scale + mean
+#    |             of the others, the extras: small, in the slots left empty ---------+                         |
+#    |                                                                                                          v
+#    |                                                                       code's latent [B, T, H, W, 192]
+#    |  trained: InvertibleNetwork                                                                              |
+#    |     odd channels += network(even ones), even channels += network(odd ones), each times a gain  <---------+
+#    |     network: [z, delta z] [S, T, 192] --> convolution, transformer layer over T --> [S, T, 96], S = B * H * W
+#    v
+#   latent [B, T, H, W, 192]
 #    |
-#    +--> leading channels: their means over H, W, mixed [B, T, 170]; how the picture moves [B, T, 22]: right, down...
-#         --> motion_embedding [B, T, 192]
+#    +--> the steps above undone, the last one first --> reconstruction [B, T, H, W, 768]
+#    |
+#    +--> motion_embedding [B, T, 192]: what is there, and how the picture moves
 # ---------------------------------------------------------------------------------------------------------------------
+
+Size = tuple[int, int, int]  # of a block: time steps, rows, columns
+Place = tuple[slice, ...]  # of a block in clips [B, T, ...]
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,18 @@ class Config:
     model_dim: int = 384  # width of the networks
     latent_dim: int = 192  # channels D of the latent
     num_heads: int = 8
-    num_layers: int = 2  # transformer layers, each way
+    num_layers: int = 2  # transformer layers, each in a network of its own, for odd and even channels by turns
     dropout: float = 0.1
     use_token: bool = False  # the encoder sees [x, delta_x], not delta_x alone: what stands still is coded too
-    block: tuple[int, int, int] = (24, 16, 16)  # time steps, rows and columns that are coded together, at most
-    positions: tuple[int, ...] = (1, 1)  # T, N or T, H, W of the clips of which the mean of each position is known
+    block: Size = (24, 16, 16)  # the most time steps, rows and columns that are coded together
+    clip_shape: tuple[
+        int, ...
+    ] = ()  # T, N or T, H, W of the clips trained on, 1 where they differ; () if the layouts do
+    version: int = CODE_VERSION
 
     def __post_init__(self) -> None:
+        if self.version != CODE_VERSION:
+            raise UserError(f"version {self.version} of the code, but this is version {CODE_VERSION}: train anew")
         if self.model_dim % self.num_heads:
             raise UserError(
                 f"--model_dim {self.model_dim} does not divide by --num_heads {self.num_heads}; change one of them"
@@ -134,11 +144,40 @@ def from_grid(grid: Tensor, like: Tensor) -> Tensor:
     return grid if like.ndim == 5 else from_sequences(grid[:, :, 0, 0], like)
 
 
+def temporal_difference(x: Tensor) -> Tensor:
+    """delta_x[:, t] = x[:, t] - x[:, t - 1] of x [B, T, ...], 0 at t = 0."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x.diff(dim=1)], dim=1)
+
+
+def cut(length: int, most: int) -> list[slice]:
+    """An axis in as few parts of at most `most` as it takes, of sizes that differ by one at most: 25 -> 13 + 12."""
+    count = -(-length // most)
+    edges = [-(-length * index // count) for index in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(edges)]
+
+
+def blocks(shape: tuple[int, ...], most: Size) -> list[Place]:
+    """Where the blocks of clips [B, T, H, W, ...] lie, of at most `most` steps, rows and columns, those that follow
+    each other in time one after the other; `shape`: T, H, W. Of T, N each cell is coded by itself, `CELLS` at once."""
+    steps, *cells = map(cut, shape, most if len(shape) == 3 else (most[0], CELLS))
+    return [(slice(None), step, *cell) for cell in itertools.product(*cells) for step in steps]
+
+
 def cosine_transform(length: int, like: Tensor) -> Tensor:
     """The orthonormal cosine transform (DCT-II) [frequency, time], in the dtype and on the device of `like`."""
     step = torch.arange(length, device=like.device)
     matrix = torch.cos(torch.pi / length * (step + 0.5) * step[:, None]) * (2 / length) ** 0.5
     return (matrix * torch.where(step == 0, 0.5**0.5, 1.0)[:, None]).to(like.dtype)
+
+
+def transform(x: Tensor, inverse: bool = False) -> Tensor:
+    """The cosine transform of blocks [B, l, h, w, K] over their three axes, or its inverse."""
+    for dim in (1, 2, 3):
+        if x.shape[dim] > 1:
+            matrix = cosine_transform(x.shape[dim], x)
+            rows = x.flatten(0, dim - 1).flatten(2)  # [blocks and axes before, the axis, axes behind and channels]
+            x = ((matrix.mT if inverse else matrix) @ rows).view(x.shape)
+    return x
 
 
 def principal_components(covariance: Tensor) -> Tensor:
@@ -158,338 +197,158 @@ def weighted_moment(sequences: list[Tensor], recon_weight: float, motion_weight:
     return recon_weight * total[0] / counts[0] + motion_weight * total[1] / max(counts[1], 1)
 
 
-Size = tuple[int, int, int]  # of a block: time steps, rows, columns
-
-
-def blocks_of(shape: tuple[int, ...], size: Size) -> list[tuple[tuple[slice, ...], Size]]:
-    """Where in clips [B, T, H, W, ...] the full blocks are, and the shorter ones behind them: (index, size) of each
-    kind. `shape`: T, H, W."""
-    axes = []
-    for length, block in zip(shape, size, strict=True):
-        full = length - length % block
-        parts = [(slice(0, full), block), (slice(full, length), length - full)]
-        axes.append([(part, size) for part, size in parts if part.stop > part.start])
-    return [
-        ((slice(None), *(where for where, _ in parts)), tuple(length for _, length in parts))
-        for parts in itertools.product(*axes)
-    ]
-
-
-def to_coefficients(x: Tensor, size: Size) -> Tensor:
-    """[B, T, H, W, C] of whole blocks -> their cosine transform over all three axes, [B, blocks, l * h * w, C]."""
-    for dim, length in enumerate(size, 1):
-        x = x.unflatten(2 * dim - 1, (-1, length))
-        x = (cosine_transform(length, x) @ x.movedim(2 * dim, -2)).movedim(-2, 2 * dim)
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(1, 3).flatten(2, 4)
-
-
-def from_coefficients(coefficients: Tensor, shape: Size, size: Size) -> Tensor:
-    """The inverse of `to_coefficients`, for clips of `shape` T, H, W."""
-    counts = [axis // block for axis, block in zip(shape, size, strict=True)]
-    x = coefficients.unflatten(2, size).unflatten(1, counts).permute(0, 1, 4, 2, 5, 3, 6, 7)
-    for dim, length in enumerate(size, 1):
-        x = (cosine_transform(length, x).mT @ x.movedim(dim + 1, -2)).movedim(-2, dim + 1).flatten(dim, dim + 1)
-    return x
-
-
 def resize_table(table: Tensor, size: Size) -> Tensor:
     """A table of mean energies [l, h, w, C] of a block's coefficients -> that of blocks of another size, in float64."""
     return nn.functional.adaptive_avg_pool3d(table.double().movedim(-1, 0), size).movedim(0, -1)
 
 
 class SpaceTimeCode(nn.Module):
-    """The linear path of the autoencoder: a transform code whose latent keeps the layout of the features.
+    """The linear part of the autoencoder: a transform code whose latent keeps the layout of the features.
 
-    The features' mean is taken off: where the config names the clips' `positions`, the mean of each, since ViTs show a
-    token's position in all clips. What is left is turned into components, much as by PCA, and blocks of `block` steps,
-    rows and columns of these into cosine coefficients. Of a block's L * C coefficients the L * D most important are
-    kept (reverse water-filling). Of a component j < D they stay at their frequency in channel j: transformed back, that
-    channel of the latent is component j of its own token, as far as it was kept. What was not kept leaves its place to
-    a guest, a kept coefficient of the components beyond D; there are as many guests as places. Guests are made small,
-    so that they change the cosines between tokens (VideoREPA's token relations) little.
+    The features' mean is taken off: that of each position where all clips trained on have the same, since ViTs show a
+    token's position in all clips. What is left is turned into components, much as by PCA, and each block of these into
+    cosine coefficients. Of a block's L * C coefficients the L * D most important are kept (reverse water-filling). Of a
+    component j < D they stay at their frequency in channel j: transformed back, that channel of the latent is component
+    j of its own token, as far as it was kept. What was not kept leaves its slot to an extra, a kept coefficient of the
+    components beyond D; there are as many extras as empty slots. Extras are made small, so that they change the cosines
+    between tokens (VideoREPA's token relations) little; half of the mean stays in the latent, since cosines feel it.
 
-    `fit` measures all of it in closed form; nothing here is trained. Any T, H and W work: what is left behind the full
-    blocks is coded in shorter blocks, whose energies are averages of the full block's.
+    The tables are written by train.py's `fit_code`; nothing here is trained. Energies are kept as integers, their
+    logarithms: by them all machines and precisions find the same slots, and they take a fourth of the memory.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.codes_still_part, self.size = config.use_token, tuple(config.block)
-        self.input_dim, self.latent_dim = config.input_dim, config.latent_dim  # each channel leads with its component
-        self.register_buffer("mean", torch.zeros(*config.positions, config.input_dim))
+        self.input_dim, self.latent_dim = config.input_dim, config.latent_dim
+        self.clip_shape = tuple(config.clip_shape)
+        self.register_buffer("mean", torch.zeros(*(self.clip_shape or (1, 1)), config.input_dim))
         self.register_buffer("scale", torch.ones(()))  # one for all channels: one for each would weight them in errors
         self.register_buffer("basis", torch.eye(config.input_dim))  # columns: principal components
-        self.register_buffer("centre", torch.zeros(*config.positions, self.latent_dim))  # in the latent's units
-        self.register_buffer("gain", torch.ones(self.latent_dim))
-        self.register_buffer("guest_rms", torch.ones(()))  # of a guest, the channels having 1
-        self.register_buffer("spread", torch.ones(*self.size, config.input_dim))  # of each coefficient
-        # Integers, so that every machine sorts them alike.
-        self.register_buffer("importance", torch.ones(self.spread.shape, dtype=torch.int64))
-        self.importance[..., : self.latent_dim] += 1
-        # `arrange` of a full block, which takes longer than encoding.
-        self.register_buffer(
-            "source", torch.arange(self.spread.numel()).view(-1, config.input_dim)[:, : self.latent_dim].flatten()
-        )
+        self.register_buffer("gain", torch.ones(config.latent_dim))
         self.register_buffer("smoothing", torch.zeros(()))
+        self.register_buffer("energy", torch.full((*self.size, config.input_dim), TOP, dtype=torch.uint8))  # levels
+        # Levels that make a coefficient's energy its importance, by frequency over time: of components < D, of others.
+        self.register_buffer("weight", torch.tensor([1, 0], dtype=torch.int32).repeat(self.size[0], 1))
+        self.slots_of: dict[Size, tuple[Tensor, Tensor, Tensor]] = {}  # what `slots` found
+        self.register_load_state_dict_post_hook(lambda code, _: code.slots_of.clear())
 
-    @staticmethod
-    def at(table: Tensor, x: Tensor) -> Tensor:
-        """`table` [T, ..., K] for x [B, T, ..., C] of the same positions, with a grid or without; else its mean [K]."""
-        known, positions = table.shape[:-1], x.shape[1:-1]
-        if len(known) != len(positions):  # one of them has no grid
-            known, positions = (known[0], known.numel()), (positions[0], positions.numel())
-        return table.reshape(*x.shape[1:-1], -1) if known == positions else table.flatten(0, -2).mean(dim=0)
+    def _apply(self, *args: Any, **kwargs: Any) -> SpaceTimeCode:  # of .to(device), .half() and their like
+        self.slots_of.clear()
+        return super()._apply(*args, **kwargs)
 
-    def normalise(self, x: Tensor) -> Tensor:
-        """x [B, T, ..., C] -> what is coded: x without the training mean; for motion alone, x without the clip's own
-        mean over time, which differences do not determine."""
-        return (x - (self.at(self.mean, x) if self.codes_still_part else x.mean(dim=1, keepdim=True))) / self.scale
-
-    def restore(self, x: Tensor) -> Tensor:
-        """The inverse of `normalise`; for motion alone, the training mean stands for what is not known."""
-        return x * self.scale + self.at(self.mean, x)
-
-    def arrange(self, size: Size) -> Tensor:
-        """For the L * D places of a block of `size` in the latent: which of its L * C coefficients lies there. Of
-        constant shapes throughout, for torch.compile."""
-        importance = resize_table(self.importance, size).flatten()
-        count = len(importance) // self.input_dim * self.latent_dim
-        kept = torch.zeros_like(importance, dtype=torch.bool)
-        kept[importance.argsort(descending=True, stable=True)[:count]] = True
-        component = torch.arange(len(importance), device=kept.device) % self.input_dim
-        own = (component < self.latent_dim).byte().argsort(descending=True, stable=True)[:count]
-        guests = (kept & (component >= self.latent_dim)).byte().argsort(descending=True, stable=True)[:count]
-        vacant = ~kept[own]
-        return torch.where(vacant, guests[vacant.cumsum(0) - 1], own)  # the first guest to the first vacant place
-
-    def layout(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:
-        """For the places of a block of `size` in the latent: which coefficient lies there, its gain, and whether it is
-        a guest."""
-        if size == self.size:
-            source, spread = self.source, self.spread
+    def check(self, shape: tuple[int, ...], channels: int) -> None:
+        """Raise `UserError` for features (or latents) of another rank or number of channels than the model takes, and
+        for one clip that lacks the batch axis, as far as the shape of the clips trained on tells."""
+        if shape[-1] != channels:
+            if channels != self.input_dim:
+                raise UserError(
+                    f"the latent has {shape[-1]} channels, but the checkpoint gives {channels}; decode it by its own"
+                )
+            raise UserError(
+                how_to_permute(list(shape[1:]), channels)
+                or f"C is {shape[-1]}, but the checkpoint was trained on features of C = {channels}; give the one that "
+                "was trained on this model's features"
+            )
+        if len(self.clip_shape) == 3:
+            looks_like_one_clip = shape[0] > 1 and shape[2] != math.prod(self.clip_shape[1:])
         else:
-            source, spread = self.arrange(size), resize_table(self.spread.square(), size).sqrt().to(self.spread)
-        guest = source % self.input_dim >= self.latent_dim
-        guest_gain = self.guest_rms / spread.flatten()[source].clamp_min(1e-3)
-        gain = torch.where(guest, guest_gain, self.gain.repeat(math.prod(size)))
-        frequency = torch.arange(size[0], device=gain.device) * torch.pi / size[0]
-        damping = 1 / (1 + self.smoothing * (2 - 2 * frequency.cos()))
-        return source, gain * damping.to(gain).repeat_interleave(len(source) // size[0]), guest
+            looks_like_one_clip = (shape[0], math.prod(shape[1:3])) == self.clip_shape and shape[1] > 1
+        if len(shape) not in (4, 5) or (len(shape) == 4 and looks_like_one_clip):
+            raise UserError(
+                f"{list(shape)} lacks the batch axis: give x[None] of one clip x; of features [B, T, H * W, C] on a "
+                "grid give x.unflatten(2, (H, W))"
+            )
 
-    def encode(self, z: Tensor, addition: Tensor | None = None) -> Tensor:
-        """Normalised features [B, T, N, C] or [B, T, H, W, C] -> latent; at its guests' places with `addition`, which
-        has the latent's shape."""
-        x = to_grid(z)
-        latent = x.new_empty(*x.shape[:-1], self.latent_dim)
-        for where, size in blocks_of(x.shape[1:4], self.size):
-            source, gain, guest = self.layout(size)
-            part = x[where]
-            coefficients = to_coefficients(part @ self.basis, size).flatten(2)  # [B, blocks, L * C]
-            coefficients = coefficients.index_select(-1, source) * gain
-            if addition is not None:
-                coefficients = coefficients + guest * to_coefficients(to_grid(addition)[where], size).flatten(2)
-            latent[where] = from_coefficients(coefficients.unflatten(2, (-1, self.latent_dim)), part.shape[1:4], size)
-        return from_grid(latent, like=z) + self.at(self.centre, z)
+    def mean_at(self, shape: tuple[int, ...]) -> Tensor:
+        """The mean of each position of clips of `shape` [B, T, ..., C], [1, T, ..., C]. Where their T is another than
+        of the clips trained on, the mean over time; where their grid is, over the grid: said once, in a warning."""
+        length, *grid = shape[1:-1]
+        mean = self.mean.flatten(1, -2)  # [T or 1, N or 1, C]
+        for dim, size, name in ((0, length, "time steps"), (1, math.prod(grid), "cells")):
+            if mean.shape[dim] not in (1, size):
+                if not torch.compiler.is_compiling():
+                    warnings.warn(
+                        f"clips of {size} {name}, but the means of {mean.shape[dim]} are known: their mean is used",
+                        stacklevel=1,
+                    )
+                mean = mean.mean(dim=dim, keepdim=True)
+        return mean.expand(length, math.prod(grid), -1).unflatten(1, grid)[None]
 
-    def components(self, latent: Tensor, count: int) -> Tensor:
-        """Latent [B, T, N, D] or [B, T, H, W, D] -> the first `count` principal components, as far as it holds them."""
-        grid = to_grid(latent - self.at(self.centre, latent))
-        components = grid.new_empty(*grid.shape[:-1], count)
-        for where, size in blocks_of(grid.shape[1:4], self.size):
-            source, gain, _ = self.layout(size)
-            part = grid[where]
-            kept = to_coefficients(part, size).flatten(2) / gain  # [B, blocks, L * D]
-            empty = kept.new_zeros(*kept.shape[:2], math.prod(size) * self.input_dim)
-            coefficients = empty.index_copy(-1, source, kept).unflatten(2, (-1, self.input_dim))[..., :count]
-            components[where] = from_coefficients(coefficients, part.shape[1:4], size)
-        return from_grid(components, like=latent)
+    def centre(self, mean: Tensor) -> Tensor:
+        """The part of the mean [..., C] that stays in the latent, [..., D]: cosines between features feel it."""
+        share = MEAN_SHARE * self.codes_still_part
+        return (mean / self.scale) @ (share * self.basis[:, : self.latent_dim] * self.gain)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Latent [B, T, N, D] or [B, T, H, W, D] -> normalised features."""
-        return self.components(latent, self.input_dim) @ self.basis.mT
+    def energies(self, size: Size, weighted: bool = False) -> Tensor:
+        """The mean energy of each coefficient of a block of `size`, or its importance, [l, h, w, C] in float64."""
+        levels = self.energy.int() - TOP
+        if weighted:
+            levels[..., : self.latent_dim] += self.weight[:, None, None, :1]
+            levels[..., self.latent_dim :] += self.weight[:, None, None, 1:]
+        return resize_table((levels.double() / LEVELS).exp2(), size)
 
     @torch.no_grad()
-    def fit(
-        self, clips: list[Tensor], recon_weight: float = 1.0, motion_weight: float = 1.0, smooth_weight: float = 0.05
-    ) -> None:
-        """Measure the code on clips [T, N, C] or [T, H, W, C], any sizes; all of the `positions`, if the config
-        names some. Raises `UserError` for features too large to square.
+    def slots(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the L * D slots of a block of `size` in the latent: which of its L * C coefficients lies there, its gain,
+        and its energy in the latent, [L * D] each. Assigned once for each size: that takes longer than encoding."""
+        if size not in self.slots_of:
+            if len(self.slots_of) >= SLOTS_KEPT:
+                self.slots_of.clear()
+            with torch.inference_mode(False):  # a trainer's next call may need gradients
+                self.slots_of[size] = self.assign_slots(size)
+        return self.slots_of[size]
 
-        Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x), and of another part in which all
-        frequencies count alike: in the first slow and smooth ones decide, which are kept whatever the basis is.
-        Coefficients kept: those of most energy, each frequency weighted by what an error in it adds to the weighted
-        loss, and as many of components < latent_dim as the cosines between tokens need.
-        """
-        if not self.codes_still_part:  # decoding cannot restore it, so no coefficient is spent on it
-            recon_weight, motion_weight = 0.0, 1.0
-        token = sum(x.flatten(0, -2).mean(dim=0, dtype=torch.float64) for x in clips) / len(clips)
-        self.mean.copy_(token + (self.measure_position(clips, token) if self.codes_still_part else 0.0))
-        self.scale.fill_(1.0)
-        variance = sum(self.normalise(x[None]).square().mean().item() for x in clips) / len(clips)
-        if not math.isfinite(variance):
-            raise UserError("the features' squares overflow float32; divide the features by a constant first")
-        self.scale.fill_(variance**0.5 or 1.0)
-        # Whittaker's smoother, argmin_y |z - y|^2 + smoothing * |delta y|^2, divides each frequency by a number, which
-        # decoding undoes. A fifth of the weight: the default then changes the error of the cosines by 1 %.
-        self.smoothing.fill_(smooth_weight / 5)
+    def assign_slots(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:  # of constant shapes, for torch.compile
+        importance = (self.energies(size, weighted=True).log2() * 2**16).round().int()
+        channels = torch.arange(self.input_dim, device=importance.device)
+        own = (channels < self.latent_dim).expand(importance.shape).flatten()
+        importance, count = importance.flatten(), math.prod(size) * self.latent_dim
+        least = importance.kthvalue(len(importance) - count + 1).values
+        kept, ties = importance > least, importance == least
+        kept |= ties & (ties.cumsum(0) <= count - kept.sum())  # the first of those that are as important as the last
+        first, extras = (some.byte().argsort(descending=True, stable=True)[:count] for some in (own, kept & ~own))
+        empty = ~kept[first]
+        slot = torch.where(empty, extras[empty.cumsum(0) - 1], first)  # the first extra to the first empty slot
+        energy = self.energies(size).flatten()[slot].to(self.basis)
+        extra_gain = EXTRA_RMS / energy.sqrt().clamp_min(1e-3)
+        gain = torch.where(own[slot], self.gain.repeat(math.prod(size)), extra_gain)
+        frequency = torch.arange(size[0], device=gain.device) * torch.pi / size[0]
+        damping = 1 / (1 + self.smoothing * (2 - 2 * frequency.cos()))  # Whittaker's smoother, undone by decoding
+        gain = gain * damping.to(gain).repeat_interleave(len(slot) // size[0])
+        return slot, gain, energy * gain.square()
 
-        normalised = [self.normalise(x[None]) for x in clips]  # [1, T, ..., C] each
-        # What an error of unit energy in a cosine adds to the loss: its changes, and its jumps from block to block, as
-        # if their errors were independent. That is a little too much: it keeps reconstruction at large motion weights.
-        # Where reconstruction is not coded, the constant alone jumps, by as much as the slowest cosine moves.
-        frequency = torch.arange(self.size[0], device=self.mean.device) * torch.pi / self.size[0]
-        changes, constant = 2 - 2 * frequency.cos(), frequency == 0
-        if self.codes_still_part:
-            jumps = (2 + 2 * frequency.cos()) / self.size[0] / (1 + constant)
-        else:
-            jumps = changes[:2].amax() * constant
-        weight = (recon_weight + motion_weight * (changes + jumps))[:, None, None]
-        # Cross-fitting: a basis takes too much of the energy of the clips that it was made from, so measure each half
-        # of the clips in the basis of the other half.
-        halves = [normalised[0::2], normalised[1::2] or normalised]
-        # Cosines between tokens follow their position too, so latents should have the components for some of it.
-        position = POSITION_IN_BASIS * ((self.mean - token) / self.scale).float()
-        spectrum = sum(self.measure_energy(x).mean(dim=-1) for x in normalised) / len(normalised)
-        spectrum = spectrum.clamp_min(1e-6 * spectrum.mean() + 1e-30)
-        balance = weight / (weight * spectrum).mean() + BALANCE / spectrum
-        moments = [self.measure_moment([x + position for x in half], balance) for half in halves]
-        self.basis.copy_(principal_components(moments[0] + moments[1]))
-        energy = 0.0
-        for half, moment in zip(halves, moments[::-1], strict=True):
-            basis = principal_components(moment).to(self.basis)
-            energy = energy + sum(self.measure_energy(x @ basis) for x in half) / len(half) / 2
-        # True energies fall with a component's rank, so sort them; another order is noise.
-        energy = energy.sort(dim=-1, descending=True).values
-        energy[0] = energy[:2].amax(dim=0)  # a block's constant differs from the clip's, where that is not coded
-        self.spread.copy_(energy.sqrt())
-        some = slice(None, None, -(-len(clips) // RELATION_CLIPS))
-        relations = TokenRelations(self, clips[some], normalised[some])
-        self.choose_coefficients(energy, weight[..., None], relations)
+    def spread(self) -> Tensor:
+        """The root mean square of each component, [C]."""
+        return self.energies(self.size).mean(dim=(0, 1, 2)).sqrt().clamp_min(1e-3).to(self.basis)
 
-    def measure_position(self, clips: list[Tensor], token: Tensor) -> Tensor:
-        """What its position adds to the mean token [C], in float64, as `mean`; ViTs show it in all clips.
+    def encode(self, z: Tensor) -> Tensor:
+        """Normalised features of a block [B, t, n, C] or [B, t, h, w, C] -> its latent, without the mean's share."""
+        grid = to_grid(z)
+        slot, gain, _ = self.slots(tuple(grid.shape[1:4]))
+        kept = transform(grid @ self.basis).flatten(1).index_select(1, slot) * gain  # [B, L * D]
+        return from_grid(transform(kept.view(*grid.shape[:4], -1), inverse=True), like=z)
 
-        Each channel is drawn towards 0 by the share of chance in the means over these clips, counted as if they were a
-        quarter as many: clips of one source are alike.
-        """
-        if self.mean[..., 0].numel() == 1 or len(clips) == 1:
-            return torch.zeros_like(token)
-        position = sum(x.double() for x in clips) / len(clips) - token
-        chance = sum((x - token - position).square().flatten(0, -2).mean(dim=0) for x in clips) / len(clips) ** 2
-        energy = position.square().flatten(0, -2).mean(dim=0).clamp_min(1e-30)
-        return position * (1 - 4 * chance / energy).clamp_min(0.0)
+    def components(self, latent: Tensor, count: int, noise: Tensor | None = None) -> Tensor:
+        """The latent of a block, without the mean's share -> the first `count` principal components of its normalised
+        features, as far as it holds them. `noise`: the variance in each channel [D] of noise on the latent, of which
+        each slot is relieved by Wiener's filter."""
+        grid = to_grid(latent)
+        slot, gain, energy = self.slots(tuple(grid.shape[1:4]))
+        kept = transform(grid).flatten(1) / gain  # [B, L * D]
+        if noise is not None:
+            kept = kept * (energy / (energy + noise.repeat(len(slot) // len(noise)))).to(kept)
+        coefficients = kept.new_zeros(len(kept), math.prod(grid.shape[1:4]) * self.input_dim).index_copy(1, slot, kept)
+        coefficients = coefficients.view(*grid.shape[:4], -1)[..., :count]
+        return from_grid(transform(coefficients, inverse=True), like=latent)
 
-    def coefficients_of(self, x: Tensor) -> tuple[Tensor, Size]:
-        """The coefficients of a clip's largest blocks [blocks, L, C], and the size of these; x: [1, T, ..., C]."""
-        grid = to_grid(x)
-        where, size = blocks_of(grid.shape[1:4], tuple(map(min, grid.shape[1:4], self.size)))[0]
-        return to_coefficients(grid[where], size).flatten(0, 1), size
-
-    def measure_energy(self, x: Tensor) -> Tensor:
-        """The mean energy of the coefficients of a clip [1, T, ..., C], [*block, C]."""
-        coefficients, size = self.coefficients_of(x)
-        return resize_table(coefficients.square().mean(dim=0).unflatten(0, size), self.size)
-
-    def measure_moment(self, clips: list[Tensor], weight: Tensor) -> Tensor:
-        """The mean of weight * E[c c^T] over the frequencies, [C, C], of the coefficients c of clips [1, T, ..., C];
-        weight: [*block]."""
-        total = torch.zeros_like(self.basis, dtype=torch.float64)
-        for x in clips:
-            coefficients, size = self.coefficients_of(x)
-            rows = coefficients * resize_table(weight[..., None], size).flatten(0, 2).sqrt().to(coefficients)
-            rows = rows.flatten(0, 1)
-            total += rows.mT @ rows / len(rows)
-        return total / len(clips)
-
-    def choose_coefficients(self, energy: Tensor, weight: Tensor, relations: TokenRelations) -> None:
-        """Set `importance` from the coefficients' energy [*block, C] and their frequency's weight, with the least extra
-        for components < latent_dim with which the latent's `relations` are good enough, or nearly as good as they get.
-
-        Relations feel what is lost of a token's own channels at any frequency alike, so the extra is.
-        """
-
-        def relation_error(extra: float) -> float:
-            importance = energy * weight
-            importance[..., : self.latent_dim] += extra * weight.mean() * energy[..., : self.latent_dim]
-            self.importance.copy_((importance / importance.amax().clamp_min(1e-30) * 2**30).round())
-            self.importance[..., : self.latent_dim] += 1  # where nothing is, own coefficients stay
-            self.source.copy_(self.arrange(self.size))
-            return relations.fit_gain()
-
-        low, high = 0.0, 4.0
-        wanted = max(RELATION_TARGET, 1.03 * relation_error(high))
-        if relation_error(low) <= wanted:
-            return
-        for _ in range(5):  # bisection
-            extra = (low + high) / 2
-            low, high = (low, extra) if relation_error(extra) <= wanted else (extra, high)
-        relation_error(high)
-
-
-class TokenRelations:
-    """The cosines between tokens of a few clips, and how well a code's latents keep them."""
-
-    def __init__(self, code: SpaceTimeCode, clips: list[Tensor], normalised: list[Tensor]) -> None:
-        self.code, self.normalised = code, normalised  # [1, T, ..., C] each
-        self.chosen = [self.choose_tokens(x) for x in clips]  # [2, K] each
-        self.means = (code.mean / code.scale) @ code.basis[:, : code.latent_dim]
-        self.mean = self.tokens([code.at(self.means, z).expand(*z.shape[1:-1], -1) for z in normalised])
-        self.wanted = self.cosines(self.tokens(clips))  # [clips, 2, K, K]
-        pca = self.tokens(normalised) @ code.basis[:, : code.latent_dim]
-        self.reference = torch.minimum(self.error(pca), self.error(pca + self.mean)).clamp_min(1e-6)
-
-    @staticmethod
-    def choose_tokens(x: Tensor) -> Tensor:
-        """Indices of K tokens of a clip [T, ..., C] evenly spread over it, and K of the tenth that moves most."""
-
-        def spread(count: int) -> Tensor:
-            return torch.linspace(0, count - 1, RELATION_TOKENS, device=x.device).long()
-
-        moves = torch.cat([torch.zeros_like(x[:1]), x.diff(dim=0)]).norm(dim=-1).flatten()
-        moving = moves.argsort(descending=True)[spread(-(-len(moves) // 10))]
-        return torch.stack([spread(len(moves)), moving])
-
-    def tokens(self, clips: list[Tensor]) -> Tensor:
-        """The chosen tokens of clips [..., C], [clips, 2, K, C]."""
-        return torch.stack([x.flatten(0, -2)[some] for x, some in zip(clips, self.chosen, strict=True)])
-
-    @staticmethod
-    def cosines(tokens: Tensor) -> Tensor:  # [..., K, D] -> [..., K, K]
-        tokens = nn.functional.normalize(tokens, dim=-1)
-        return tokens @ tokens.mT
-
-    def error(self, latents: Tensor) -> Tensor:
-        """The mean absolute change of the cosines: [all tokens, moving ones]."""
-        return (self.wanted - self.cosines(latents)).abs().mean(dim=(0, 2, 3))
-
-    def fit_gain(self) -> float:
-        """Set the code's `gain` (each channel's spread to the power of -`power`), `guest_rms` and `centre` (a share of
-        the mean's coefficients), which decoding undoes: those that keep the cosines best. Returns their error over
-        PCA's.
-
-        A truncated code makes tokens too much alike; smaller leading channels and a smaller mean make up for that.
-        """
-        code = self.code
-        code.centre.zero_()
-        code.guest_rms.fill_(1.0)
-        code.gain.zero_()
-        guests = self.tokens([code.encode(z) for z in self.normalised])  # [clips, 2, K, D]
-        code.gain.fill_(1.0)
-        own = self.tokens([code.encode(z) for z in self.normalised]) - guests
-        spread = own[:, 0].flatten(0, 1).std(dim=0).clamp_min(1e-3)
-        best = math.inf
-        for power, rms in itertools.product((0.0, 0.2, 0.4, 0.6), (0.2, 0.1, 0.05)):
-            gain = spread**-power
-            gain = gain / (spread * gain).square().mean().sqrt()
-            for share in (0.0, 0.5, 1.0) if code.codes_still_part else (0.0,):
-                latents = (own + share * self.mean) * gain + rms * guests
-                error = (self.error(latents) / self.reference).amax().item()
-                if error < best:
-                    best = error
-                    code.gain.copy_(gain)
-                    code.centre.copy_(share * self.means * gain)
-                    code.guest_rms.fill_(rms)
-        return best
+    def by_block(self, function: Callable[[Tensor, Place], Tensor], x: Tensor, channels: int) -> Tensor:
+        """What `function` makes of each block of x [B, T, ..., K] and its place, put together where x lies:
+        [B, T, ..., channels]. A block is brought to the device and precision of the tables."""
+        result = torch.empty(*x.shape[:-1], channels, dtype=self.basis.dtype, device=x.device)
+        for place in blocks(x.shape[1:-1], self.size):
+            result[place] = function(x[place].to(self.basis), place).to(result)
+        return result
 
 
 class TransformerLayer(nn.Module):
@@ -515,15 +374,13 @@ class TransformerLayer(nn.Module):
 
 
 class TemporalNetwork(nn.Module):
-    """Temporal convolution, then temporal transformer: [S, T, in_dim] -> [S, T, out_dim], S independent sequences.
-
-    The last layer starts at zero, so that a network on top of a linear path starts as that path.
-    """
+    """Temporal convolution, then a temporal transformer layer: [S, T, in_dim] -> [S, T, out_dim], S independent
+    sequences. The last layer starts at zero, so that training starts from a network that adds nothing."""
 
     def __init__(self, in_dim: int, out_dim: int, config: Config) -> None:
         super().__init__()
         self.conv = nn.Conv1d(in_dim, config.model_dim, kernel_size=3, padding=1, padding_mode="replicate")
-        self.layers = nn.Sequential(*(TransformerLayer(config) for _ in range(config.num_layers)))
+        self.layer = TransformerLayer(config)
         self.norm = nn.LayerNorm(config.model_dim)
         self.head = nn.Linear(config.model_dim, out_dim)
         nn.init.zeros_(self.head.weight)
@@ -539,43 +396,128 @@ class TemporalNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = nn.functional.gelu(self.conv(x.mT)).mT  # [S, T, in_dim] -> [S, T, model_dim]
         h = h + self.positions(h.shape[1], h.shape[2], h)
-        return self.head(self.norm(self.layers(h)))
+        return self.head(self.norm(self.layer(h)))
+
+
+class InvertibleNetwork(nn.Module):
+    """What training adds to the code's latent, [S, T, D] -> [S, T, D] over time for each position, and takes off again.
+
+    Additive coupling (NICE, https://arxiv.org/abs/1410.8516; RealNVP, https://arxiv.org/abs/1605.08803): to odd
+    channels is added what a `TemporalNetwork` makes of even ones, then the other way round, `num_layers` times; at last
+    each channel has a gain and an offset. `inverse` is exact whatever the weights are. The networks see [z, delta_z] of
+    their half, or without `use_token` delta_z alone.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.sees_still_part, self.at_rest = config.use_token, False  # at rest: known to change nothing, and not run
+        half = [-(-config.latent_dim // 2), config.latent_dim // 2]  # even channels, odd ones
+        self.networks = nn.ModuleList(
+            TemporalNetwork(half[layer % 2] * (1 + config.use_token), half[1 - layer % 2], config)
+            for layer in range(config.num_layers)
+        )
+        self.log_gain = nn.Parameter(torch.zeros(config.latent_dim))
+        self.offset = nn.Parameter(torch.zeros(config.latent_dim))
+
+    def changes_nothing(self) -> bool:
+        """Whether all weights that start at zero are zero: it was not trained."""
+        heads = [parameter for network in self.networks for parameter in network.head.parameters()]
+        return not any(parameter.any() for parameter in (*heads, self.log_gain, self.offset))
+
+    def couple(self, z: Tensor, layer: int, sign: int) -> Tensor:
+        halves = [z[..., 0::2], z[..., 1::2]]
+        seen = halves[layer % 2]
+        delta = temporal_difference(seen)
+        change = self.networks[layer](torch.cat([seen, delta], dim=-1) if self.sees_still_part else delta)
+        z = z.clone()
+        z[..., 1 - layer % 2 :: 2] += sign * change
+        return z
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.at_rest:
+            return z
+        for layer in range(len(self.networks)):
+            z = self.couple(z, layer, 1)
+        return z * self.log_gain.exp() + self.offset
+
+    def inverse(self, latent: Tensor) -> Tensor:
+        if self.at_rest:
+            return latent
+        z = (latent - self.offset) / self.log_gain.exp()
+        for layer in reversed(range(len(self.networks))):
+            z = self.couple(z, layer, -1)
+        return z
 
 
 class MotionFeatureEncoder(nn.Module):
-    """Features -> latent, over time for each spatial position.
+    """Features -> latent: a half of `MotionFeatureAutoencoder`, whose modules `code` and `network` it shares.
 
-    forward: x [B, T, N, C] or [B, T, H, W, C], any T >= 1, and the code of the autoencoder -> latent of the same layout
-    with `latent_dim` channels: what the code gives, to which the network adds at its guests' places alone. All else
-    stays linear, so that training cannot trade the cosines between tokens for reconstruction.
+    forward: x [B, T, N, C] or [B, T, H, W, C], any T >= 1, of any floating dtype, on any device or by mmap on disk ->
+    latent of the same layout with `latent_dim` channels, where x lies, in the model's dtype; differentiable in x. With
+    `linear`, the code's latent, without the network. Blocks are encoded one by one: beside x and the latent that takes
+    the memory of one. Raises `UserError` for a shape that the model was not made for.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, code: SpaceTimeCode, network: InvertibleNetwork) -> None:
         super().__init__()
-        in_dim = 2 * config.input_dim if config.use_token else config.input_dim
-        self.network = TemporalNetwork(in_dim, config.latent_dim, config)
+        self.code, self.network = code, network
 
-    def forward(self, x: Tensor, code: SpaceTimeCode) -> Tensor:
-        z = code.normalise(x)
-        sequences = to_sequences(z)  # [B * N, T, C]
-        delta = torch.cat([torch.zeros_like(sequences[:, :1]), sequences.diff(dim=1)], dim=1)
-        seen = torch.cat([sequences, delta], dim=-1) if code.codes_still_part else delta  # [B * N, T, 2C or C]
-        return code.encode(z, from_sequences(self.network(seen), like=x))
+    def forward(self, x: Tensor, linear: bool = False) -> Tensor:
+        code = self.code
+        code.check(x.shape, code.input_dim)
+        mean = taken = code.mean_at(x.shape)
+        if not code.codes_still_part:  # differences do not determine the clip's own mean over time
+            taken = self.mean_over_time(x).expand(x.shape)
+
+        def encode(block: Tensor, place: Place) -> Tensor:
+            latent = code.encode((block - taken[place]) / code.scale) + code.centre(mean[place])
+            return latent if linear else from_sequences(self.network(to_sequences(latent)), like=latent)
+
+        return code.by_block(encode, x, code.latent_dim)
+
+    def mean_over_time(self, x: Tensor) -> Tensor:
+        """[B, T, ..., C] -> [B, 1, ..., C], on the model's device."""
+        parts = (x[:, part].to(self.code.basis) for part in cut(x.shape[1], self.code.size[0]))
+        return sum(part.sum(dim=1, keepdim=True) for part in parts) / x.shape[1]
 
 
 class MotionFeatureDecoder(nn.Module):
-    """Latent -> features: latent [B, T, N, D] or [B, T, H, W, D] -> the same layout with `input_dim` channels.
+    """Latent -> features, the other half.
 
-    The network refines what the code reconstructs.
+    forward: latent [B, T, N, D] or [B, T, H, W, D], anywhere -> the same layout with `input_dim` channels, where the
+    latent lies, block by block. For motion alone, the training mean stands for what is not known. `noise`: the variance
+    [D] of noise on each channel of the latent, such as a generator's error; each coefficient is then shrunk by what the
+    noise leaves of it (Wiener's filter).
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, code: SpaceTimeCode, network: InvertibleNetwork) -> None:
         super().__init__()
-        self.network = TemporalNetwork(config.input_dim, config.input_dim, config)
+        self.code, self.network = code, network
 
-    def forward(self, latent: Tensor, code: SpaceTimeCode) -> Tensor:
-        linear = code.decode(latent)
-        return code.restore(linear + from_sequences(self.network(to_sequences(linear)), like=latent))
+    def forward(self, latent: Tensor, noise: Tensor | None = None) -> Tensor:
+        result = torch.empty(*latent.shape[:-1], self.code.input_dim, dtype=self.code.basis.dtype, device=latent.device)
+        for place, block in self.blocks(latent, noise):
+            result[place] = block.to(result)
+        return result
+
+    def blocks(self, latent: Tensor, noise: Tensor | None = None) -> Iterator[tuple[Place, Tensor]]:
+        """The same block by block: where each lies, and it, on the model's device."""
+        code = self.code
+        code.check(latent.shape, code.latent_dim)
+        mean = code.mean_at(latent.shape)
+        if noise is not None:
+            noise = noise / (2 * self.network.log_gain).exp()  # before its gain; what it adds hardly magnifies noise
+        for place in blocks(latent.shape[1:-1], code.size):
+            linear = self.without_network(latent[place].to(code.basis)) - code.centre(mean[place])
+            components = code.components(linear, code.input_dim, noise)
+            yield place, components @ code.basis.mT * code.scale + mean[place]
+
+    def linear(self, latent: Tensor) -> Tensor:
+        """A latent -> the code's, without what the network did to it."""
+        return self.code.by_block(lambda block, _: self.without_network(block), latent, self.code.latent_dim)
+
+    def without_network(self, block: Tensor) -> Tensor:
+        return from_sequences(self.network.inverse(to_sequences(block)), like=block)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -770,30 +712,14 @@ def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-Tile = tuple[slice, ...]  # of the axes [T, N] or [T, H, W] of a clip
-
-
-def tiles(length: int, grid: tuple[int, ...], block: Size, tokens: int) -> list[Tile]:
-    """Cut the grid [N] or [H, W] of a clip of T = `length` steps at borders of blocks, time staying whole: tiles of at
-    most `tokens` tokens, or of one block of the grid where that is more."""
-    height, width = (*grid, 1)[:2]
-    block_rows, block_columns = block[1:] if len(grid) == 2 else (1, 1)
-    columns = min(width, max(block_columns, tokens // (length * block_rows) // block_columns * block_columns))
-    rows = max(block_rows, tokens // (length * columns) // block_rows * block_rows)
-    cuts = [
-        (slice(None), slice(top, min(top + rows, height)), slice(left, min(left + columns, width)))
-        for top in range(0, height, rows)
-        for left in range(0, width, columns)
-    ]
-    return [cut[: 1 + len(grid)] for cut in cuts]
-
-
 class MotionFeatureAutoencoder(nn.Module):
     """Compress features C -> latent_dim at every time step and position, and back. Takes the fields of `Config`.
 
     forward: x [B, T, N, C] or [B, T, H, W, C] -> dict of
     `latent` (the same layout, latent_dim channels), `reconstruction` (the shape of x),
     `motion_embedding` [B, T, latent_dim].
+
+    Its two halves, `encoder` and `decoder`, work by themselves; they share the modules `code` and `network`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -801,10 +727,22 @@ class MotionFeatureAutoencoder(nn.Module):
         config = Config(*args, **kwargs)
         self.config = asdict(config)
         self.trained_on = ""  # `provenance` of the features
+        self.frozen = False
         self.map_dim = min(config.latent_dim * 3 // 2, config.input_dim)  # components that movement is read from
-        self.code = SpaceTimeCode(config)
-        self.encoder = MotionFeatureEncoder(config)
-        self.decoder = MotionFeatureDecoder(config)
+        self.code, self.network = SpaceTimeCode(config), InvertibleNetwork(config)
+        # In a tuple, so that the state dict names each weight once.
+        self.halves = MotionFeatureEncoder(self.code, self.network), MotionFeatureDecoder(self.code, self.network)
+        # Of each channel over the training clips: for noise on a latent, and for those who train on latents.
+        self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
+        self.register_buffer("latent_var", torch.ones(config.latent_dim))
+
+    @property
+    def encoder(self) -> MotionFeatureEncoder:
+        return self.halves[0]
+
+    @property
+    def decoder(self) -> MotionFeatureDecoder:
+        return self.halves[1]
 
     @property
     def compression_ratio(self) -> float:
@@ -813,7 +751,7 @@ class MotionFeatureAutoencoder(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> MotionFeatureAutoencoder:
-        """The model that train.py wrote to `path`, on the CPU, in eval mode, its parameters frozen.
+        """The model that train.py wrote to `path`, on the CPU, its parameters frozen; it stays in eval mode.
 
         Raises `UserError` when the file is absent, unreadable or does not fit, with the reason.
         """
@@ -828,14 +766,19 @@ class MotionFeatureAutoencoder(nn.Module):
             model = cls(**checkpoint["config"])
             model.load_state_dict(weights)
             model.trained_on = str(checkpoint.get("trained_on", ""))
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        except (UserError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path} does not fit this version's model, train anew: {reason[:400]}") from None
+        model.frozen, model.network.at_rest = True, model.network.changes_nothing()
         return model.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> MotionFeatureAutoencoder:
+        """As for any module; but `train()` of a trainer around a model from a checkpoint turns no dropout on in it."""
+        return super().train(mode and not self.frozen)
 
     def identity(self) -> dict[str, Any]:
         """What the latents and embeddings depend on beside the feature: outputs of another model are made again."""
-        return {"weights": weights_hash(self.state_dict()), "embedding": EMBEDDING_VERSION, **self.config}
+        return {"weights": weights_hash(self.state_dict()), **self.config}
 
     def check_provenance(self, made_by: str) -> None:
         """Raise `UserError` for features of another `provenance` than the training features', where both are known."""
@@ -846,38 +789,13 @@ class MotionFeatureAutoencoder(nn.Module):
             )
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [B, T, N, C] or [B, T, H, W, C] -> latent, differentiable in x."""
-        return self.encoder(x, self.code)
+        """Features x [B, T, N, C] or [B, T, H, W, C] -> latent, differentiable in x: as `MotionFeatureEncoder` does."""
+        return self.encoder(x)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """latent -> reconstruction of x."""
-        return self.decoder(latent, self.code)
-
-    @torch.no_grad()
-    def encode_long(self, x: Tensor) -> Tensor:
-        """One clip [T, N, C] or [T, H, W, C], any T, any floating dtype, anywhere (on disk too, by mmap) -> its latent
-        [T, ..., D], on the CPU: what `encode` gives, to rounding. Raises `UserError` for a latent that is not finite.
-
-        Blocks of cells are independent, so they are cut: beside x and the latent it takes the memory of `TOKENS`
-        tokens, or of one block's T.
-        """
-        latent = torch.empty(*x.shape[:-1], self.config["latent_dim"])
-        for tile in tiles(len(x), x.shape[1:-1], self.config["block"], TOKENS):
-            part = x[tile][None].to(self.code.mean)  # [1, T, ..., C], the model's device and dtype
-            latent[tile] = self.encode(part)[0].cpu()
-        if not latent.isfinite().all():
-            raise UserError(
-                "the latent is not finite: nor are the features, or they are far from those that the checkpoint was "
-                "trained on"
-            )
-        return latent
-
-    @torch.no_grad()
-    def decode_long(self, latent: Tensor) -> Iterator[tuple[Tile, Tensor]]:
-        """The latent of one clip [T, N, D] or [T, H, W, D] -> its reconstruction in parts [T, ..., C], on the model's
-        device, each with its place in it."""
-        for tile in tiles(len(latent), latent.shape[1:-1], self.config["block"], TOKENS):
-            yield tile, self.decode(latent[tile][None].to(self.code.mean))[0]
+    def decode(self, latent: Tensor, noise: float = 0.0) -> Tensor:
+        """latent -> reconstruction of x, as `MotionFeatureDecoder` does. `noise`: the size of noise on the latent, such
+        as a generator's error, as a share of each channel's spread over the training clips; 0: it is taken as it is."""
+        return self.decoder(latent, noise**2 * self.latent_var if noise else None)
 
     def embed(self, latent: Tensor) -> Tensor:
         """latent [B, T, N, D] or [B, T, H, W, D] -> motion embedding [B, T, D] in float32: what is there, how it moves.
@@ -886,39 +804,32 @@ class MotionFeatureAutoencoder(nn.Module):
         known which cells are neighbours.
         """
         with torch.autocast(latent.device.type, enabled=False):
+            latent = self.decoder.linear(latent)
             motion = motion_channels(self.maps(latent)) if latent.ndim == 5 else None
             return self.with_content(latent, motion)
 
     def maps(self, latent: Tensor) -> Tensor:
-        """latent [B, T, H, W, D] -> what `motion_channels` sees, [B, T, H, W, map_dim]: the components, each divided by
-        its spread. In these movement shows best; those beyond D are known from guests, and tell zoom."""
-        spread = self.code.spread[..., : self.map_dim].square().mean(dim=(0, 1, 2)).sqrt().clamp_min(1e-3)
-        return self.code.components(latent.float(), self.map_dim) / spread
+        """The code's latent [B, T, H, W, D] -> what `motion_channels` sees, [B, T, H, W, map_dim]: the components, each
+        divided by its spread. In these movement shows best; those beyond D are known from extras, and tell zoom."""
+        mean, spread = self.code.mean_at(latent.shape), self.code.spread()[: self.map_dim]
+
+        def maps(block: Tensor, place: Place) -> Tensor:
+            return self.code.components(block - self.code.centre(mean[place]), self.map_dim) / spread
+
+        return self.code.by_block(maps, latent, self.map_dim)
 
     def with_content(self, latent: Tensor, motion: Tensor | None) -> Tensor:
         """A latent and its `motion_channels`, or None where the grid is unknown -> its motion embedding."""
         latent_dim = latent.shape[-1]
         motion_dim = len(motion_names(latent_dim))
         content_dim = latent_dim - motion_dim
-        latent = latent.float() - self.code.at(self.code.centre, latent).to(latent.device)  # what all clips share
-        means = latent.flatten(2, -2).mean(dim=2)
+        shared = self.code.centre(self.code.mean_at(latent.shape)).to(latent.device)  # what all clips share
+        means = (latent.float() - shared).flatten(2, -2).mean(dim=2)
         content = CONTENT * means[..., :content_dim] / (0.01 + torch.arange(content_dim, device=latent.device)) ** 0.25
         content = content @ cosine_transform(content_dim, like=content).mT
         if motion is None:
             return nn.functional.pad(content, (0, motion_dim))
         return torch.cat([content, motion[..., :motion_dim]], dim=2)
-
-    @torch.no_grad()
-    def embed_long(self, latent: Tensor) -> Tensor:
-        """The latent of one clip [T, N, D] or [T, H, W, D], any T -> its motion embedding [T, D], on the CPU: what
-        `embed` gives, in bounded memory."""
-        motion, device = None, self.code.mean.device
-        if latent.ndim == 4:
-            maps = torch.empty(*latent.shape[:-1], self.map_dim)
-            for tile in tiles(len(latent), latent.shape[1:-1], self.config["block"], TOKENS):
-                maps[tile] = self.maps(latent[tile][None].to(device))[0].cpu()
-            motion = in_parts(lambda part: motion_channels(part.to(device)), maps)[None]
-        return self.with_content(latent[None].cpu(), motion)[0]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         latent = self.encode(x)
@@ -1146,6 +1057,11 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def write_stats(model: MotionFeatureAutoencoder, folder: Path) -> None:
+    """stats.pt in a folder of the model's latents: `mean` and `var` [D] of their channels over its training clips."""
+    save_atomically({"mean": model.latent_mean.cpu(), "var": model.latent_var.cpu()}, folder / STATS_NAME)
+
+
 class LatentDataset(Dataset):
     """The latents below a folder (.pt, .safetensors), of encode.py or vfm_feature.py --motion_checkpoint, for a
     DataLoader.
@@ -1155,12 +1071,17 @@ class LatentDataset(Dataset):
     has none) and, if the first file has them, `frame_indices` [F] of the video (-1 where another file does not say).
     No more is read from disk than is used: `dataset["0000"]["latent"][:8]` reads eight steps.
 
-    Raises `UserError` for a folder without latents, and for a file that is none.
+    With `normalise`, each channel of the latents has mean 0 and variance 1 over the clips that the model was trained
+    on, by the folder's stats.pt, as generators want it; the model decodes `latent * dataset.std + dataset.mean`.
+
+    Raises `UserError` for a folder without latents, or whose stats.pt is absent or of others, and for a file that is
+    no latent.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, normalise: bool = False) -> None:
         folder = Path(folder)
-        files = find_files(folder, (".pt", ".safetensors")) if folder.is_dir() else []
+        found = find_files(folder, (".pt", ".safetensors")) if folder.is_dir() else []
+        files = [file for file in found if file.name != STATS_NAME]
         if not files:
             raise UserError(
                 f"{folder} holds no latents; make them with encode.py or vfm_feature.py --motion_checkpoint"
@@ -1172,7 +1093,14 @@ class LatentDataset(Dataset):
                 raise UserError(f"{self.paths[stem]} and {file} are both {stem}; keep one of them")
             self.paths[stem] = file
         self.stems = list(self.paths)
-        self.frame_indices = self.load(self.stems[0]).get("frame_indices")  # a folder of features is refused here
+        first = self.load(self.stems[0])  # a folder of features is refused here
+        self.frame_indices, self.normalise = first.get("frame_indices"), normalise
+        if normalise:
+            stats = load_checked(folder / STATS_NAME)
+            shapes = [getattr(x, "shape", None) for x in stats.values()] if isinstance(stats, dict) else []
+            if shapes != [first["latent"].shape[-1:]] * 2:
+                raise UserError(f"{folder / STATS_NAME} is not of these latents; make them again with --overwrite")
+            self.mean, self.std = stats["mean"], stats["var"].clamp_min(1e-12).sqrt()
 
     def __len__(self) -> int:
         return len(self.stems)
@@ -1189,6 +1117,8 @@ class LatentDataset(Dataset):
         saved = self.load(stem)
         item = {"stem": stem, "caption": str(saved.get("caption", ""))}
         item |= {name: saved[name] for name in ("latent", "motion_embedding")}
+        if self.normalise:
+            item["latent"] = (item["latent"] - self.mean) / self.std
         if self.frame_indices is not None:
             unknown = torch.full((len(self.frame_indices),), -1)
             item["frame_indices"] = torch.as_tensor(saved.get("frame_indices", unknown))

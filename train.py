@@ -12,42 +12,48 @@ Out, in --save_dir: motion_ae_epoch{N}.pt after each epoch and motion_ae_best.pt
 from __future__ import annotations
 
 import argparse
+import collections
 import hashlib
 import json
 import math
-import os
 import random
+import re
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from losses import METRICS, FeatureErrors, motion_autoencoder_loss
+from losses import FeatureErrors, latent_smoothness, motion_autoencoder_loss, relation_error, relation_errors
 from model import (
+    LEVELS,
+    TOP,
     ArgumentParser,
     Config,
     MotionFeatureAutoencoder,
+    Place,
     SpaceTimeCode,
-    Tile,
     UserError,
     add_model_flags,
+    blocks,
     check_numbers,
+    cut,
     file_fingerprint,
     find_features,
+    from_grid,
+    from_sequences,
     group_by_reason,
     load_checked,
     load_feature,
@@ -57,29 +63,37 @@ from model import (
     principal_components,
     provenance,
     ranks,
+    resize_table,
     run_script,
     save_atomically,
     say,
-    tiles,
+    temporal_difference,
+    to_grid,
     to_sequences,
+    transform,
     weighted_moment,
     whole_file,
 )
 
-STEP_TOKENS = 2**13  # of a clip, in a training step; larger clips are cut into tiles, all of which an epoch sees
-MEASURE_TOKENS = 2**14  # of a clip, that errors are measured on
-FIT_CLIPS, FIT_TOKENS = 256, 2**18  # that the linear code is measured on, at most
-WORTH = 0.02  # of the error; training that takes off less is not worth its time
-MODEL_FLAGS = [field.name for field in fields(Config) if field.name not in ("block", "positions")]
+FIT_TOKENS = 2**18  # that the linear code is measured on, at most
+WHOLE_TOKENS = 2**13  # of clips that it is measured on whole; of larger ones it sees a block
+OWN_WEIGHT = 3.0  # of the energy of components < D beside its own, in the choice of coefficients
+GAIN_POWER = 0.4  # each channel is divided by its spread to this power
+LOW_PASS = 2  # times as many components as the latent has channels, half of whose frequencies are kept
+STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
+STEP_PAIRED = 768  # tokens of a clip, between which a step sees all cosines
+DRAWS = 4  # steps for each batch that is read, of other positions
+SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured
+NOISE = (0.0, 0.1, 0.3)
+MODEL_FLAGS = [field.name for field in fields(Config) if field.name not in ("block", "clip_shape", "version")]
 # With the features and the clips of a step, these flags decide the result; --resume checks that they are the same.
 RUN_FLAGS = [
     *MODEL_FLAGS,
-    *("epochs", "lr", "weight_decay", "recon_weight", "motion_weight", "smooth_weight"),
+    *("epochs", "lr", "weight_decay", "recon_weight", "motion_weight", "smooth_weight", "relation_weight"),
     *("val_fraction", "seed", "precision"),
 ]
 
-LossWeights = tuple[float, float, float]  # of reconstruction, temporal difference, latent smoothness
-Clip = TypeVar("Clip")
+LossWeights = tuple[float, float, float, float]  # of reconstruction, temporal difference, smoothness, relations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,15 +117,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     start.add_argument("--overwrite", action="store_true", help="throw away the checkpoints that --save_dir holds")
     add_model_flags(parser)
-    add("--epochs", type=number(int, 1), default=10, help="passes over the training files")
+    add("--epochs", type=number(int, 0), default=10, help="passes over the training files; 0: the closed form")
     add("--batch_size", type=number(int, 1), default=2, help="clips a step, of each rank")
     add("--lr", type=number(float, 0), default=2e-4, help="peak learning rate")
     add("--weight_decay", type=number(float, 0), default=1e-4, help="AdamW's weight decay")
-    add("--num_workers", type=number(int, 0), default=4, help="processes that read ahead")
+    add("--num_workers", type=number(int, 0), default=4, help="threads that read ahead")
     add("--recon_weight", type=number(float, 0), default=1.0, help="weight of the reconstruction")
     add("--motion_weight", type=number(float, 0), default=1.0, help="weight of temporal differences")
     add("--smooth_weight", type=number(float, 0), default=0.05, help="weight of latent smoothness")
+    add("--relation_weight", type=number(float, 0), default=1.0, help="weight of the cosines between tokens")
     add("--val_fraction", type=number(float, 0, 0.9), default=0.1, help="files held out, if there are at least 10")
+    add("--keep_epochs", choices=["all", "best"], default="all", help="best: no motion_ae_epoch{N}.pt beside the best")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="bfloat16: faster steps, by autocast")
     add("--seed", type=number(int, 0), default=0, help="of weights, split and order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1...")
@@ -128,6 +144,7 @@ class FeatureFile(NamedTuple):
     shape: tuple[int, ...]  # T, N or T, H, W
     content: str  # `file_fingerprint`
     origin: str
+    video: str  # `video_of`
 
 
 def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile], int]:
@@ -146,7 +163,7 @@ def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile
                 f"{path}: shape {[*shape, channels]} can have its channels on any axis; give --input_dim {channels} if "
                 "it is the last"
             )
-        return FeatureFile(path, tuple(shape), content, provenance(metadata)), channels
+        return FeatureFile(path, tuple(shape), content, provenance(metadata), video_of(path, metadata)), channels
 
     paths = find_features(folder)
     with ThreadPoolExecutor() as pool:
@@ -175,139 +192,244 @@ def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile
     return files, *by_channels
 
 
+def video_of(path: Path, metadata: dict[str, Any]) -> str:
+    """Which video a feature is of: its entry `video`, else its name without a window's number `_NNN`."""
+    return str(metadata.get("video") or path.with_name(re.sub(r"_\d{3,}$", "", path.stem)))
+
+
 def hash_of_files(files: list[FeatureFile], folder: Path) -> str:
     """A hash of a feature set: its files' names, shapes and contents."""
     listing = [(file.path.relative_to(folder).as_posix(), file.shape, file.content) for file in files]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
 
-def split_files(files: list[Clip], val_fraction: float, seed: int) -> tuple[list[Clip], list[Clip]]:
-    """Training and held-out files: the same for the same files, fraction and seed. Below 10 files none is held out."""
-    count = round(len(files) * val_fraction) if len(files) >= 10 else 0
-    held_out = set(random.Random(seed).sample(files, min(count, len(files) - 1)))
-    return [file for file in files if file not in held_out], [file for file in files if file in held_out]
+def split_files(
+    files: list[FeatureFile], val_fraction: float, seed: int
+) -> tuple[list[FeatureFile], list[FeatureFile]]:
+    """Training and held-out files, the same for the same files, fraction and seed. Videos are held out whole, since
+    their windows are alike; at least half of the files are trained on. Below 10 files none is held out."""
+    sizes = collections.Counter(file.video for file in files)
+    wanted, count = round(len(files) * val_fraction) if len(files) >= 10 else 0, 0
+    held_out = set()
+    for video in random.Random(seed).sample(sorted(sizes), len(sizes)):
+        if count < wanted and count + sizes[video] <= len(files) / 2:
+            held_out.add(video)
+            count += sizes[video]
+    return [file for file in files if file.video not in held_out], [file for file in files if file.video in held_out]
 
 
-class Clips(Dataset):
-    """Tiles [T, n, C] or [T, h, w, C] of clips, in the dtype of their file. An item's key is (index, tile), a tile the
-    part of the clip to read."""
+class Clips:
+    """Clips, of which parts are read: some blocks of time steps of the whole grid."""
 
     def __init__(self, files: list[FeatureFile], input_dim: int) -> None:
         self.files, self.input_dim, self.checked = files, input_dim, set()
-        shapes = [(length, *grid) if len(grid) == 2 else (length, 1, 1) for length, *grid in (f.shape for f in files)]
-        length, *grid = map(max, zip(*shapes, strict=True))
-        # The blocks that are coded together: of the grid as few as `Config.block` allows, of one size.
-        sides = [math.ceil(size / math.ceil(size / most)) for size, most in zip(grid, Config.block[1:], strict=True)]
-        self.block = (min(length, Config.block[0]), *sides)
+        sizes = [(*file.shape, 1)[:3] if len(file.shape) == 3 else (file.shape[0], 1, 1) for file in files]
+        # The largest of the blocks that they are cut into.
+        self.block = tuple(
+            max(cut(length, most)[0].stop for length in lengths)
+            for lengths, most in zip(zip(*sizes, strict=True), Config.block, strict=True)
+        )
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, key: tuple[int, Tile]) -> Tensor:
-        index, tile = key
+    def read(self, index: int, place: Place = (slice(None),)) -> Tensor:
+        """A part of a clip [T, N, C] or [T, H, W, C], in the dtype of its file."""
         path = self.files[index].path
         is_new = index not in self.checked
         clip, _ = load_feature(path, self.input_dim, mmap=True, check=is_new)
-        clip = clip[tile].clone()  # the file is not mapped any longer
+        part = clip[place].clone()  # the file is not mapped any longer
         if not is_new:
-            check_numbers(clip, path)
+            check_numbers(part, path)
         self.checked.add(index)
-        return clip
+        return part
 
     @property
-    def positions(self) -> tuple[int, ...] | None:
-        """The shape of all clips, if it is one and each fits into a training step: their means are then known."""
+    def shape(self) -> tuple[int, ...]:
+        """`Config.clip_shape`. What positions show is measured where all clips have one shape and are small."""
         shapes = {file.shape for file in self.files}
-        return shapes.pop() if len(shapes) == 1 and len(self.tiles(0, STEP_TOKENS)) == 1 else None
+        if len({len(shape) for shape in shapes}) > 1:
+            return ()
+        shape = shapes.pop()
+        return (1,) * len(shape) if shapes or math.prod(shape) > WHOLE_TOKENS else shape
 
-    def tiles(self, index: int, tokens: int) -> list[Tile]:
-        """A clip, cut into tiles of about that many tokens."""
+    def parts(self, index: int) -> list[slice]:
+        """The time steps of a clip, cut at borders of its blocks into parts that a training step can take."""
         length, *grid = self.files[index].shape
-        return tiles(length, tuple(grid), self.block, tokens)
+        steps = cut(length, self.block[0])
+        count = max(1, min(STEP_BLOCKS, STEP_TOKENS // (self.block[0] * math.prod(grid))))
+        runs = [steps[first : first + count] for first in range(0, len(steps), count)]
+        return [slice(run[0].start, run[-1].stop) for run in runs]
 
-    def random_tile(self, index: int, tokens: int, seed: str) -> Tensor:
-        return self[index, random.Random(f"{seed} {index}").choice(self.tiles(index, tokens))]
+    def to_measure(self, seed: int, device: str) -> Iterator[Tensor]:
+        """Every clip by itself, or a random part of it, the same each time: [1, T, ..., C] in float32."""
+        for index in tqdm(range(len(self)), unit="clip", leave=False, disable=None):
+            part = random.Random(f"{seed} {index}").choice(self.parts(index))
+            yield self.read(index, (part,))[None].to(device).float()
+
+    def to_fit(self, seed: int, device: str) -> list[Tensor]:
+        """Clips in random order, of large ones a random block each, until they have `FIT_TOKENS`: [T, ..., C] in
+        float32, what the linear code is measured on."""
+        chance, sample, tokens = random.Random(f"{seed} fit"), [], 0
+        for index in tqdm(chance.sample(range(len(self)), len(self)), "clips", leave=False, disable=None, delay=1):
+            shape = self.files[index].shape
+            is_small = math.prod(shape) <= WHOLE_TOKENS
+            place = (slice(None),) if is_small else chance.choice(blocks(shape, self.block))[1:]
+            sample.append(self.read(index, place).to(device).float())
+            tokens += sample[-1][..., 0].numel()
+            if tokens >= FIT_TOKENS:
+                break
+        return sample
 
 
-class EqualShapeBatches(Sampler[list[tuple[int, Tile]]]):
-    """This rank's share of batches of keys of `Clips`, each of tiles of one shape, in an order that depends on (seed,
-    epoch). An epoch has all tiles of all clips.
+Key = tuple[int, slice]  # of a part: the clip's index, and its time steps
 
-    Every rank has as many tiles of each batch as the others: the tiles of a shape are filled up from their start, as
+
+class EqualShapeBatches:
+    """This rank's share of batches of parts of clips, each of one shape, in an order that depends on (seed, epoch). An
+    epoch has all parts of all clips.
+
+    Every rank has as many parts of each batch as the others: those of a shape are filled up from their start, as
     torch's DistributedSampler does.
     """
 
     def __init__(self, clips: Clips, batch_size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = batch_size * ranks.count, seed, 0
-        self.groups: dict[tuple[int, ...], list[tuple[int, Tile]]] = {}  # by the tiles' shape
+        self.clips, self.size, self.seed = clips, batch_size * ranks.count, seed
+        self.groups: dict[tuple[int, ...], list[Key]] = {}  # by the parts' shape
         for index, file in enumerate(clips.files):
-            for tile in clips.tiles(index, STEP_TOKENS):
-                shape = tuple(len(range(*part.indices(size))) for part, size in zip(tile, file.shape, strict=True))
-                self.groups.setdefault(shape, []).append((index, tile))
+            for part in clips.parts(index):
+                self.groups.setdefault((part.stop - part.start, *file.shape[1:]), []).append((index, part))
 
     def __len__(self) -> int:
         return sum(math.ceil(len(group) / self.size) for group in self.groups.values())
 
-    def __iter__(self) -> Iterator[list[tuple[int, Tile]]]:
-        chance = random.Random(f"{self.seed} {self.epoch}")
+    def keys(self, epoch: int) -> list[list[Key]]:
+        chance = random.Random(f"{self.seed} {epoch}")
         batches = []
         for group in self.groups.values():
             order = chance.sample(group, len(group))
             order += [order[i % len(order)] for i in range(-len(order) % ranks.count)]
             batches += [order[start : start + self.size] for start in range(0, len(order), self.size)]
         chance.shuffle(batches)
-        for batch in batches:
-            yield batch[ranks.index :: ranks.count]
+        return [batch[ranks.index :: ranks.count] for batch in batches]
+
+    def read(self, epoch: int, num_workers: int, device: str) -> Iterator[Tensor]:
+        """The batches of an epoch, [B, T, ..., C] in float32 on `device`. Threads read ahead: tensors copy and convert
+        without Python's lock, and processes would need shared memory, of which containers have little."""
+
+        def stack(batch: list[Key]) -> Tensor:
+            clips = torch.stack([self.clips.read(index, (part,)) for index, part in batch])
+            return clips.pin_memory() if torch.device(device).type == "cuda" else clips
+
+        with ThreadPoolExecutor(max(1, num_workers)) as pool:
+            batches = self.keys(epoch)
+            ahead = collections.deque(pool.submit(stack, batch) for batch in batches[: 1 + num_workers])
+            try:
+                for index in tqdm(
+                    range(len(batches)), unit="batch", leave=False, disable=True if ranks.index else None
+                ):
+                    clips = ahead.popleft().result()
+                    if index + 1 + num_workers < len(batches):
+                        ahead.append(pool.submit(stack, batches[index + 1 + num_workers]))
+                    yield clips.to(device, non_blocking=True).float()  # float16 travels, float32 is computed with
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
-def ignore_sigterm(worker: int) -> None:
-    """Schedulers send it to all processes of a job: the main one says so, and ends its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+# ---------------------------------------------------------------------------------------------------------------------
+# The linear code, in closed form
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_loader(clips: Clips, sampler: EqualShapeBatches, args: argparse.Namespace) -> DataLoader:
-    return DataLoader(
-        clips,
-        batch_sampler=sampler,
-        num_workers=min(args.num_workers, os.cpu_count()),
-        collate_fn=torch.stack,
-        worker_init_fn=ignore_sigterm,
-        pin_memory=torch.device(args.device).type == "cuda",
-        generator=torch.Generator(),  # else starting workers changes the global random state, and a resumed run differs
-    )
+def position_means(clips: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The mean token of clips [T, ..., C], or of each position where they have one `shape`, [*shape, C] in float64.
+
+    ViTs show a token's position in all clips. Each channel of what positions add to the mean token is drawn towards 0
+    by the share of chance in it, counted as if clips were a quarter as many: those of one source are alike.
+    """
+    token = sum(x.flatten(0, -2).mean(dim=0, dtype=torch.float64) for x in clips) / len(clips)
+    if math.prod(shape) == 1 or len(clips) == 1:
+        return token
+    position = sum(x.double() for x in clips) / len(clips) - token
+    chance = sum((x - token - position).square().flatten(0, -2).mean(dim=0) for x in clips) / len(clips) ** 2
+    energy = position.square().flatten(0, -2).mean(dim=0).clamp_min(1e-30)
+    return token + position * (1 - 4 * chance / energy).clamp_min(0.0)
 
 
-def training_batches(loader: DataLoader, device: str) -> Iterator[Tensor]:
-    """Batches [B, T, ..., C] on `device`. Raises `UserError` for a file that cannot be read and for a killed worker."""
-    try:
-        for batch in tqdm(loader, unit="batch", leave=False, disable=True if ranks.index else None):
-            yield batch.to(device, non_blocking=True).float()  # float16 travels, float32 is computed with
-    except UserError as error:  # from a worker its text is a traceback, the last line of which is ours
-        raise UserError(str(error).splitlines()[-1].removeprefix("model.UserError: ")) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"{error}; if memory ran out, lower --num_workers") from None
+def frequency_weight(code: SpaceTimeCode, recon_weight: float, motion_weight: float) -> Tensor:
+    """What an error of unit energy in a cosine adds to the loss, by its frequency over time, [l]: its changes, and its
+    jumps from block to block, as if their errors were independent.
+
+    That is a little too much: it keeps reconstruction at large motion weights. Where reconstruction is not coded, the
+    constant alone jumps, by as much as the slowest cosine moves.
+    """
+    frequency = torch.arange(code.size[0], device=code.mean.device) * torch.pi / code.size[0]
+    changes, constant = 2 - 2 * frequency.cos(), frequency == 0
+    if code.codes_still_part:
+        jumps = (2 + 2 * frequency.cos()) / code.size[0] / (1 + constant)
+    else:
+        jumps = changes[:2].amax() * constant
+    return (recon_weight + motion_weight * (changes + jumps)).double()
 
 
-def clips_to_measure(clips: Clips, args: argparse.Namespace) -> Iterator[Tensor]:
-    """Every clip by itself, [1, T, ..., C]; of large ones a random tile, the same each time."""
-    for index in tqdm(range(len(clips)), unit="clip", leave=False, disable=None):
-        yield clips.random_tile(index, MEASURE_TOKENS, f"{args.seed}")[None].to(args.device).float()
+def block_energy(code: SpaceTimeCode, components: Tensor) -> Tensor:
+    """The mean energy of the coefficients of a clip's blocks, [*code.size, C] in float64; components: [T, ..., C]."""
+    parts = [to_grid(components[None][place]) for place in blocks(components.shape[:-1], code.size)]
+    energies = [resize_table(transform(part).square().mean(dim=0), code.size) for part in parts]
+    return sum(energies) / len(energies)
 
 
-def clips_to_fit(clips: Clips, seed: int) -> list[Tensor]:
-    """Random clips, or a random tile of each, [T, ..., C] in float32: what the linear code is measured on."""
-    count = min(len(clips), FIT_CLIPS)
-    share = STEP_TOKENS if clips.positions else FIT_TOKENS // count
-    chosen = random.Random(f"{seed} fit").sample(range(len(clips)), count)
-    sample, tokens = [], 0
-    for index in tqdm(chosen, "clips", leave=False, disable=None, delay=1):
-        sample.append(clips.random_tile(index, share, f"{seed} fit").float())
-        tokens += sample[-1][..., 0].numel()
-        if tokens >= FIT_TOKENS:  # of long clips the smallest tiles are larger than their share
-            break
-    return sample
+@torch.no_grad()
+def fit_code(
+    code: SpaceTimeCode,
+    clips: list[Tensor],
+    recon_weight: float = 1.0,
+    motion_weight: float = 1.0,
+    smooth_weight: float = 0.05,
+) -> None:
+    """Write the tables of the linear code, measured on clips [T, N, C] or [T, H, W, C], of any sizes; all of
+    `clip_shape`, where the code's config names one. Raises `UserError` for features too large to square.
+
+    Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). Coefficients kept: those of most
+    energy, weighted by what an error in each frequency adds to the loss; components < D count more (`OWN_WEIGHT`), at
+    any frequency alike, since the cosines between tokens feel what is lost of a token's own channels alike.
+    """
+    if not code.codes_still_part:  # decoding cannot restore it, so no coefficient is spent on it
+        recon_weight, motion_weight = 0.0, 1.0
+    mean = position_means(clips, code.mean.shape[:-1] if code.codes_still_part else (1,))
+    centred = [x - (mean.to(x) if code.codes_still_part else x.mean(dim=0)) for x in clips]
+    scale = (sum(x.square().mean().item() for x in centred) / len(clips)) ** 0.5
+    if not math.isfinite(scale):
+        raise UserError("the features' squares overflow float32; divide the features by a constant first")
+    scale = scale or 1.0
+    normalised = [x / scale for x in centred]
+
+    moment = weighted_moment([to_sequences(x[None]) for x in normalised], recon_weight, motion_weight)
+    basis = principal_components(moment).to(code.basis)
+    energy = sum(block_energy(code, x @ basis) for x in normalised) / len(clips)
+    energy = energy.sort(dim=-1, descending=True).values  # true energies fall with the rank; another order is noise
+    energy[0] = energy[:2].amax(dim=0)  # a block's constant differs from the clip's, where that is not coded
+    weight = frequency_weight(code, recon_weight, motion_weight)
+    importance = torch.stack([weight + OWN_WEIGHT * weight.mean(), weight], dim=1)
+    spread = energy[..., : code.latent_dim].mean(dim=(0, 1, 2)).sqrt().clamp_min(1e-3)
+    gain = spread**-GAIN_POWER
+    tables = {
+        "mean": mean.expand(code.mean.shape),
+        "scale": torch.tensor(scale),
+        "basis": basis,
+        "gain": gain / (spread * gain).square().mean().sqrt(),
+        # Whittaker's smoother, argmin_y |z - y|^2 + smoothing * |delta y|^2, divides each frequency by a number, which
+        # decoding undoes. A fifth of the weight: the default then changes the error of the cosines by 1 %.
+        "smoothing": torch.tensor(smooth_weight / 5),
+        "energy": (to_levels(energy) + TOP).clamp(0, 255),
+        "weight": to_levels(importance),
+    }
+    code.load_state_dict(tables)
+
+
+def to_levels(energy: Tensor) -> Tensor:
+    """Energies as levels of the code's integers: `LEVELS` to an octave, 0 that of 1."""
+    return (energy.clamp_min(2.0**-30).log2() * LEVELS).round().int()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,73 +437,209 @@ def clips_to_fit(clips: Clips, seed: int) -> list[Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def relative_loss(
-    scale: Tensor, x: Tensor, reconstruction: Tensor, latent: Tensor, weights: LossWeights
-) -> tuple[Tensor, dict[str, float]]:
-    """`motion_autoencoder_loss` in units of the features' variance, so that their scale changes no step; and the loss
-    and its terms as numbers. Raises `UserError` for a loss that is not finite."""
-    loss, terms = motion_autoencoder_loss(x / scale, reconstruction.float() / scale, latent.float(), *weights)
-    values = torch.stack([loss.detach(), *terms.values()]).tolist()  # one wait for the device
-    if not math.isfinite(values[0]):
-        raise UserError(f"the loss is {values[0]}; lower --lr")
-    return loss, dict(zip(("loss", *(f"{name}_loss" for name in terms)), values, strict=True))
-
-
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Warm-up over a twentieth of the run, then a cosine down to 0."""
     return peak * (min(1.0, (step + 1) / (0.05 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-class PrincipalComponents(nn.Module):
+class PrincipalComponents:
     """Motion-weighted PCA of `clips` [T, ..., C], of the latent's size, after the code's mean: what the model has to
-    beat."""
+    beat. The latent keeps the mean's components, which cosines feel.
 
-    def __init__(self, code: SpaceTimeCode, clips: list[Tensor], weights: LossWeights) -> None:
-        super().__init__()
-        moment = weighted_moment([to_sequences(code.normalise(x[None])) for x in clips], *weights[:2])
-        self.code, self.basis = code, principal_components(moment)[:, : code.latent_dim].float()
+    With `count` > D components, also a low-pass filter over each block: of the cosines of these components those of the
+    lowest frequencies, as many as the latent has numbers. That is fair to a code of blocks, but chooses nothing.
+    """
+
+    def __init__(self, code: SpaceTimeCode, clips: list[Tensor], weights: LossWeights, count: int) -> None:
+        self.code, self.count = code, count
+        moment = weighted_moment([to_sequences(self.centre(x[None])) for x in clips], *weights[:2])
+        self.basis = principal_components(moment)[:, :count].float()
+
+    def centre(self, x: Tensor) -> Tensor:
+        return x - (self.code.mean_at(x.shape) if self.code.codes_still_part else x.mean(dim=1, keepdim=True))
+
+    def mean(self, shape: tuple[int, ...]) -> Tensor:
+        return self.code.mean_at(shape) @ self.basis * self.code.codes_still_part
 
     def encode(self, x: Tensor) -> Tensor:
-        return self.code.normalise(x) @ self.basis
+        latent = self.centre(x) @ self.basis
+        if self.count > self.code.latent_dim:
+            latent = self.code.by_block(self.low_pass, latent, self.count)
+        return latent + self.mean(x.shape)
+
+    def low_pass(self, block: Tensor, _: Place) -> Tensor:
+        coefficients = transform(to_grid(block))
+        axes = [torch.arange(size, device=block.device) / size for size in coefficients.shape[1:4]]
+        order = sum(axis.square() for axis in torch.meshgrid(*axes, indexing="ij")).flatten().argsort(stable=True)
+        dropped = order[round(len(order) * self.code.latent_dim / self.count) :]
+        coefficients = coefficients.flatten(1, 3).index_fill(1, dropped, 0.0).view_as(coefficients)
+        return from_grid(transform(coefficients, inverse=True), like=block)
 
     def decode(self, latent: Tensor) -> Tensor:
-        return self.code.restore(latent @ self.basis.mT)
+        return (latent - self.mean(latent.shape)) @ self.basis.mT + self.code.mean_at(latent.shape)
 
 
 @torch.no_grad()
 def measure(
     model: MotionFeatureAutoencoder | PrincipalComponents, clips: Iterable[Tensor], weights: LossWeights
 ) -> dict[str, float]:
-    """The mean loss and its terms, and the figures of `FeatureErrors`, over `clips` [1, T, ..., C]."""
+    """Over `clips` [1, T, ..., C] the mean loss and its terms, in units of the features' variance, and the figures of
+    `FeatureErrors`. For motion alone, relations are those of what moves."""
     errors, losses = FeatureErrors(), []
+    scale = model.code.scale
     for x in clips:
         latent = model.encode(x)
         reconstruction = model.decode(latent)
-        losses.append(relative_loss(model.code.scale, x, reconstruction, latent, weights)[1])
+        loss, terms = motion_autoencoder_loss(x / scale, reconstruction / scale, latent, *weights[:3])
+        related = x if model.code.codes_still_part else x - x.mean(dim=1, keepdim=True)
+        terms |= relation_errors(related, latent)
+        loss += weights[3] * (terms["relations"] + terms["relations_of_moving"]) / 2
+        losses.append({"loss": loss.item()} | {f"{name}_loss": term.item() for name, term in terms.items()})
         errors.add(x, reconstruction)
     return {**pd.DataFrame(losses).mean().to_dict(), **errors.figures()}
 
 
-def compare(ours: dict[str, float], pca: dict[str, float], weights: LossWeights) -> float:
-    """The weighted error over PCA's; NaN where PCA makes none."""
-    ours, pca = (weights[0] * means["reconstruction_loss"] + weights[1] * means["motion_loss"] for means in (ours, pca))
-    return ours / pca if pca > 1e-6 else math.nan
+COMPARED = {  # with PCA: the columns of metrics.csv
+    "reconstruction": "reconstruction_error",
+    "motion": "motion_error",
+    "relations": "relations_loss",
+    "of moving": "relations_of_moving_loss",
+}
 
 
-def describe_gain(last: dict[str, Any], measured_on: str, weights: LossWeights) -> str:
-    """What the linear code does without the networks, and what training them added."""
-    code = compare(last["code_errors"], last["pca_errors"], weights)
-    best = min(row["ratio"] for row in last["history"])
-    text = f"{measured_on}, without the networks: {describe(last['code_errors'])} | {code:.3f} x PCA's error"
-    if math.isnan(code):
-        return text
-    gain = 1 - best / code
-    advice = "" if gain >= WORTH else "; it paid on no set that was tried, of up to 378 views of 42 clips"
-    return f"{text}; training them took off {round(gain, 3) + 0.0:.1%}{advice}"  # never -0.0%
+def compare(ours: dict[str, float], theirs: dict[str, float], weights: LossWeights) -> dict[str, float]:
+    """Each error over PCA's, and `total`, the weighted reconstruction and motion loss over PCA's; NaN where PCA makes
+    none."""
+    pairs = {name: (ours[column], theirs[column]) for name, column in COMPARED.items()}
+    pairs["total"] = tuple(
+        weights[0] * means["reconstruction_loss"] + weights[1] * means["motion_loss"] for means in (ours, theirs)
+    )
+    return {name: a / b if b > 1e-6 else math.nan for name, (a, b) in pairs.items()}
 
 
-def describe(errors: dict[str, float]) -> str:
-    return "  ".join(f"{name.removesuffix('_error')} {errors[name]:.4f}" for name in METRICS)
+def loss_weights(args: argparse.Namespace) -> LossWeights:
+    return args.recon_weight, args.motion_weight, args.smooth_weight, args.relation_weight
+
+
+def describe(ratios: dict[str, float]) -> str:
+    known = {name: ratio for name, ratio in ratios.items() if not math.isnan(ratio)}
+    return "  ".join(f"{name} {ratio:.3f}" for name, ratio in known.items()) or "PCA makes no error"
+
+
+class TrainingStep(nn.Module):
+    """What a step runs: the network on the code's latents of some positions of clips, and the loss of what it gives.
+
+    Reconstruction and motion error are the code's whatever the network does, since decoding takes it off again: a step
+    decodes nothing.
+    """
+
+    def __init__(self, model: MotionFeatureAutoencoder, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.network, self.steps = model.network, model.code.size[0]
+        self.weights = args.relation_weight, args.smooth_weight
+
+    def forward(self, x: Tensor, z: Tensor, moving: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """x: features [B, T, P, C] of P positions, the first half of them of all and the others of those that move, z:
+        their latents [B, T, P, D], moving: [B, T, P], which of these tokens are of the tenth that moves most."""
+        parts = [z[:, part] for part in cut(z.shape[1], self.steps)]
+        latent = torch.cat([from_sequences(self.network(to_sequences(part)), like=part) for part in parts], dim=1)
+        latent, half = latent.float(), -(-x.shape[2] // 2)
+        terms = {
+            "relations": relation_error(x[:, :, :half].flatten(1, 2), latent[:, :, :half].flatten(1, 2)),
+            "relations_of_moving": relation_error(x.flatten(1, 2), latent.flatten(1, 2), moving.flatten(1)),
+            "smoothness": latent_smoothness(latent),
+        }
+        loss = self.weights[0] * (terms["relations"] + terms["relations_of_moving"]) / 2
+        return loss + self.weights[1] * terms["smoothness"], {name: term.detach() for name, term in terms.items()}
+
+
+def choose_positions(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of clips [B, T, N, C]: some positions [P], half of them by chance and half from the quarter that moves most in
+    any of the clips, and of all tokens which are of the tenth that moves most, [B, T, N]."""
+    moves = temporal_difference(x).norm(dim=-1)  # [B, T, N]
+    count = min(x.shape[2], max(2, STEP_PAIRED // x.shape[1]) // 2)
+    fast = (moves / moves.mean(dim=(1, 2), keepdim=True).clamp_min(1e-12)).mean(dim=(0, 1)).argsort(descending=True)
+    fast = fast[: max(count, len(fast) // 4)]
+    chosen = [torch.randperm(len(some), device=x.device)[:count] for some in (moves[0, 0], fast)]
+    ranks_of = moves.flatten(1).argsort(descending=True).argsort()
+    return torch.cat([chosen[0], fast[chosen[1]]]), (ranks_of < -(-ranks_of.shape[1] // 10)).view_as(moves)
+
+
+def train_epoch(
+    model: MotionFeatureAutoencoder,
+    step: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Tensor],
+    rates: list[float],
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """`DRAWS` steps for each batch [B, T, ..., C], at its learning rate; the mean loss and its terms, on rank 0.
+    `step`: a `TrainingStep` of the model. Raises `UserError` for a loss that is not finite."""
+    model.train()
+    losses = []
+    for x, rate in zip(batches, rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.no_grad():
+            z = model.encoder(x, linear=True).flatten(2, -2)
+            x = (x if args.use_token else x - x.mean(dim=1, keepdim=True)).flatten(2, -2)  # [B, T, N, C]
+        for _ in range(DRAWS):
+            chosen, moving = choose_positions(x)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+                loss, terms = step(x[:, :, chosen], z[:, :, chosen], moving[:, :, chosen])
+            if not loss.isfinite():
+                raise UserError(f"the loss is {loss.item()}; lower --lr")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.network.parameters(), 1.0)
+            optimizer.step()
+            losses.append({"loss": loss.item()} | {f"{name}_loss": term.item() for name, term in terms.items()})
+    model.eval()
+    return pd.DataFrame(ranks.gather(pd.DataFrame(losses).mean().to_dict())).mean().to_dict()
+
+
+def sample_latents(model: MotionFeatureAutoencoder, clips: list[Tensor]) -> list[Tensor]:
+    """The code's latents [P, T, D] of some positions of `clips` [T, ..., C]: what `measure_spread` takes."""
+    sample = []
+    for x in clips:
+        z = to_sequences(model.encoder(x[None], linear=True))
+        sample.append(z[torch.linspace(0, len(z) - 1, min(len(z), SPREAD_POSITIONS)).long()])
+    return sample
+
+
+@torch.no_grad()
+def measure_spread(model: MotionFeatureAutoencoder, sample: list[Tensor]) -> None:
+    """Write the latent's mean and variance over `sample_latents` of the training clips."""
+    parts = (z[:, part] for z in sample for part in cut(z.shape[1], model.code.size[0]))
+    tokens = torch.cat([model.network(part).flatten(0, 1) for part in parts])
+    model.latent_mean.copy_(tokens.mean(dim=0))
+    model.latent_var.copy_(tokens.var(dim=0, correction=0))
+
+
+@torch.no_grad()
+def noise_table(
+    model: MotionFeatureAutoencoder, pca: PrincipalComponents, sample: list[Tensor], clips: Iterable[Tensor]
+) -> pd.DataFrame:
+    """Reconstruction and motion error with noise on the latent, of `NOISE` times each channel's spread, as a generator
+    that predicts latents makes it: ours, ours where decoding is told of it, and PCA's. `sample`: the clips of which
+    PCA's spread is measured."""
+    chance, errors = torch.Generator().manual_seed(0), {}
+    pca_spread = torch.cat([pca.encode(x[None]).flatten(0, -2) for x in sample]).std(dim=0)
+    for x in clips:
+        for noise in NOISE:
+            latent, other = model.encode(x), pca.encode(x)
+            normal = torch.randn(latent.shape, generator=chance).to(x.device) * noise
+            latent, other = latent + normal * model.latent_var.sqrt(), other + normal * pca_spread
+            decoded = {"": model.decode(latent), ", told": model.decode(latent, noise), ", PCA": pca.decode(other)}
+            for name, reconstruction in decoded.items():
+                errors.setdefault((noise, name), FeatureErrors()).add(x, reconstruction)
+    rows: dict[float, dict[str, float]] = {}
+    for (noise, name), found in errors.items():
+        figures = found.figures()
+        rows.setdefault(noise, {}).update(
+            {f"{kind}{name}": figures[f"{kind}_error"] for kind in ("reconstruction", "motion")}
+        )
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("noise")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,29 +697,45 @@ def check_settings(settings: dict[str, Any], recorded: dict[str, Any], path: Pat
 
 
 def draw_curves(history: list[dict[str, float]], measured_on: str, path: Path) -> None:
-    """The loss while training, and the errors over the epochs, of the files measured on and of PCA."""
+    """The errors over the epochs, of the files measured on and of PCA; relations while training too."""
     table = pd.DataFrame(history).set_index("epoch")
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 3), ("loss", "reconstruction_error", "motion_error"), strict=True):
-        if name == "loss":
-            axes.plot(table["train_loss"], ".-", color="tab:green", label="training, with dropout")
-        axes.plot(table[f"val_{name}"], ".-", color="tab:blue", label=measured_on)
-        axes.plot(table[f"pca_{name}"], "--", color="gray", label=f"{measured_on}, PCA")
-        axes.set(title=name.replace("_", " "), xlabel="epoch")
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    for axes, (name, column) in zip(figure.subplots(1, len(COMPARED)), COMPARED.items(), strict=True):
+        for group, told, style in (("train", "training, with dropout", "tab:green"), ("val", measured_on, "tab:blue")):
+            if f"{group}_{column}" in table:
+                axes.plot(table[f"{group}_{column}"], ".-", color=style, label=told)
+        axes.plot(table[f"pca_{column}"], "--", color="gray", label=f"{measured_on}, PCA")
+        axes.set(title=name, xlabel="epoch", ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=80)
 
 
-def write_outputs(last: dict[str, Any], measured_on: str, save_dir: Path) -> None:
+def best_row(history: list[dict[str, float]]) -> dict[str, float]:
+    return min(history, key=lambda row: row["val_loss"])
+
+
+def describe_gain(history: list[dict[str, float]], measured_on: str) -> str:
+    """What training took off the errors of the code alone."""
+    best = best_row(history)
+    if best["epoch"] == 0:
+        return f"best: epoch 0, the code alone; training took nothing off the loss of {measured_on} files"
+    first = {name: history[0][f"val_{column}"] for name, column in list(COMPARED.items())[2:]}  # the others stay
+    gains = {name: 1 - best[f"val_{COMPARED[name]}"] / error for name, error in first.items() if error > 1e-6}
+    told = ", ".join(f"{name} {gain:.1%}" for name, gain in gains.items()) or "there were none"
+    return f"best: epoch {best['epoch']:.0f}; training took off the code's errors, {measured_on}: {told}"
+
+
+def write_outputs(last: dict[str, Any], measured_on: str, save_dir: Path, keep_epochs: str) -> None:
     """The files that follow from motion_ae_last.pt, which is on the disk: a run that was killed before they were all
     written has them written again when it goes on."""
     history = last["history"]
     weights = {name: value for name, value in last.items() if name != "optimizer"}
-    save_atomically(weights, save_dir / f"motion_ae_epoch{last['epoch']}.pt")
-    if min(history, key=lambda row: row["val_loss"]) is history[-1]:
+    if keep_epochs == "all":
+        save_atomically(weights, save_dir / f"motion_ae_epoch{last['epoch']}.pt")
+    if best_row(history) is history[-1]:
         save_atomically(weights, save_dir / "motion_ae_best.pt")
     with whole_file(save_dir / "metrics.csv") as file:
         pd.DataFrame(history).to_csv(file, index=False, na_rep="nan")
@@ -494,65 +768,36 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def start_model(
-    args: argparse.Namespace, clips: Clips, last: dict[str, Any] | None, weights: LossWeights
-) -> tuple[MotionFeatureAutoencoder, PrincipalComponents | None]:
-    """The model of the checkpoint `last`; or a new one, whose linear code rank 0 measures, and PCA of the same clips.
-    Raises `UserError` for a checkpoint of another version."""
+def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | None) -> MotionFeatureAutoencoder:
+    """A new model, or that of the checkpoint `last`. Raises `UserError` for a checkpoint of another version."""
     torch.manual_seed(args.seed)
-    sizes = {"block": clips.block, "positions": clips.positions or Config.positions}
+    sizes = {"block": clips.block, "clip_shape": clips.shape}
     model = MotionFeatureAutoencoder(**{name: getattr(args, name) for name in MODEL_FLAGS}, **sizes)
-    model.to(args.device)
-    if last:
-        try:
+    try:
+        if last:
             model.load_state_dict(last["model"])
-        except RuntimeError:
-            raise UserError("--resume: another version began that run; train anew in another --save_dir") from None
-    elif ranks.index == 0:
-        sample = [x.to(args.device) for x in clips_to_fit(clips, args.seed)]
-        model.code.fit(sample, args.recon_weight, args.motion_weight, args.smooth_weight)
-        return model, PrincipalComponents(model.code, sample, weights)
-    return model, None
+    except RuntimeError:
+        raise UserError("--resume: another version began that run; train anew in another --save_dir") from None
+    return model.to(args.device).eval()
 
 
-class Training(nn.Module):
-    """What a training step runs: the autoencoder without its motion embedding, which the loss does not see."""
-
-    def __init__(self, model: MotionFeatureAutoencoder) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        latent = self.model.encode(x)
-        return latent, self.model.decode(latent)
-
-
-def train_epoch(
-    model: MotionFeatureAutoencoder,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    clips: Iterable[Tensor],
-    rates: list[float],
-    args: Any,
-) -> dict[str, float]:
-    """A step for each batch [B, T, ..., C], at its learning rate; the mean loss and its terms, on rank 0. `network`:
-    `Training` of the model."""
-    weights = (args.recon_weight, args.motion_weight, args.smooth_weight)
-    model.train()
-    losses = []
-    for x, rate in zip(clips, rates, strict=True):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
-            latent, reconstruction = network(x)
-        loss, terms = relative_loss(model.code.scale, x, reconstruction, latent, weights)
-        losses.append(terms)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    model.eval()
-    return pd.DataFrame(ranks.gather(pd.DataFrame(losses).mean().to_dict())).mean().to_dict()
+def start_run(
+    args: argparse.Namespace, model: MotionFeatureAutoencoder, sample: list[Tensor], val_set: Clips, measured_on: str
+) -> dict[str, Any]:
+    """Measure the code on `sample`; what checkpoints say of the run beside its epochs: the errors of PCA, and how
+    latents bear noise. Prints them."""
+    fit_code(model.code, sample, args.recon_weight, args.motion_weight, args.smooth_weight)
+    measure_spread(model, sample_latents(model, sample))
+    weights, latent_dim = loss_weights(args), args.latent_dim
+    sizes = {"pca_errors": latent_dim, "low_pass_errors": min(LOW_PASS * latent_dim, args.input_dim)}
+    codes = {name: PrincipalComponents(model.code, sample, weights, size) for name, size in sizes.items()}
+    run = {name: measure(code, val_set.to_measure(args.seed, args.device), weights) for name, code in codes.items()}
+    for name, told in {"pca_errors": "motion-weighted PCA", "low_pass_errors": "low-pass PCA of blocks"}.items():
+        errors = "  ".join(f"{kind} {run[name][column]:.4f}" for kind, column in COMPARED.items())
+        report(f"{measured_on}, {told}: {errors}")
+    table = noise_table(model, codes["pca_errors"], sample, val_set.to_measure(args.seed, args.device))
+    report(f"{measured_on}, with noise on the latent:\n{table.to_string(float_format='%.3f')}")
+    return run | {"noise": table.reset_index().to_dict("records")}
 
 
 def train(
@@ -561,56 +806,54 @@ def train(
     settings: dict[str, Any],
     last: dict[str, Any] | None,
 ) -> None:
-    """The epochs after `last`, or all. All ranks train; rank 0 measures and writes. `files`: to train on, held out."""
+    """The epochs after `last`, or all, from epoch 0: the code alone. All ranks train; rank 0 measures and writes.
+    `files`: to train on, held out."""
     train_set, val_set = (Clips(part, args.input_dim) for part in (files[0], files[1] or files[0]))
     measured_on = "held out" if files[1] else "training files"
     order = EqualShapeBatches(train_set, args.batch_size, args.seed)
-    loader = make_loader(train_set, order, args)
-    weights = (args.recon_weight, args.motion_weight, args.smooth_weight)
-    compared = weights if args.use_token else (0.0, 1.0, 0.0)  # with PCA; motion alone does not code the rest
-    model, components = start_model(args, train_set, last, compared)
-    network = Training(model)
-    if ranks.count > 1:
-        network = DistributedDataParallel(network)  # gives every rank the parameters and buffers of rank 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    first = last["epoch"] + 1 if last else 1
+    model = start_model(args, train_set, last)
+    optimizer = torch.optim.AdamW(model.network.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    first = last["epoch"] + 1 if last else 0
     if last:
         optimizer.load_state_dict(last["optimizer"])
-    elif ranks.index == 0:
-        pca = measure(components, clips_to_measure(val_set, args), weights)
-        code = measure(model.eval(), clips_to_measure(val_set, args), weights)
-        last = {"history": [], "pca_errors": pca, "code_errors": code, "config": model.config, "settings": settings}
-        last |= {"trained_on": next((file.origin for file in files[0] if file.origin), ""), **describe_run(args)}
-        report(f"{measured_on}, motion-weighted PCA: {describe(pca)}")
-        if args.overwrite:
-            remove_outputs(args.save_dir)
+    if ranks.index == 0:
+        sample = train_set.to_fit(args.seed, args.device)
+        if not last:
+            last = start_run(args, model, sample, val_set, measured_on)
+            last |= {"history": [], "config": model.config, "settings": settings, **describe_run(args)}
+            last["trained_on"] = next((file.origin for file in files[0] if file.origin), "")
+            if args.overwrite:
+                remove_outputs(args.save_dir)
+        sample = sample_latents(model, sample)
+    step = TrainingStep(model, args)
+    if ranks.count > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+        step = DistributedDataParallel(step)  # its buffers: none
 
     for epoch in range(first, args.epochs + 1):
         start = time.perf_counter()
-        # with the order of clips, all chance of an epoch
-        torch.manual_seed(args.seed + epoch + 1_000_003 * ranks.index)
-        order.epoch = epoch
-        steps = range((epoch - 1) * len(loader), epoch * len(loader))
-        rates = [learning_rate(step, args.epochs * len(loader), args.lr) for step in steps]
-        trained = train_epoch(model, network, optimizer, training_batches(loader, args.device), rates, args)
+        torch.manual_seed(args.seed + epoch + 1_000_003 * ranks.index)  # all chance of an epoch but the order of clips
+        steps = range((epoch - 1) * len(order), epoch * len(order)) if epoch else []
+        rates = [learning_rate(index, args.epochs * len(order), args.lr) for index in steps]
+        batches = order.read(epoch, args.num_workers, args.device) if epoch else []
+        trained = train_epoch(model, step, optimizer, batches, rates, args) if epoch else {}
         if ranks.index > 0:
             continue
-        measured = measure(model, clips_to_measure(val_set, args), weights)
-        ratio = compare(measured, last["pca_errors"], compared)
-        groups = {"train": trained, "val": measured, "pca": last["pca_errors"]}
-        row = {"epoch": epoch} | {f"{group}_{name}": value for group in groups for name, value in groups[group].items()}
-        row |= {"ratio": ratio, "lr": rates[-1], "seconds": time.perf_counter() - start}
+        measure_spread(model, sample)
+        measured = measure(model, val_set.to_measure(args.seed, args.device), loss_weights(args))
+        ratios = compare(measured, last["pca_errors"], loss_weights(args))
+        groups = {"train": trained, "val": measured, "pca": last["pca_errors"], "ratio": ratios}
+        row = {"epoch": epoch, "lr": rates[-1] if rates else 0.0, "seconds": time.perf_counter() - start}
+        row |= {f"{group}_{name}": value for group in groups for name, value in groups[group].items()}
         last["history"].append(row)
         last |= {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        report(
-            f"epoch {epoch}: training loss {trained['loss']:.4f} | {measured_on} {describe(measured)} | "
-            + ("PCA makes no error" if math.isnan(ratio) else f"{ratio:.3f} x PCA's error")
-            + f" | {row['seconds']:.1f} s"
-        )
+        told = f"training loss {trained['loss']:.4f}" if epoch else "the code alone"
+        report(f"epoch {epoch}: {told} | {measured_on}, x PCA's: {describe(ratios)} | {row['seconds']:.1f} s")
         save_atomically(last, args.save_dir / "motion_ae_last.pt")
-        write_outputs(last, measured_on, args.save_dir)
+        write_outputs(last, measured_on, args.save_dir, args.keep_epochs)
     if ranks.index == 0:
-        report(describe_gain(last, measured_on, compared))
+        report(describe_gain(last["history"], measured_on))
 
 
 def main() -> int:
@@ -628,7 +871,7 @@ def main() -> int:
     settings["features"] = hash_of_files(all_files, args.feature_dir)
     last = ranks.from_first(lambda: open_save_dir(args, settings))
     if last and ranks.index == 0:
-        write_outputs(last, "held out" if files[1] else "training files", args.save_dir)
+        write_outputs(last, "held out" if files[1] else "training files", args.save_dir, args.keep_epochs)
     if not last or last["epoch"] < args.epochs:
         shapes = len({file.shape for file in files[0]})
         where = f"{ranks.count} x {device.type}" if ranks.count > 1 else device

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import vfm_feature as vfm
 from model import LatentDataset, MotionFeatureAutoencoder, UserError, save_atomically
+from train import fit_code
 
 
 @pytest.fixture
@@ -39,9 +40,9 @@ def write_checkpoint(path, input_dim=24, gain=1.0):
     """An autoencoder measured on noise, whose networks do something, as train.py writes it."""
     torch.manual_seed(0)
     model = MotionFeatureAutoencoder(input_dim, 16, latent_dim=8, num_heads=2, num_layers=1, use_token=True)
-    model.code.fit([torch.randn(6, 2, 3, input_dim) for _ in range(4)])
+    fit_code(model.code, [torch.randn(6, 2, 3, input_dim) for _ in range(4)])
     model.code.gain *= gain
-    torch.nn.init.normal_(model.encoder.network.head.weight, std=0.1)
+    torch.nn.init.normal_(model.network.networks[0].head.weight, std=0.1)
     torch.save({"config": model.config, "model": model.state_dict()}, path)
     return path
 
@@ -210,6 +211,37 @@ def test_a_dataset_reads_what_it_is_asked_for(tmp_path):
     assert set(clip) == {"stem", "latent", "motion_embedding", "caption"} and clip["caption"] == ""
     with open("/proc/self/maps") as maps:
         assert str(tmp_path / "a.pt") in maps.read()
+
+
+def test_latents_are_normalised_by_the_statistics_beside_them(tmp_path, run_here):
+    """By mean and variance over the training clips, which a checkpoint holds and encode.py writes into the folder."""
+    model = MotionFeatureAutoencoder(12, 16, 8, num_heads=2, num_layers=1)
+    model.latent_mean.copy_(torch.linspace(-1, 1, 8))
+    model.latent_var.copy_(torch.linspace(0, 4, 8))  # the first channel is dead
+    torch.save({"config": model.config, "model": model.state_dict()}, tmp_path / "ck.pt")
+    (tmp_path / "f").mkdir()
+    for index in range(2):
+        torch.save(torch.randn(2, 2, 3, 12), tmp_path / "f" / f"{index}.pt")
+    command = ["--checkpoint", tmp_path / "ck.pt", "--input", tmp_path / "f", "--output", tmp_path / "z"]
+    assert run_here("encode.py", *command).returncode == 0
+    stats = torch.load(tmp_path / "z" / "stats.pt", weights_only=True)
+    assert torch.equal(stats["mean"], model.latent_mean) and torch.equal(stats["var"], model.latent_var)
+    plain, normalised = LatentDataset(tmp_path / "z"), LatentDataset(tmp_path / "z", normalise=True)
+    assert plain.stems == normalised.stems == ["0", "1"]
+    latent = normalised["1"]["latent"]
+    torch.testing.assert_close(latent[..., -1], (plain["1"]["latent"][..., -1] - 1) / 2)
+    torch.testing.assert_close(latent * normalised.std + normalised.mean, plain["1"]["latent"])
+    assert latent.isfinite().all()
+
+    torch.save({"mean": torch.zeros(6), "var": torch.ones(6)}, tmp_path / "z" / "stats.pt")
+    with pytest.raises(UserError, match=r"stats\.pt is not of these latents"):
+        LatentDataset(tmp_path / "z", normalise=True)
+    (tmp_path / "z" / "stats.pt").unlink()
+    with pytest.raises(UserError, match=r"stats\.pt does not exist"):
+        LatentDataset(tmp_path / "z", normalise=True)
+    (tmp_path / "f" / "0.pt").rename(tmp_path / "f" / "stats.pt")
+    result = run_here("encode.py", *command)
+    assert result.returncode == 2 and "mean and variance are kept; rename it" in result.stderr
 
 
 def test_items_have_the_same_keys_whatever_their_files_hold(tmp_path):

@@ -8,14 +8,15 @@ import torch.distributed as dist
 from made_up import ROOT
 from torch import nn
 
+from losses import motion_autoencoder_loss, token_relation_distillation
 from model import MotionFeatureAutoencoder
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     """A model whose networks, which start at zero, take part."""
-    model = MotionFeatureAutoencoder(768, 16, 192, 2, 1, use_token=True, block=(6, 2, 2))
-    for network in (model.encoder.network, model.decoder.network):
+    model = MotionFeatureAutoencoder(768, 16, 192, 2, 2, use_token=True, block=(6, 2, 2))
+    for network in model.network.networks:
         nn.init.normal_(network.head.weight, std=0.1)
     torch.save({"config": model.config, "model": model.state_dict()}, tmp_path / "motion_ae_best.pt")
     return tmp_path / "motion_ae_best.pt"
@@ -46,6 +47,18 @@ def test_the_readme_aligns_a_video_model_as_videorepa_does(checkpoint, tmp_path,
     ]
     beyond = ((relations[0] - relations[1]).abs() - 0.1).clamp_min(0)
     torch.testing.assert_close(loss, beyond.mean())
+
+
+def test_features_in_another_layout_are_refused():
+    """[B, T, H, W, D] as they come from `encode`: their relations would be those of other tokens."""
+    latent, align = torch.randn(2, 6, 2, 3, 16), torch.randn(2, 32, 6, 2, 3)
+    for wrong in ((align, latent), (latent, latent + 1), (align[0], align[0]), (align, align[:, :, :5])):
+        with pytest.raises(ValueError, match=re.escape("give x.permute(0, 4, 1, 2, 3)")):
+            token_relation_distillation(*wrong)
+    token_relation_distillation(align, latent.permute(0, 4, 1, 2, 3))
+    for wrong in ((latent[0, 0],) * 3, (latent, latent[:1], latent), (latent, latent, latent[:, :5])):
+        with pytest.raises(ValueError, match=re.escape("give x[None] of one clip x")):
+            motion_autoencoder_loss(*wrong)
 
 
 @pytest.mark.parametrize("length", [6, 9])
