@@ -22,30 +22,45 @@ Flow: the cosine between the embedding's own channels right and down and the mea
 [T, H, W, 2] (right and down in cells), where the features that are held out have it. Rows beside ours: the mean over
 space of features, of PCA, of differences, and three moments over five steps of the first (as in SemanticMoments).
 
---ablation adds what the trained autoencoder is worth without each of its parts; --front PICTURE draws the errors of the
-linear code at several motion weights.
+With --ratios 4 8 16 32, a table of its own, of latents of a quarter to a 32nd of the channels: PCA, the closed form
+(epoch 0) and the last epoch of train.py. --models FOLDER keeps what is trained, and goes on with what it holds.
+
+With --student VIDEOS, another: does a latent serve as a target? Small networks see videos and learn the relations
+between the tokens of a target: the features, or what each code makes of them at --ratios (else 4 16 32). The error of
+each is the mean absolute difference between its cosines and those of features that are held out. A seed gives the same
+first weights, clips and tokens whatever the target, so that the ratio to the error of the features' student has less
+spread than the errors. VIDEOS has the files that the features' `video` names.
+
+--json FILE adds these two tables to those in the file. --ablation adds what the trained autoencoder is worth without
+each of its parts; --front PICTURE draws the errors of the linear code at several motion weights.
 
     python tests/bench_autoencoder.py ../dataset/vfm_features_motion_top100/VideoMAEv2
     python tests/bench_autoencoder.py features --held_out "^main" --latent_dim 88 --camera stills
     python tests/bench_autoencoder.py features --held_out "^main" --latent_dim 88 --ablation --front front.png
+    python tests/bench_autoencoder.py features --held_out "^main" --ratios 4 8 16 32 --models runs --json figures.json
+    python tests/bench_autoencoder.py features --held_out "^main" --student videos --models runs --json figures.json
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -60,16 +75,24 @@ from model import (  # noqa: E402  (the scripts are no installed package)
     from_sequences,
     load_checked,
     load_feature,
+    number,
     principal_components,
     run_script,
     to_sequences,
     weighted_moment,
+    whole_file,
 )
 from train import split_files  # noqa: E402
+from vfm_feature import Job, Sampling, decode_windows  # noqa: E402
 
 FRONT = (1.0, 3.0, 10.0, 30.0)  # motion weights
+SIZE_COLUMNS = ("reconstruction", "motion", "relations", "of moving")
 RELATIONS = ("relations", "in a step", "between steps", "of moving")
 TOKENS = 1000  # of a clip, whose relations are compared
+PICTURE = (80, 120)  # height and width that students see
+STUDENT_RATIOS = (4, 16, 32)
+STUDENT_STEPS, STUDENT_TOKENS = 6, 300  # of a clip, that a student sees at a time, and whose relations it learns
+STUDENT_CLIPS, STUDENT_RATE = 3, 1e-3  # of a training step: clips, and the peak learning rate
 # x [1, T, ..., C] -> latent [1, T, ..., D], reconstruction, embedding [1, T, D]
 Code = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -86,16 +109,14 @@ def split(paths: list[Path], pattern: str | None, seed: int) -> tuple[list[Path]
     return [path for path in paths if path not in held_out], held_out
 
 
-def train(paths: list[Path], flags: list[str]) -> MotionFeatureAutoencoder:
-    """The last epoch's model of train.py on `paths`."""
+def train(paths: list[Path], flags: list[str], save_dir: Path) -> list[Path]:
+    """The checkpoints of the epochs of train.py on `paths`, in order."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "features").mkdir()
         for index, path in enumerate(paths):
-            (Path(folder) / "features" / f"{index:06d}{path.suffix}").symlink_to(path.resolve())
-        command = [sys.executable, str(ROOT / "train.py"), "--feature_dir", f"{folder}/features", "--save_dir", folder]
+            (Path(folder) / f"{index:06d}{path.suffix}").symlink_to(path.resolve())
+        command = [sys.executable, str(ROOT / "train.py"), "--feature_dir", folder, "--save_dir", str(save_dir)]
         subprocess.run([*command, *flags], check=True)
-        last = max(Path(folder).glob("motion_ae_epoch*.pt"), key=lambda path: int(re.findall(r"\d+", path.name)[-1]))
-        return MotionFeatureAutoencoder.from_checkpoint(last)
+    return sorted(save_dir.glob("motion_ae_epoch*.pt"), key=lambda path: int(re.findall(r"\d+", path.name)[-1]))
 
 
 def our_code(model: MotionFeatureAutoencoder) -> Code:
@@ -342,12 +363,16 @@ def evaluate(code: Code, paths: list[Path], motion_weight: float) -> dict[str, f
     }
 
 
-def print_camera_table(rows: dict[str, dict[str, float]]) -> None:
-    columns = list(rows["motion_embedding"])
-    print("\n| embedding | " + " | ".join(columns) + " |\n|" + " --- |" * (len(columns) + 1))
+def print_table(rows: dict[str, dict[str, float]], title: str, digits: int = 3) -> None:
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    print(f"\n| {title} | " + " | ".join(columns) + " |\n|" + " --- |" * (len(columns) + 1))
     for name, row in rows.items():
-        cells = (f"{row[column]:.2f}" if column in row else "" for column in columns)
+        cells = (f"{row[column]:.{digits}f}" if column in row else "" for column in columns)
         print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def mean_token(paths: list[Path]) -> Tensor:
+    return sum(load(path).double().flatten(0, -2).mean(dim=0) for path in paths).float() / len(paths)
 
 
 def codes_to_compare(
@@ -355,7 +380,7 @@ def codes_to_compare(
 ) -> dict[str, Code]:
     """The rows of the table, by name; `paths`: what to measure them on."""
     latent_dim, weight = model.config["latent_dim"], args.motion_weight
-    mean = sum(load(path).double().flatten(0, -2).mean(dim=0) for path in paths).float() / len(paths)
+    mean = mean_token(paths)
     codes = {
         "this autoencoder": our_code(model),
         "without its networks": our_code(without(model, "encoder network", "decoder network")),
@@ -374,6 +399,181 @@ def codes_to_compare(
     return codes
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# How far down, and does it serve as a target? (--ratios, --student)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def codes_of_size(
+    paths: list[Path], mean: Tensor, latent_dim: int, models: Path, flags: list[str]
+) -> dict[str, tuple[Code, Callable[[Tensor], Tensor]]]:
+    """What is compared at one size, and the encoder of each alone: PCA, and epoch 0 and the last epoch of train.py."""
+    epochs = train(paths, [f"--latent_dim={latent_dim}", "--resume", *flags], models / f"latent_{latent_dim}")
+    if epochs[0].name != "motion_ae_epoch0.pt" or len(epochs) < 2:
+        raise UserError(f"{epochs[0].parent} lacks epoch 0 or those after it; train with --epochs 1 or more")
+    pca = pca_code(paths, mean, latent_dim, 0.0, True)
+    codes = {"PCA": (pca, lambda x: pca(x)[0])}
+    for name, path in {"closed form": epochs[0], "trained": epochs[-1]}.items():
+        model = MotionFeatureAutoencoder.from_checkpoint(path)
+        codes[name] = our_code(model), model.encode
+    return codes
+
+
+def read_frames(path: Path, videos: Path) -> Tensor:
+    """The frames that a feature file [T, H, W, C] was made of, the first of each step: uint8 [T, 3, *PICTURE].
+
+    They are spread evenly over the clip. Where the file does not say how many they were, they are two a step.
+    """
+    feature, about = load_feature(path, mmap=True)
+    video, indices = videos / about.get("video", ""), about.get("frame_indices")
+    if feature.ndim != 4 or not video.is_file():
+        raise UserError(f"{path}: --student needs features [T, H, W, C], and their `video` in {videos}")
+    count = len(indices) if indices else 2 * len(feature)
+    job = Job(str(video), [(about.get("start"), about.get("end"))])
+    ((window, frames),) = filter(None, decode_windows(job, Sampling(count, (PICTURE,)), "pyav"))
+    if count % len(feature) or (indices and tuple(indices) != window.frame_indices):
+        raise UserError(f"{path}: --student needs features of frames that are spread evenly over the clip")
+    pictures = torch.from_numpy(frames[PICTURE][:: count // len(feature)])
+    return pictures.round().clamp(0, 255).byte().permute(0, 3, 1, 2).contiguous()
+
+
+class Student(nn.Module):
+    """A small video network of 0.9 million weights, which halves time as generators of video do.
+
+    uint8 [B, T, 3, *PICTURE] -> [B, T / 2 (rounded up), *grid, 64].
+    """
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+        self.frames = nn.Sequential(
+            nn.Conv2d(3, 32, 5, stride=4, padding=2), nn.GELU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU()
+        )
+        self.clips = nn.Sequential(
+            *(nn.Conv3d(64, 128, 3, stride=(2, 1, 1), padding=1), nn.GELU()),
+            *(nn.Conv3d(128, 128, 3, padding=1), nn.GELU(), nn.Conv3d(128, 64, 3, padding=1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.frames(x.flatten(0, 1) / 128 - 1)  # [B T, 64, 10, 15]
+        maps = self.clips(maps.unflatten(0, x.shape[:2]).transpose(1, 2))  # [B, 64, T / 2, 10, 15]
+        return F.interpolate(maps, (maps.shape[2], *self.grid), mode="trilinear").movedim(1, -1)
+
+
+def relation_change(a: Tensor, b: Tensor) -> Tensor:
+    """The mean absolute difference of the cosines between the tokens of a clip: a [B, K, C], b [B, K, D]."""
+    return (token_relations(a) - token_relations(b)).abs().mean()
+
+
+def train_student(frames: list[Tensor], targets: list[Tensor], steps: int, seed: int) -> Student:
+    """A student of the relations between the tokens of `targets` [T, H, W, D], trained on `frames`.
+
+    All chance is the seed's and the same for all targets.
+    """
+    chance = torch.Generator().manual_seed(seed)  # other students are trained at the same time
+    student = Student(tuple(targets[0].shape[1:3]))
+    for weights in student.parameters():
+        if weights.ndim > 1:
+            nn.init.kaiming_uniform_(weights, generator=chance)
+        else:
+            nn.init.zeros_(weights)
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, STUDENT_RATE, total_steps=steps)
+    for _ in range(steps):
+        chosen = torch.randperm(len(frames), generator=chance)[:STUDENT_CLIPS].tolist()
+        spare = max(0, len(frames[0]) - STUDENT_STEPS)
+        starts = torch.randint(spare + 1, (len(chosen),), generator=chance).tolist()
+        x = torch.stack([frames[i][at : at + STUDENT_STEPS] for i, at in zip(chosen, starts, strict=True)])
+        y = torch.stack([targets[i][at : at + STUDENT_STEPS : 2] for i, at in zip(chosen, starts, strict=True)])
+        y = y.float().flatten(1, 3)  # [B, K, D]
+        tokens = torch.randperm(y.shape[1], generator=chance)[:STUDENT_TOKENS]
+        loss = relation_change(student(x).flatten(1, 3)[:, tokens], y[:, tokens])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return student
+
+
+@torch.inference_mode()
+def student_error(student: nn.Module, frames: list[Tensor], features: list[Tensor]) -> float:
+    """The mean absolute difference of the student's cosines between tokens and those of `features` [T, H, W, C], over
+    all that a student sees at a time: each clip from its start, without the steps that are left over."""
+    errors = []
+    for x, y in zip(frames, features, strict=True):
+        size = min(len(x), STUDENT_STEPS)
+        x, y = (part[: len(x) // size * size].unflatten(0, (-1, size)) for part in (x, y))
+        errors.append(relation_change(student(x).flatten(1, 3), y[:, ::2].float().flatten(1, 3)).item())
+    return sum(errors) / len(errors)
+
+
+def student_table(
+    targets: dict[str, list[Tensor]], frames: list[Tensor], held_out: tuple[list[Tensor], list[Tensor]], args: Any
+) -> dict[str, dict[str, float]]:
+    """The error of students of each of the `targets`, the first of which are the features, and its ratio to theirs:
+    means over seeds and standard deviations. `held_out`: frames and features."""
+
+    def error_of(seed: int, name: str) -> float:
+        start = time.perf_counter()
+        student = train_student(frames, targets[name], args.student_steps, seed)
+        error = student_error(student, *held_out)
+        print(f"seed {seed}, {name}: {error:.4f} | {time.perf_counter() - start:.0f} s", flush=True)
+        return error
+
+    torch.set_num_threads(1)  # for each of the threads
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        by_seed = [[pool.submit(error_of, seed, name) for name in targets] for seed in range(args.student_seeds)]
+    errors = torch.tensor([[job.result() for job in jobs] for jobs in by_seed])  # [seeds, targets]
+    ratios = errors / errors[:, :1]
+    figures = zip(targets, errors.T, ratios.T, strict=True)
+    return {
+        name: {
+            "error": error.mean().item(),
+            "its spread": error.std().item(),
+            "over the features'": ratio.mean().item(),
+            "the ratio's spread": ratio.std().item(),
+        }
+        for name, error, ratio in figures
+    }
+
+
+def compare_sizes(
+    train_paths: list[Path], held_out: list[Path], models: Path, args: argparse.Namespace, flags: list[str]
+) -> None:
+    """The tables of --ratios and --student."""
+    if args.student:
+        features = [[load_feature(path, mmap=True)[0] for path in paths] for paths in (train_paths, held_out)]
+        frames = [[read_frames(path, args.student) for path in paths] for paths in (train_paths, held_out)]
+        if len({x.shape for part in features for x in part}) > 1:
+            raise UserError("--student needs features of one shape")
+    channels, mean = load(train_paths[0]).shape[-1], mean_token(train_paths)
+    codes = {}
+    for ratio in args.ratios or STUDENT_RATIOS:
+        sizes = codes_of_size(train_paths, mean, channels // ratio, models, flags)
+        codes |= {f"C/{ratio}, {name}": code for name, code in sizes.items()}
+    if args.ratios:
+        rows = {name: evaluate(code, held_out, args.motion_weight) for name, (code, _) in codes.items()}
+        rows = {name: {column: row[column] for column in SIZE_COLUMNS} for name, row in rows.items()}
+        print_table(rows, "latent")
+        add_figures(args.json, sizes=rows)
+    if args.student:
+        targets = {"features": features[0]}
+        with torch.inference_mode():
+            for name, (_, encode) in codes.items():
+                targets[name] = [encode(load(path))[0].half() for path in train_paths]
+        rows = student_table(targets, frames[0], (frames[1], features[1]), args)
+        print_table(rows, "target", digits=4)
+        add_figures(args.json, student=rows)
+
+
+def add_figures(path: Path | None, **tables: dict[str, dict[str, float]]) -> None:
+    """Write tables into a JSON file, which keeps its others."""
+    if path:
+        others = json.loads(path.read_text()) if path.exists() else {}
+        with whole_file(path) as file:
+            file.write(json.dumps(others | tables, indent=1).encode() + b"\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("feature_dir", type=Path)
@@ -385,6 +585,14 @@ def main() -> int:
     parser.add_argument("--smooth_weight", type=float, default=0.05)
     parser.add_argument("--ablation", action="store_true", help="what each part is worth")
     parser.add_argument("--front", type=Path, metavar="PICTURE", help="the linear code at several motion weights")
+    parser.add_argument(
+        "--ratios", type=number(int, 1), nargs="+", help="how many channels there are to one of the latent"
+    )
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="where the models of --ratios are kept")
+    parser.add_argument("--student", type=Path, metavar="VIDEOS", help="folder of the videos of the features")
+    parser.add_argument("--student_steps", type=number(int, 1), default=720, help="training steps of a student")
+    parser.add_argument("--student_seeds", type=number(int, 2), default=3, help="students of each target")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the tables are kept")
     parser.add_argument("--seed", type=int, default=0)
     args, flags = parser.parse_known_args()  # the others are train.py's
 
@@ -393,14 +601,17 @@ def main() -> int:
         raise UserError(f"{len(train_paths)} files to train on, {len(held_out)} held out; change --held_out")
     lengths = {load_feature(path, mmap=True)[0].shape[0] for path in train_paths + held_out}
     input_dim = load(train_paths[0]).shape[-1]
-    start = time.perf_counter()
-    if args.checkpoint:
-        model = MotionFeatureAutoencoder.from_checkpoint(args.checkpoint)
-    else:
-        sizes = {"input_dim": input_dim, "latent_dim": args.latent_dim or input_dim // 4, "seed": args.seed}
-        sizes |= {"motion_weight": args.motion_weight, "smooth_weight": args.smooth_weight}
-        flags += [f"--{name}={value}" for name, value in sizes.items()]
-        model = train(train_paths, ["--use_token", *flags])
+    settings = {"input_dim": input_dim, "seed": args.seed}
+    settings |= {"motion_weight": args.motion_weight, "smooth_weight": args.smooth_weight}
+    flags += ["--use_token", *(f"--{name}={value}" for name, value in settings.items())]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.ratios or args.student:
+            compare_sizes(train_paths, held_out, args.models or Path(folder), args, flags)
+            return 0
+        start = time.perf_counter()
+        latent_dim = args.latent_dim or input_dim // 4
+        path = args.checkpoint or train(train_paths, [f"--latent_dim={latent_dim}", *flags], Path(folder))[-1]
+        model = MotionFeatureAutoencoder.from_checkpoint(path)
     seconds = time.perf_counter() - start
 
     codes = codes_to_compare(model, train_paths, args, len(lengths) == 1)
@@ -414,11 +625,10 @@ def main() -> int:
 
     sizes = f"{input_dim} -> {model.config['latent_dim']} channels"
     print(f"\n{len(train_paths)} files trained on, {len(held_out)} held out; {sizes}; training: {seconds:.0f} s")
-    print("| code | " + " | ".join(rows["PCA"]) + " |\n|" + " --- |" * (len(rows["PCA"]) + 1))
-    for name, row in rows.items():
-        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
+    print_table(rows, "code")
     if args.camera:
-        print_camera_table(camera_table(model, codes["PCA"], find_features(args.camera), held_out, args.held_out))
+        stills = find_features(args.camera)
+        print_table(camera_table(model, codes["PCA"], stills, held_out, args.held_out), "embedding", digits=2)
     if args.front:
         draw_front(rows, args.front)
     return 0
