@@ -1,29 +1,30 @@
-"""How the autoencoder stands against linear algebra on features of your own.
+"""How the autoencoder stands against PCA on features of your own, and how long that takes.
 
-In: a folder of features, as train.py takes it. The files whose name or `video` matches --held_out (else a seeded fifth)
-are kept out of training; hold out whole sources where files come from several, or all codes look better than they are.
-Out: a table of this autoencoder, its linear code without the networks, PCA, motion-weighted PCA and a linear space-time
-code of the same size, on what was held out:
-- reconstruction, motion: `FeatureErrors` over all held-out clips; total: the weighted sum of the mean squared errors
-  relative to motion-weighted PCA's
-- relations: the mean absolute change of the cosine between two tokens of a clip, from features to latent (of PCA with
-  and without the features' mean, the better): all pairs, those within a time step, between steps, and pairs of the
-  tenth of the tokens that moves most
-- motion R2, content R2: how well a ridge regression, leaving one clip out, reads from the motion embedding at t and its
-  change since t - 1 the log of the mean length of delta_x, and the mean of x over space (for PCA: of the mean latent).
+In: a folder of features, as train.py takes it. The files whose `video` matches --held_out (else a seeded fifth) are
+kept out of training; hold out whole sources where files come from several, or all codes look better than they are.
+Out: tables of what was held out, for latents of C / 4 channels or those of --ratios: of motion-weighted PCA, low-pass
+PCA (see train.py's `PrincipalComponents`), of the closed form (epoch 0 of train.py) and of the trained model (its last
+epoch). Their columns are those of train.py's `measure`:
+- reconstruction, motion: `FeatureErrors` over all held-out clips; total: the weighted sum of the mean squared errors,
+  relative to PCA's
+- relations, of moving: the mean absolute change of the cosine between two tokens of a clip, from features to latent; of
+  512 tokens, and of 512 of the tenth that moves most
+- noise: the first two with noise on the latent of 0.3 of each channel's spread; where decoding is told of it.
 
-With --camera FOLDER, of features [T, H, W, C] of stills under a camera of known motion, a second table. `camera`
-[T, 4] in these files is what the camera did since the step before: right, down (cells), turn (radians), zoom (log). A
-ridge regression from the embedding at t and its change, fitted on the stills that --held_out does not match, reads from
-the embeddings of the others
-- right, down, turn, zoom, and the log of the speed in cells: R2
-- the sign of each, at steps that move by more than half the root mean square: the share that is right.
-Flow: the cosine between the embedding's own channels right and down and the mean over the frame of `flow`
-[T, H, W, 2] (right and down in cells), where the features that are held out have it. Rows beside ours: the mean over
-space of features, of PCA, of differences, and three moments over five steps of the first (as in SemanticMoments).
-
-With --ratios 4 8 16 32, a table of its own, of latents of a quarter to a 32nd of the channels: PCA, the closed form
-(epoch 0) and the last epoch of train.py. --models FOLDER keeps what is trained, and goes on with what it holds.
+With --camera FOLDER, of features [T, H, W, C] of stills under a camera of known motion, a table of the embedding.
+`camera` [T, 4] in these files is what the camera did since the step before: right, down (cells), turn (radians), zoom
+(log). Columns:
+- right, down, turn, zoom, and the log of the speed in cells: R2 of a ridge regression from the embedding at t and its
+  change, fitted on the stills that --held_out does not match, on the others; in the row of named channels, of the
+  channels of these names as they stand
+- the sign of each, at steps that move by more than half the root mean square: the share that is right
+- content, change: R2, leaving one held-out clip out, of the mean of x over space, and of the length of its change
+- flow: the cosine between the channels picture right, down and the mean of `flow` [T, H, W, 2] (cells)
+- background right, down: the correlation of camera right, down with `background` [T, 4] (cells) of held-out clips, at
+  the steps where `agree` [T] is above 0.5; at rest: their root mean square in the clips whose background moves by less
+  than 0.01 cells a step.
+Rows beside ours: the mean over space of features, of PCA, of differences, and three moments of the first over five
+steps (as in SemanticMoments).
 
 With --student VIDEOS, another: does a latent serve as a target? Small networks see videos and learn the relations
 between the tokens of a target: the features, or what each code makes of them at --ratios (else 4 16 32). The error of
@@ -31,13 +32,12 @@ each is the mean absolute difference between its cosines and those of features t
 first weights, clips and tokens whatever the target, so that the ratio to the error of the features' student has less
 spread than the errors. VIDEOS has the files that the features' `video` names.
 
---json FILE adds these two tables to those in the file. --ablation adds what the trained autoencoder is worth without
-each of its parts; --front PICTURE draws the errors of the linear code at several motion weights.
+--models FOLDER keeps what is trained, and goes on with what it holds. --json FILE adds the tables to those in the file.
+--ablation adds what the closed form is worth without each of its parts; --front PICTURE draws its errors at several
+motion weights. Other flags are train.py's.
 
     python tests/bench_autoencoder.py ../dataset/vfm_features_motion_top100/VideoMAEv2
-    python tests/bench_autoencoder.py features --held_out "^main" --latent_dim 88 --camera stills
-    python tests/bench_autoencoder.py features --held_out "^main" --latent_dim 88 --ablation --front front.png
-    python tests/bench_autoencoder.py features --held_out "^main" --ratios 4 8 16 32 --models runs --json figures.json
+    python tests/bench_autoencoder.py features --held_out "^main" --ratios 4 8 16 32 --camera stills --json figures.json
     python tests/bench_autoencoder.py features --held_out "^main" --student videos --models runs --json figures.json
 """
 
@@ -65,104 +65,143 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from losses import FeatureErrors, token_relations  # noqa: E402
+from losses import token_relations  # noqa: E402
 from model import (  # noqa: E402  (the scripts are no installed package)
     MotionFeatureAutoencoder,
     UserError,
-    cosine_transform,
     describe_motion_embedding,
-    find_features,
-    from_sequences,
     load_checked,
     load_feature,
     number,
-    principal_components,
     run_script,
-    to_sequences,
-    weighted_moment,
     whole_file,
 )
-from train import split_files  # noqa: E402
+from train import (  # noqa: E402
+    COMPARED,
+    LOW_PASS,
+    Clips,
+    FeatureFile,
+    PrincipalComponents,
+    compare,
+    fit_code,
+    look_at_files,
+    measure,
+    measure_spread,
+    noise_table,
+    sample_latents,
+    split_files,
+)
 from vfm_feature import Job, Sampling, decode_windows  # noqa: E402
 
 FRONT = (1.0, 3.0, 10.0, 30.0)  # motion weights
-SIZE_COLUMNS = ("reconstruction", "motion", "relations", "of moving")
-RELATIONS = ("relations", "in a step", "between steps", "of moving")
-TOKENS = 1000  # of a clip, whose relations are compared
+NOISE = 0.3  # of a channel's spread
 PICTURE = (80, 120)  # height and width that students see
 STUDENT_RATIOS = (4, 16, 32)
 STUDENT_STEPS, STUDENT_TOKENS = 6, 300  # of a clip, that a student sees at a time, and whose relations it learns
 STUDENT_CLIPS, STUDENT_RATE = 3, 1e-3  # of a training step: clips, and the peak learning rate
-# x [1, T, ..., C] -> latent [1, T, ..., D], reconstruction, embedding [1, T, D]
-Code = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Row = dict[str, float]
 
 
-def load(path: Path) -> Tensor:
-    return load_feature(path)[0].float()[None]  # [1, T, N, C] or [1, T, H, W, C]
+# ---------------------------------------------------------------------------------------------------------------------
+# Codes of several sizes
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def split(paths: list[Path], pattern: str | None, seed: int) -> tuple[list[Path], list[Path]]:
+def split(files: list[FeatureFile], pattern: str | None, seed: int) -> tuple[list[FeatureFile], list[FeatureFile]]:
     """Training and held-out files."""
     if pattern is None:
-        return split_files(paths, 0.2, seed)
-    held_out = [path for path in paths if re.search(pattern, load_feature(path, mmap=True)[1].get("video", path.name))]
-    return [path for path in paths if path not in held_out], held_out
+        return split_files(files, 0.2, seed)
+    held_out = [file for file in files if re.search(pattern, Path(file.video).name)]
+    return [file for file in files if file not in held_out], held_out
 
 
-def train(paths: list[Path], flags: list[str], save_dir: Path) -> list[Path]:
-    """The checkpoints of the epochs of train.py on `paths`, in order."""
+def train(files: list[FeatureFile], flags: list[str], save_dir: Path) -> list[Path]:
+    """The checkpoints of the epochs of train.py on `files`, in order."""
     with tempfile.TemporaryDirectory() as folder:
-        for index, path in enumerate(paths):
-            (Path(folder) / f"{index:06d}{path.suffix}").symlink_to(path.resolve())
+        for index, file in enumerate(files):
+            (Path(folder) / f"{index:06d}{file.path.suffix}").symlink_to(file.path.resolve())
         command = [sys.executable, str(ROOT / "train.py"), "--feature_dir", folder, "--save_dir", str(save_dir)]
         subprocess.run([*command, *flags], check=True)
-    return sorted(save_dir.glob("motion_ae_epoch*.pt"), key=lambda path: int(re.findall(r"\d+", path.name)[-1]))
+    epochs = sorted(save_dir.glob("motion_ae_epoch*.pt"), key=lambda path: int(re.findall(r"\d+", path.name)[-1]))
+    if epochs[0].name != "motion_ae_epoch0.pt" or len(epochs) < 2:
+        raise UserError(f"{save_dir} lacks epoch 0 or those after it; train with --epochs 1 or more, all of them kept")
+    return epochs
 
 
-def our_code(model: MotionFeatureAutoencoder) -> Code:
-    def code(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        output = model(x)
-        return output["latent"], output["reconstruction"], output["motion_embedding"]
+class Codes:
+    """What is compared at one size: PCA, low-pass PCA, the closed form, and the trained model; by name in `all`."""
 
-    return code
+    def __init__(self, files: list[FeatureFile], latent_dim: int, args: argparse.Namespace, flags: list[str]) -> None:
+        self.weights = (1.0, args.motion_weight, args.smooth_weight, 0.0)
+        self.sample = Clips(files, args.input_dim).to_fit(args.seed, "cpu")
+        epochs = train(files, [f"--latent_dim={latent_dim}", "--resume", *flags], args.models / f"latent_{latent_dim}")
+        models = [MotionFeatureAutoencoder.from_checkpoint(epochs[index]) for index in (0, -1)]
+        self.seconds = sum(row["seconds"] for row in load_checked(epochs[-1])["history"])
+        sizes = {"PCA": latent_dim, "low-pass PCA": min(LOW_PASS * latent_dim, args.input_dim)}
+        code = models[0].code
+        self.all = {name: PrincipalComponents(code, self.sample, self.weights, size) for name, size in sizes.items()}
+        self.all |= {"closed form": models[0], "trained": models[1]}
+
+    def rows(self, held_out: Clips, seed: int) -> dict[str, Row]:
+        rows = {name: self.row(code, held_out, seed) for name, code in self.all.items()}
+        for name in ("closed form", "trained"):
+            noisy = self.noise(self.all[name], held_out, seed)
+            rows[name] |= {f"noise: {kind}": noisy[f"{kind}, told"] for kind in ("reconstruction", "motion")}
+        rows["PCA"] |= {f"noise: {kind}": noisy[f"{kind}, PCA"] for kind in ("reconstruction", "motion")}
+        return rows
+
+    def row(self, code: Any, held_out: Clips, seed: int) -> Row:
+        if not hasattr(self, "pca_errors"):
+            self.pca_errors = measure(self.all["PCA"], held_out.to_measure(seed, "cpu"), self.weights)
+        errors = measure(code, held_out.to_measure(seed, "cpu"), self.weights)
+        total = compare(errors, self.pca_errors, self.weights)["total"]
+        return {name: errors[column] for name, column in COMPARED.items()} | {"total": total}
+
+    def noise(self, model: MotionFeatureAutoencoder, held_out: Clips, seed: int) -> Row:
+        table = noise_table(model, self.all["PCA"], self.sample, held_out.to_measure(seed, "cpu"))
+        return table.loc[NOISE].to_dict()
+
+    def closed_form(self, config: dict[str, Any], motion_weight: float) -> MotionFeatureAutoencoder:
+        model = MotionFeatureAutoencoder(**config).eval()
+        fit_code(model.code, self.sample, 1.0, motion_weight, self.weights[2])
+        measure_spread(model, sample_latents(model, self.sample))
+        return model
+
+    def ablation(self) -> dict[str, MotionFeatureAutoencoder]:
+        """The closed form without each of its parts."""
+        whole = self.all["closed form"]
+        block = whole.config["block"]
+        models = {name: copy.deepcopy(whole) for name in ("gain", "extras", "smoothing")}
+        models["gain"].code.gain.fill_(whole.code.gain.square().mean().sqrt())
+        models["extras"].code.energy[..., whole.config["latent_dim"] :] = 0
+        models["smoothing"].code.smoothing.zero_()
+        for model in models.values():
+            model.code.slots_of.clear()
+        for name, size in {"blocks of space": (block[0], 1, 1), "blocks of time": (1, *block[1:])}.items():
+            models[name] = self.closed_form(whole.config | {"block": size}, self.weights[1])
+        return {f"closed form without {part}": model for part, model in models.items()}
 
 
-def pca_code(paths: list[Path], mean: Tensor, latent_dim: int, motion_weight: float, keep_mean: bool) -> Code:
-    """PCA of each frame, by the eigenvectors of cov(x) + motion_weight * cov(delta_x); the latent without the mean's
-    coefficients, or with them."""
-    sequences = [to_sequences(load(path) - mean) for path in paths]  # [N, T, C] each
-    basis = principal_components(weighted_moment(sequences, 1.0, motion_weight))[:, :latent_dim].float()
+def draw_front(rows: dict[str, Row], path: Path) -> None:
+    """Motion error over reconstruction error, a curve through the closed form's motion weights."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    front = {name: row for name, row in rows.items() if name.startswith("weight ")}
+    points = [(row["reconstruction"], row["motion"]) for row in front.values()]
+    axes.plot(*zip(*points, strict=True), "o-", label="ours, by --motion_weight")
+    for name, point in zip(front, points, strict=True):
+        axes.annotate(name.removeprefix("weight "), point, (6, 4), textcoords="offset points", fontsize=8)
+    for name in ("PCA", "low-pass PCA"):
+        axes.plot(rows[name]["reconstruction"], rows[name]["motion"], "s", label=name)
+    axes.set(xlabel="reconstruction error", ylabel="motion error", xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=100)
 
-    def code(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        latent = (x - mean) @ basis
-        return latent + keep_mean * (mean @ basis), latent @ basis.mT + mean, latent.flatten(2, -2).mean(dim=2)
 
-    return code
-
-
-def space_time_code(paths: list[Path], mean: Tensor, length: int, latent_dim: int, motion_weight: float) -> Code:
-    """Cosine transform over the clip's time steps, PCA of each frequency, and of these coefficients the
-    length * latent_dim of most weighted energy, laid out over the time steps by importance."""
-    transform = cosine_transform(length, mean)
-    covariance = torch.zeros(length, len(mean), len(mean))
-    for path in paths:
-        coefficients = (transform @ to_sequences(load(path) - mean)).transpose(0, 1)  # [T, N, C]
-        covariance += coefficients.mT @ coefficients / coefficients.shape[1] / len(paths)
-    energy, basis = torch.linalg.eigh(covariance)  # [T, C], [T, C, C]
-    frequency = torch.arange(length) * torch.pi / length
-    weighted = energy * (1 + motion_weight * (2 - 2 * frequency.cos()))[:, None]
-    kept = weighted.flatten().argsort(descending=True)[: length * latent_dim]
-
-    def code(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        coefficients = (transform @ to_sequences(x - mean)).transpose(0, 1) @ basis  # [T, N, C]
-        numbers = coefficients.transpose(0, 1).flatten(1)[:, kept]  # [N, T * D]
-        latent = from_sequences(numbers.unflatten(1, (length, latent_dim)), like=x)
-        flat = torch.zeros(len(numbers), weighted.numel()).index_copy(1, kept, numbers)
-        coefficients = flat.unflatten(1, weighted.shape).transpose(0, 1) @ basis.mT  # [T, N, C]
-        reconstruction = from_sequences(transform.mT @ coefficients.transpose(0, 1), like=x) + mean
-        return latent, reconstruction, latent.flatten(2, -2).mean(dim=2)
-
-    return code
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedding (--camera)
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def with_change(embedding: Tensor) -> Tensor:
@@ -176,56 +215,6 @@ def ridge(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     x, penalty = (x - mean) / spread, 0.03 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
     weights = torch.linalg.solve(x.mT @ x + penalty, x.mT @ (y - y.mean(dim=0)))
     return lambda new: (new - mean) / spread @ weights + y.mean(dim=0)
-
-
-def linear_code(paths: list[Path], config: dict[str, Any], weight: float, smooth: float) -> MotionFeatureAutoencoder:
-    """The autoencoder as it is before its networks are trained."""
-    model = MotionFeatureAutoencoder(**config).eval()
-    model.code.fit([load(path)[0] for path in paths], 1.0, weight, smooth)
-    return model
-
-
-def without(model: MotionFeatureAutoencoder, *parts: str) -> MotionFeatureAutoencoder:
-    """A copy of the model without these parts."""
-    model = copy.deepcopy(model)
-    if "encoder network" in parts:
-        nn.init.zeros_(model.encoder.network.head.weight), nn.init.zeros_(model.encoder.network.head.bias)
-    if "decoder network" in parts:
-        nn.init.zeros_(model.decoder.network.head.weight), nn.init.zeros_(model.decoder.network.head.bias)
-    if "gain and centre" in parts:
-        model.code.gain.fill_(1.0), model.code.centre.zero_()
-    if "guests" in parts:
-        model.code.importance[..., model.code.latent_dim :] = 0
-        model.code.source.copy_(model.code.arrange(model.code.size))
-    return model
-
-
-def ablation(model: MotionFeatureAutoencoder, paths: list[Path], weight: float) -> dict[str, Code]:
-    """The model without each of its parts. Blocks of one cell are measured anew, without networks."""
-    parts = ("encoder network", "decoder network", "gain and centre", "guests")
-    codes = {f"without {part}": our_code(without(model, part)) for part in parts}
-    cells = linear_code(
-        paths, model.config | {"block": (model.config["block"][0], 1, 1)}, weight, 5 * model.code.smoothing.item()
-    )
-    return codes | {"without networks, blocks of one cell": our_code(cells)}
-
-
-def draw_front(rows: dict[str, dict[str, float]], path: Path) -> None:
-    """Motion error over reconstruction error, a curve through the linear code's motion weights."""
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    front = {name: row for name, row in rows.items() if name.startswith("weight ")}
-    points = [(row["reconstruction"], row["motion"]) for row in front.values()]
-    axes.plot(*zip(*points, strict=True), "o-", label="ours, by --motion_weight")
-    for name, point in zip(front, points, strict=True):
-        axes.annotate(name.removeprefix("weight "), point, (2, 5), textcoords="offset points", fontsize=8)
-    for name in ("PCA", "motion-weighted PCA", "linear space-time code"):
-        if name in rows:
-            axes.plot(rows[name]["reconstruction"], rows[name]["motion"], "s", label=name)
-    axes.set(xlabel="reconstruction error", ylabel="motion error", xlim=(0, None), ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=100)
 
 
 def probe(embeddings: list[Tensor], targets: list[Tensor]) -> float:
@@ -274,9 +263,9 @@ def camera_probe(embeddings: list[Tensor], cameras: list[Tensor], held_out: list
 
 @torch.inference_mode()
 def camera_table(
-    model: MotionFeatureAutoencoder, pca: Code, stills: list[Path], clips: list[Path], pattern: str | None
-) -> dict[str, dict[str, float]]:
-    """The rows of the second table: `stills` have a `camera`; held-out `clips` may have a `flow`."""
+    model: MotionFeatureAutoencoder, pca: PrincipalComponents, stills: Path, clips: list[FeatureFile], pattern: str
+) -> dict[str, Row]:
+    """The rows of the embedding's table: `stills` have a `camera`; held-out `clips` may have `flow`, `background`."""
     names = describe_motion_embedding(model.config)
     motion = [index for index, name in enumerate(names) if not name.startswith("content")]
 
@@ -290,133 +279,67 @@ def camera_table(
         "motion_embedding": ours,
         "its motion channels": lambda x: ours(x)[:, motion],
         "mean of features": lambda x: x.mean(dim=(1, 2)),
-        "mean of PCA": lambda x: pca(x.flatten(1, 2)[None])[2][0],
+        "mean of PCA": lambda x: pca.encode(x[None])[0].mean(dim=(1, 2)),
         "moments over time": lambda x: moments_over_time(x.mean(dim=(1, 2))),
         "mean of differences": differences,
     }
-    test = split(stills, pattern, 0)[1]
-    still_features = [load_feature(path)[0].float() for path in stills]
-    cameras = [load_checked(path)["camera"] for path in stills]
-    features = [load_feature(path)[0].float() for path in clips]
+    still_files, _ = look_at_files(stills, None)
+    test = split(still_files, pattern, 0)[1]
+    held_out = [file in test for file in still_files]
+    still_features = [load_feature(file.path)[0].float() for file in still_files]
+    cameras = [load_checked(file.path)["camera"].float() for file in still_files]
+    features = [load_feature(file.path)[0].float() for file in clips]
     contents = [x[1:].mean(dim=(1, 2)) for x in features]
+    changes = [x.diff(dim=0).norm(dim=-1).mean(dim=(1, 2))[:, None] for x in features]
     rows = {}
     for name, embed in embeddings.items():
-        rows[name] = camera_probe([embed(x) for x in still_features], cameras, [path in test for path in stills])
-        rows[name]["content R2"] = probe([embed(x) for x in features], contents)
+        rows[name] = camera_probe([embed(x) for x in still_features], cameras, held_out)
+        rows[name]["content"] = probe([embed(x) for x in features], contents)
+        rows[name]["change"] = probe([embed(x) for x in features], changes)
 
-    flows = [load_checked(path).get("flow") if path.suffix != ".npy" else None for path in clips]
-    if all(flow is not None for flow in flows):
-        flow = torch.cat([flow[1:].float().mean(dim=(1, 2)) for flow in flows]).flatten()
-        seen = torch.cat([ours(x)[1:, motion[:2]] for x in features]).flatten()
-        rows["motion_embedding"]["flow"] = torch.nn.functional.cosine_similarity(seen, flow, dim=0).item()
+    channels = [names.index(name) for name in ("camera right", "camera down", "turn", "zoom")]
+    read, true = (
+        torch.cat([part[1:] for part, out in zip(parts, held_out, strict=True) if out])
+        for parts in ([ours(x)[:, channels] for x in still_features], cameras)
+    )
+    named = 1 - (read - true).square().sum(dim=0) / (true - true.mean(dim=0)).square().sum(dim=0)
+    rows["named channels"] = dict(zip(("right", "down", "turn", "zoom"), named.tolist(), strict=True))
+    rows["named channels"] |= motion_in_clips([ours(x) for x in features], [load_checked(f.path) for f in clips], names)
     return rows
 
 
-def relation_errors(x: Tensor, latent: Tensor) -> dict[str, float]:
-    """The mean absolute change of the cosines between tokens of a clip [1, T, ..., C], by kind of pair."""
-    length, count = x.shape[1], x[0, ..., 0].numel()
-    tokens = [part.flatten(0, -2) for part in (x, latent)]
-    moves = torch.cat([torch.zeros_like(x[0, :1]), x[0].diff(dim=0)]).norm(dim=-1).flatten()
-    fastest = moves.argsort(descending=True)[: max(2, count // 10)]
-    some = torch.linspace(0, count - 1, min(TOKENS, count)).long()
-    moving = fastest[torch.linspace(0, len(fastest) - 1, min(TOKENS // 2, len(fastest))).long()]
-    step = some // (count // length)
-    same = step[:, None] == step
+def motion_in_clips(embeddings: list[Tensor], files: list[dict[str, Any]], names: list[str]) -> Row:
+    """The columns flow, background and at rest, as far as all `files` have what they are held against."""
+    row = {}
 
-    def change(chosen: Tensor) -> Tensor:  # [K, K]
-        return (token_relations(tokens[0][chosen]) - token_relations(tokens[1][chosen])).abs()
+    def channels(kind: str) -> list[Tensor]:  # right and down, [T - 1, 2] of each clip
+        return [
+            embedding[1:, [names.index(f"{kind} {side}") for side in ("right", "down")]] for embedding in embeddings
+        ]
 
-    changes = change(some)
-    others = same & ~torch.eye(len(some), dtype=torch.bool)
-    return {
-        "relations": changes.mean().item(),
-        "in a step": changes[others].mean().item(),
-        "between steps": changes[~same].mean().item(),
-        "of moving": change(moving).mean().item(),
-    }
-
-
-@torch.inference_mode()
-def evaluate(code: Code, paths: list[Path], motion_weight: float) -> dict[str, float]:
-    """One row of the table."""
-    errors, relations, totals = FeatureErrors(), [], []
-    embeddings, lengths, contents = [], [], []
-    for path in paths:
-        x = load(path)
-        latent, reconstruction, embedding = code(x)
-        delta = x.diff(dim=1)
-        errors.add(x, reconstruction)
-        error = reconstruction - x
-        totals.append((error.square().mean() + motion_weight * error.diff(dim=1).square().mean()).item())
-        relations.append(relation_errors(x, latent))
-        embeddings.append(embedding[0])
-        lengths.append(delta.norm(dim=-1).flatten(2).mean(dim=2)[0, :, None].clamp_min(1e-9).log())  # [T - 1, 1]
-        contents.append(x[0, 1:].flatten(1, -2).mean(dim=1))  # [T - 1, C]
-    figures = errors.figures()
-    return {
-        "reconstruction": figures["reconstruction_error"],
-        "motion": figures["motion_error"],
-        "total": sum(totals) / len(totals),
-        **{name: sum(row[name] for row in relations) / len(relations) for name in relations[0]},
-        "motion R2": probe(embeddings, lengths),
-        "content R2": probe(embeddings, contents),
-    }
-
-
-def print_table(rows: dict[str, dict[str, float]], title: str, digits: int = 3) -> None:
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    print(f"\n| {title} | " + " | ".join(columns) + " |\n|" + " --- |" * (len(columns) + 1))
-    for name, row in rows.items():
-        cells = (f"{row[column]:.{digits}f}" if column in row else "" for column in columns)
-        print(f"| {name} | " + " | ".join(cells) + " |")
-
-
-def mean_token(paths: list[Path]) -> Tensor:
-    return sum(load(path).double().flatten(0, -2).mean(dim=0) for path in paths).float() / len(paths)
-
-
-def codes_to_compare(
-    model: MotionFeatureAutoencoder, paths: list[Path], args: argparse.Namespace, equally_long: bool
-) -> dict[str, Code]:
-    """The rows of the table, by name; `paths`: what to measure them on."""
-    latent_dim, weight = model.config["latent_dim"], args.motion_weight
-    mean = mean_token(paths)
-    codes = {
-        "this autoencoder": our_code(model),
-        "without its networks": our_code(without(model, "encoder network", "decoder network")),
-    }
-    for name, pca_weight in {"PCA": 0.0, "motion-weighted PCA": weight}.items():
-        codes[name] = pca_code(paths, mean, latent_dim, pca_weight, False)
-        codes[f"{name}, mean kept"] = pca_code(paths, mean, latent_dim, pca_weight, True)
-    if equally_long:
-        length = load(paths[0]).shape[1]
-        codes["linear space-time code"] = space_time_code(paths, mean, length, latent_dim, weight)
-    if args.ablation:
-        codes |= ablation(model, paths, weight)
-    for front_weight in FRONT if args.front else ():
-        code = linear_code(paths, model.config, front_weight, args.smooth_weight)
-        codes[f"weight {front_weight:g}"] = our_code(code)
-    return codes
+    if all("flow" in file for file in files):
+        flow = torch.cat([file["flow"][1:].float().mean(dim=(1, 2)) for file in files])
+        row["flow"] = F.cosine_similarity(torch.cat(channels("picture")).flatten(), flow.flatten(), dim=0).item()
+    if all("background" in file for file in files):
+        camera = channels("camera")
+        background = [file["background"][1:, :2].float() for file in files]
+        agree = [file["agree"][1:].float() > 0.5 for file in files]
+        read, true = (
+            torch.cat([x[steps] for x, steps in zip(parts, agree, strict=True)]) for parts in (camera, background)
+        )
+        for side, name in enumerate(("right", "down")):
+            row[f"background {name}"] = torch.corrcoef(torch.stack([read[:, side], true[:, side]]))[0, 1].item()
+        still = [
+            x[a] for x, y, a in zip(camera, background, agree, strict=True) if a.any() and y[a].abs().mean() < 0.01
+        ]
+        if still:
+            row["at rest"] = torch.cat(still).square().mean().sqrt().item()
+    return row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How far down, and does it serve as a target? (--ratios, --student)
+# Does it serve as a target? (--student)
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def codes_of_size(
-    paths: list[Path], mean: Tensor, latent_dim: int, models: Path, flags: list[str]
-) -> dict[str, tuple[Code, Callable[[Tensor], Tensor]]]:
-    """What is compared at one size, and the encoder of each alone: PCA, and epoch 0 and the last epoch of train.py."""
-    epochs = train(paths, [f"--latent_dim={latent_dim}", "--resume", *flags], models / f"latent_{latent_dim}")
-    if epochs[0].name != "motion_ae_epoch0.pt" or len(epochs) < 2:
-        raise UserError(f"{epochs[0].parent} lacks epoch 0 or those after it; train with --epochs 1 or more")
-    pca = pca_code(paths, mean, latent_dim, 0.0, True)
-    codes = {"PCA": (pca, lambda x: pca(x)[0])}
-    for name, path in {"closed form": epochs[0], "trained": epochs[-1]}.items():
-        model = MotionFeatureAutoencoder.from_checkpoint(path)
-        codes[name] = our_code(model), model.encode
-    return codes
 
 
 def read_frames(path: Path, videos: Path) -> Tensor:
@@ -537,33 +460,12 @@ def student_table(
     }
 
 
-def compare_sizes(
-    train_paths: list[Path], held_out: list[Path], models: Path, args: argparse.Namespace, flags: list[str]
-) -> None:
-    """The tables of --ratios and --student."""
-    if args.student:
-        features = [[load_feature(path, mmap=True)[0] for path in paths] for paths in (train_paths, held_out)]
-        frames = [[read_frames(path, args.student) for path in paths] for paths in (train_paths, held_out)]
-        if len({x.shape for part in features for x in part}) > 1:
-            raise UserError("--student needs features of one shape")
-    channels, mean = load(train_paths[0]).shape[-1], mean_token(train_paths)
-    codes = {}
-    for ratio in args.ratios or STUDENT_RATIOS:
-        sizes = codes_of_size(train_paths, mean, channels // ratio, models, flags)
-        codes |= {f"C/{ratio}, {name}": code for name, code in sizes.items()}
-    if args.ratios:
-        rows = {name: evaluate(code, held_out, args.motion_weight) for name, (code, _) in codes.items()}
-        rows = {name: {column: row[column] for column in SIZE_COLUMNS} for name, row in rows.items()}
-        print_table(rows, "latent")
-        add_figures(args.json, sizes=rows)
-    if args.student:
-        targets = {"features": features[0]}
-        with torch.inference_mode():
-            for name, (_, encode) in codes.items():
-                targets[name] = [encode(load(path))[0].half() for path in train_paths]
-        rows = student_table(targets, frames[0], (frames[1], features[1]), args)
-        print_table(rows, "target", digits=4)
-        add_figures(args.json, student=rows)
+def print_table(rows: dict[str, dict[str, float]], title: str, digits: int = 3) -> None:
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    print(f"\n| {title} | " + " | ".join(columns) + " |\n|" + " --- |" * (len(columns) + 1))
+    for name, row in rows.items():
+        cells = (f"{row[column]:.{digits}f}" if column in row else "" for column in columns)
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def add_figures(path: Path | None, **tables: dict[str, dict[str, float]]) -> None:
@@ -574,63 +476,79 @@ def add_figures(path: Path | None, **tables: dict[str, dict[str, float]]) -> Non
             file.write(json.dumps(others | tables, indent=1).encode() + b"\n")
 
 
+def teach_students(
+    codes: dict[int, Codes], train_files: list[FeatureFile], held_out: list[FeatureFile], args: argparse.Namespace
+) -> dict[str, Row]:
+    """The table of --student."""
+    features, frames = [], []
+    for files in (train_files, held_out):
+        features.append([load_feature(file.path)[0].half() for file in files])
+        frames.append([read_frames(file.path, args.student) for file in files])
+    if len({x.shape for part in features for x in part}) > 1:
+        raise UserError("--student needs features of one shape")
+    targets = {"features": features[0]}
+    with torch.inference_mode():
+        for ratio, of_size in codes.items():
+            for name, code in of_size.all.items():
+                if name != "low-pass PCA":
+                    targets[f"C/{ratio}, {name}"] = [code.encode(x[None].float())[0].half() for x in features[0]]
+    return student_table(targets, frames[0], (frames[1], features[1]), args)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("feature_dir", type=Path)
-    parser.add_argument("--held_out", help="regular expression of the `video` (or file name) of the files to hold out")
-    parser.add_argument("--checkpoint", type=Path, help="a model trained on the other files, in place of training one")
-    parser.add_argument("--latent_dim", type=int, help="default: a quarter of the features' channels")
-    parser.add_argument("--motion_weight", type=float, default=1.0)
-    parser.add_argument("--camera", type=Path, help="folder of features of stills under a camera of known motion")
-    parser.add_argument("--smooth_weight", type=float, default=0.05)
-    parser.add_argument("--ablation", action="store_true", help="what each part is worth")
-    parser.add_argument("--front", type=Path, metavar="PICTURE", help="the linear code at several motion weights")
-    parser.add_argument(
-        "--ratios", type=number(int, 1), nargs="+", help="how many channels there are to one of the latent"
+    add = parser.add_argument
+    add("feature_dir", type=Path)
+    add("--held_out", help="regular expression of the `video` (or file name) of the files to hold out")
+    add(
+        "--ratios", type=number(int, 1), nargs="+", help="how many channels there are to one of the latent (default: 4)"
     )
-    parser.add_argument("--models", type=Path, metavar="FOLDER", help="where the models of --ratios are kept")
-    parser.add_argument("--student", type=Path, metavar="VIDEOS", help="folder of the videos of the features")
-    parser.add_argument("--student_steps", type=number(int, 1), default=720, help="training steps of a student")
-    parser.add_argument("--student_seeds", type=number(int, 2), default=3, help="students of each target")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the tables are kept")
-    parser.add_argument("--seed", type=int, default=0)
+    add("--motion_weight", type=float, default=1.0)
+    add("--smooth_weight", type=float, default=0.05)
+    add("--camera", type=Path, help="folder of features of stills under a camera of known motion")
+    add("--ablation", action="store_true", help="what each part of the closed form is worth")
+    add("--front", type=Path, metavar="PICTURE", help="the closed form at several motion weights")
+    add("--models", type=Path, metavar="FOLDER", help="where what is trained is kept")
+    add("--student", type=Path, metavar="VIDEOS", help="folder of the videos of the features")
+    add("--student_steps", type=number(int, 1), default=720, help="training steps of a student")
+    add("--student_seeds", type=number(int, 2), default=3, help="students of each target")
+    add("--json", type=Path, metavar="FILE", help="where the tables are kept")
+    add("--seed", type=int, default=0)
     args, flags = parser.parse_known_args()  # the others are train.py's
 
-    train_paths, held_out = split(find_features(args.feature_dir), args.held_out, args.seed)
-    if not train_paths or len(held_out) < 2:
-        raise UserError(f"{len(train_paths)} files to train on, {len(held_out)} held out; change --held_out")
-    lengths = {load_feature(path, mmap=True)[0].shape[0] for path in train_paths + held_out}
-    input_dim = load(train_paths[0]).shape[-1]
-    settings = {"input_dim": input_dim, "seed": args.seed}
-    settings |= {"motion_weight": args.motion_weight, "smooth_weight": args.smooth_weight}
+    files, args.input_dim = look_at_files(args.feature_dir, None)
+    train_files, held_out = split(files, args.held_out, args.seed)
+    if not train_files or len(held_out) < 2:
+        raise UserError(f"{len(train_files)} files to train on, {len(held_out)} held out; change --held_out")
+    settings = {name: getattr(args, name) for name in ("input_dim", "seed", "motion_weight", "smooth_weight")}
     flags += ["--use_token", *(f"--{name}={value}" for name, value in settings.items())]
+    tables: dict[str, dict[str, Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        if args.ratios or args.student:
-            compare_sizes(train_paths, held_out, args.models or Path(folder), args, flags)
-            return 0
-        start = time.perf_counter()
-        latent_dim = args.latent_dim or input_dim // 4
-        path = args.checkpoint or train(train_paths, [f"--latent_dim={latent_dim}", *flags], Path(folder))[-1]
-        model = MotionFeatureAutoencoder.from_checkpoint(path)
-    seconds = time.perf_counter() - start
-
-    codes = codes_to_compare(model, train_paths, args, len(lengths) == 1)
-    rows = {name: evaluate(code, held_out, args.motion_weight) for name, code in codes.items()}
-    for name in ("PCA", "motion-weighted PCA"):
-        kept = rows.pop(f"{name}, mean kept")
-        rows[name] |= {column: min(rows[name][column], kept[column]) for column in RELATIONS}
-    reference = rows["motion-weighted PCA"]["total"]
-    for row in rows.values():
-        row["total"] /= reference
-
-    sizes = f"{input_dim} -> {model.config['latent_dim']} channels"
-    print(f"\n{len(train_paths)} files trained on, {len(held_out)} held out; {sizes}; training: {seconds:.0f} s")
-    print_table(rows, "code")
-    if args.camera:
-        stills = find_features(args.camera)
-        print_table(camera_table(model, codes["PCA"], stills, held_out, args.held_out), "embedding", digits=2)
-    if args.front:
-        draw_front(rows, args.front)
+        args.models = args.models or Path(folder)
+        ratios = args.ratios or (STUDENT_RATIOS if args.student else (4,))
+        codes = {ratio: Codes(train_files, args.input_dim // ratio, args, flags) for ratio in ratios}
+    if args.student:
+        tables["student"] = teach_students(codes, train_files, held_out, args)
+    else:
+        clips, first = Clips(held_out, args.input_dim), codes[ratios[0]]
+        tables["sizes"] = {
+            f"C/{ratio}, {name}": row for ratio in ratios for name, row in codes[ratio].rows(clips, args.seed).items()
+        }
+        if args.ablation:
+            tables["ablation"] = {name: first.row(code, clips, args.seed) for name, code in first.ablation().items()}
+        if args.front:
+            config = first.all["closed form"].config
+            fronts = {f"weight {w:g}": first.closed_form(config, w) for w in FRONT} | first.all
+            draw_front({name: first.row(code, clips, args.seed) for name, code in fronts.items()}, args.front)
+        if args.camera:
+            model, pca = first.all["trained"], first.all["PCA"]
+            tables["embedding"] = camera_table(model, pca, args.camera, held_out, args.held_out)
+    counts = {"trained on": len(train_files), "held out": len(held_out)}
+    counts |= {f"seconds of training, C/{ratio}": code.seconds for ratio, code in codes.items()}
+    print(f"\n{args.input_dim} channels; {counts}")
+    for name, rows in tables.items():
+        print_table(rows, name, digits=4 if name == "student" else 3)
+    add_figures(args.json, clips={args.feature_dir.name: counts}, **tables)
     return 0
 
 
