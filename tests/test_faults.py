@@ -53,7 +53,7 @@ def test_hostile_names_do_no_harm(tmp_path, run_here):
     checkpoint = tmp_path / "ck" / "motion_ae_epoch1.pt"
     result = run_here("encode.py", "--checkpoint", checkpoint, "--input", ".", "--output", tmp_path / "z", cwd=features)
     assert result.returncode == 0, result.stderr
-    assert {path.stem for path in (tmp_path / "z").glob("*.pt")} == set(HOSTILE)
+    assert {path.stem for path in (tmp_path / "z").glob("*.pt")} == {*HOSTILE, "stats"}
     assert {path.name for path in tmp_path.iterdir()} == {"clips", "f", "ck", "z"}
 
 
