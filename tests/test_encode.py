@@ -222,7 +222,7 @@ def test_ranks_of_torchrun_write_what_one_process_writes(trained, tmp_path, run_
         {path.relative_to(t): path.read_bytes() for path in t.rglob("*.*")}
         for t in (tmp_path / "one", tmp_path / "two")
     )
-    assert one == two and len(one) == 13
+    assert one == two and len(one) == 14
 
 
 def test_another_feature_of_the_same_size_and_time_is_encoded_again(trained, tmp_path, run_here):

@@ -101,7 +101,7 @@ def test_videos_are_held_out_whole(tmp_path):
     for seed in range(5):  # of a long video and some short ones, the long one is trained on
         long = [file._replace(video="long.mp4" if index < 20 else file.video) for index, file in enumerate(files)]
         parts = train.split_files(long, 0.1, seed)
-        assert len(parts[1]) == 3 and "long.mp4" not in {file.video for file in parts[1]}
+        assert len(parts[1]) in (3, 4) and "long.mp4" not in {file.video for file in parts[1]}
 
 
 def test_clips_without_any_error_gain_nothing():
