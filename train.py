@@ -163,7 +163,9 @@ def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile
                 f"{path}: shape {[*shape, channels]} can have its channels on any axis; give --input_dim {channels} if "
                 "it is the last"
             )
-        return FeatureFile(path, tuple(shape), content, provenance(metadata), video_of(path, metadata)), channels
+        return FeatureFile(
+            path, tuple(shape), content, provenance(metadata), video_of(path.relative_to(folder), metadata)
+        ), channels
 
     paths = find_features(folder)
     with ThreadPoolExecutor() as pool:
@@ -193,7 +195,7 @@ def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile
 
 
 def video_of(path: Path, metadata: dict[str, Any]) -> str:
-    """Which video a feature is of: its entry `video`, else its name without a window's number `_NNN`."""
+    """Which video a feature is of: its entry `video`, else its path in the folder without a window's number `_NNN`."""
     return str(metadata.get("video") or path.with_name(re.sub(r"_\d{3,}$", "", path.stem)))
 
 

@@ -51,7 +51,7 @@ def test_encode_mirrors_a_folder(trained, tmp_path, run_here):
         *("--input", folder / "features", "--output", tmp_path / "z", *SIZES, "--use_token"),
     )
     assert result.returncode == 0, result.stderr
-    written = sorted(path.relative_to(tmp_path / "z") for path in (tmp_path / "z").rglob("*.pt"))
+    written = sorted(path.relative_to(tmp_path / "z") for path in (tmp_path / "z").rglob("[!s]*.pt"))
     assert written == [Path("nested") / f"{index:04d}.pt" for index in range(12)]
     output = torch.load(tmp_path / "z" / "nested" / "0003.pt", weights_only=True)
     assert output["reconstruction"].shape == (6, 2, 3, 12)
@@ -74,7 +74,7 @@ def rows(target):
 def test_finished_files_are_skipped_and_keep_their_row(trained, tmp_path, run_here):
     source, target = make_features(tmp_path / "f", count=6), tmp_path / "z"
     assert encode_folder(run_here, trained, source, target)[0] == [6, 0, 0]
-    made, report = {path: path.read_bytes() for path in target.glob("*.pt")}, rows(target)
+    made, report = {path: path.read_bytes() for path in target.glob("[!s]*.pt")}, rows(target)
     (target / "0001.pt").write_bytes(made[target / "0001.pt"][:1000])  # torn, as another program might
     (target / "0002.pt").unlink()
     torch.save({"feature": torch.randn(6, 2, 3, 12)}, source / "0004.pt")  # another feature
@@ -97,7 +97,11 @@ def test_failed_files_are_named_and_the_others_are_made(trained, tmp_path, run_h
         counts, result = encode_folder(run_here, trained, source, target)
         assert counts[2] == 2 and result.returncode == 0
         assert "nan.pt holds NaN or infinity" in result.stderr and "torn.pt is damaged" in result.stderr
-    assert sorted(path.name for path in target.iterdir()) == [*(f"000{i}.pt" for i in range(4)), "encode_report.csv"]
+    assert sorted(path.name for path in target.iterdir()) == [
+        *(f"000{i}.pt" for i in range(4)),
+        "encode_report.csv",
+        "stats.pt",
+    ]
     assert "NaN" in rows(target)["nan.pt"]["failure"] and rows(target)["0000.pt"]["failure"] == ""
     shutil.rmtree(target)
     for path in source.glob("000*"):
@@ -218,7 +222,7 @@ def test_ranks_of_torchrun_write_what_one_process_writes(trained, tmp_path, run_
         {path.relative_to(t): path.read_bytes() for path in t.rglob("*.*")}
         for t in (tmp_path / "one", tmp_path / "two")
     )
-    assert one == two and len(one) == 13
+    assert one == two and len(one) == 14
 
 
 def test_another_feature_of_the_same_size_and_time_is_encoded_again(trained, tmp_path, run_here):
@@ -248,7 +252,7 @@ def test_a_full_disk_ends_the_run_with_status_1(trained, tmp_path, run_here):
         counts, result = encode_folder(run_here, trained, source, tmp_path / "z")
     assert (counts, result.returncode) == ([0, 0, 0], 1)
     assert "File too large; finished files are whole" in result.stderr.splitlines()[-1]
-    assert [path.name for path in (tmp_path / "z").iterdir()] == ["encode_report.csv"]
+    assert {path.name for path in (tmp_path / "z").iterdir()} == {"encode_report.csv", "stats.pt"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -259,7 +263,7 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_p
     arguments = ["encode.py", "--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--device", "cpu"]
     command = [sys.executable, *map(str, arguments), "--input", str(source), "--output", str(target)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, preexec_fn=hear_ctrl_c)
-    while len(list(target.glob("*.pt"))) < 3:
+    while len(list(target.glob("[!s]*.pt"))) < 3:  # beside stats.pt
         time.sleep(0.005)
         assert process.poll() is None
     process.send_signal(number)
@@ -268,7 +272,7 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_p
     if number != signal.SIGKILL:
         assert process.returncode == 130 and "stopped" in stderr
         assert " written, 0 skipped, 0 failed" in stdout
-    finished = {path: path.read_bytes() for path in target.glob("*.pt")}
+    finished = {path: path.read_bytes() for path in target.glob("[!s]*.pt")}
     assert 3 <= len(finished) < 16
     counts, _ = encode_folder(run_here, trained, source, target)
     assert counts == [16 - len(finished), len(finished), 0]
@@ -276,6 +280,6 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(trained, tmp_p
     assert {path: path.read_bytes() for path in finished} == finished
     whole = tmp_path / "whole"
     encode_folder(run_here, trained, source, whole)
-    for path in whole.glob("*.pt"):
+    for path in whole.glob("[!s]*.pt"):
         one, other = (torch.load(folder / path.name, weights_only=True) for folder in (whole, target))
         torch.testing.assert_close(one["latent"], other["latent"])

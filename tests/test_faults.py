@@ -53,7 +53,7 @@ def test_hostile_names_do_no_harm(tmp_path, run_here):
     checkpoint = tmp_path / "ck" / "motion_ae_epoch1.pt"
     result = run_here("encode.py", "--checkpoint", checkpoint, "--input", ".", "--output", tmp_path / "z", cwd=features)
     assert result.returncode == 0, result.stderr
-    assert {path.stem for path in (tmp_path / "z").glob("*.pt")} == set(HOSTILE)
+    assert {path.stem for path in (tmp_path / "z").glob("*.pt")} == {*HOSTILE, "stats"}
     assert {path.name for path in tmp_path.iterdir()} == {"clips", "f", "ck", "z"}
 
 
@@ -80,7 +80,7 @@ def test_links_pipes_and_devices_are_passed_over(tmp_path, run_here, trained):
     assert "2 training files" in result.stdout
     encoding = ["--checkpoint", trained[0] / "ck" / "motion_ae_epoch1.pt", "--output"]
     assert run_here("encode.py", *encoding, tmp_path / "z", "--input", folder).returncode == 0
-    assert len(list((tmp_path / "z").rglob("*.pt"))) == 2
+    assert len(list((tmp_path / "z").rglob("*.pt"))) == 3  # with stats.pt
 
     for path in (tmp_path / "itself", folder / "device", folder / "pipe"):
         for command in (

@@ -21,7 +21,9 @@ def test_from_clips_to_motion_embeddings(tmp_path):
     ):
         result = run(*command.split(), cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in (tmp_path / "latents").glob("*.pt")) == [f"000{index}.pt" for index in range(4)]
+    assert sorted(path.name for path in (tmp_path / "latents").glob("0*.pt")) == [
+        f"000{index}.pt" for index in range(4)
+    ]
     for name, caption in [("0000.pt", CAPTIONS[0]), ("0003.pt", CAPTIONS[3])]:
         encoded = torch.load(tmp_path / "latents" / name, weights_only=True)
         assert encoded["latent"].shape == (4, 2, 3, 192)
