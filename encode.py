@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 # One clip's result, and the report on all
 # ---------------------------------------------------------------------------------------------------------------------
 
-MOVEMENT = ["right", "down", "log speed"]  # channels of the motion embedding, of which a clip's means are kept
+MOVEMENT = ["right", "down", "log speed"]  # of the camera: channels of the motion embedding, whose means are kept
 LEGEND = """What decoding the latents loses. reconstruction: squared error over the clip's variance (0: nothing is lost,
 1: all but the clip's mean is); motion: the same of the changes from step to step (1: as a still
 picture would); cosine: between a token and its reconstruction (1: the same direction)."""
@@ -101,8 +101,9 @@ def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstru
     embedding = model.embed(latent.to(model.code.mean.device))[0].cpu()  # [T, D]
     moves = dict.fromkeys(MOVEMENT, math.nan)
     if feature.ndim == 4:
+        camera = [name.removeprefix("camera ") for name in names]
         means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over the steps, of which t = 0 is none
-        moves |= {name: mean for name, mean in zip(names, means, strict=True) if name in MOVEMENT}
+        moves |= {name: mean for name, mean in zip(camera, means, strict=True) if name in moves}
     result = {
         "latent": latent[0].cpu(),
         "motion_embedding": embedding,
@@ -205,7 +206,7 @@ def movement(x: Tensor) -> dict[str, np.ndarray]:
     x = x[..., :: math.ceil(x.shape[-1] / 64)]
     scale = spread_of(x)
     moves = in_parts(lambda part: motion_channels(part / scale), x)[1:]
-    return {name: moves[:, FRAME_MOTION.index(name)].numpy() for name in ("right", "down")}
+    return {name: moves[:, FRAME_MOTION.index(f"camera {name}")].numpy() for name in ("right", "down")}
 
 
 def draw_clip(

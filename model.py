@@ -524,43 +524,31 @@ class MotionFeatureDecoder(nn.Module):
 # The motion embedding: what is there, and how it moves
 # ---------------------------------------------------------------------------------------------------------------------
 
-REGIONS = (2, 3)  # rows and columns of the regions that have a motion of their own
 FRAME_MOTION = (
-    *("right", "down", "turn", "zoom", "log speed", "log change", "fit"),
-    *("camera right", "camera down", "log object speed"),
-)
-REGION_MOTION = tuple(
-    f"{name} in row {row} column {column}"
-    for row in range(1, REGIONS[0] + 1)
-    for column in range(1, REGIONS[1] + 1)
-    for name in ("right", "down")
+    *("camera right", "camera down", "turn", "zoom", "change", "log speed", "log change", "fit"),
+    *("picture right", "picture down", "log object speed"),
 )
 
 
 def motion_names(latent_dim: int) -> tuple[str, ...]:
-    """The embedding's channels of motion, at most an eighth of all: the regions' only where all of them fit."""
-    names = FRAME_MOTION + REGION_MOTION
-    room = max(1, latent_dim // 8)
-    return names if room >= len(names) else FRAME_MOTION[:room]
+    """The embedding's channels of motion, at most an eighth of all."""
+    return FRAME_MOTION[: max(1, latent_dim // 8)]
 
 
 def describe_motion_embedding(config: dict[str, Any]) -> list[str]:
     """The name of each channel of the motion embedding of a model with this `config`, in order.
 
     First what is there: the means over space of the leading latent channels, without what is the same in all clips,
-    m[j] / (0.01 + j)^0.25 / 20 for j = 0, 1, ..., under an orthonormal cosine transform over j. So small, they leave
-    the distance between two embeddings to motion. The transform spreads each mean over all of these channels: a linear
-    probe that brings each channel to unit spread would otherwise raise the smallest means to the rank of motion, and
-    overfit to them.
+    over 20: so small, they leave the distance between two embeddings to motion.
     The last, at most 1/8, are how the picture moves since the time step before, 0 at t = 0 and at rest; the most
     important come first, as many as there is room for:
-    - right, down: the mean movement of the frame, or of one of 2 x 3 regions, in grid cells a step; cells whose change
-      movement explains badly count less
+    - camera right, camera down: the movement of the background at the picture's centre, in grid cells a step
     - turn: clockwise, in radians a step; zoom: the log of the factor a step, positive where things become larger
-    - camera right, camera down: the movement at the frame's centre, apart from turn, zoom and objects on their own way
+    - change: the root mean square of the change of the components over their spread
     - log speed: log(1 + (v / 0.01)^2) / 2 of the length v of camera right and down; log object speed: of the movement
       beside the camera's; log change: of the movement there would be if all change were due to it
-    - fit: the share of the change that the motion explains, 0 to 1
+    - fit: the share of the change that the motion of the cells explains, 0 to 1
+    - picture right, picture down: the mean movement of all cells; those whose change movement explains badly count less
     """
     motion = motion_names(config["latent_dim"])
     content = [f"content {index + 1}" for index in range(config["latent_dim"] - len(motion))]
@@ -609,32 +597,10 @@ def motion_equations(a: Tensor, b: Tensor, flow: Tensor) -> tuple[Tensor, Tensor
     return matrix, -torch.einsum("niphw,nphw->nihw", slopes, change), change.square().sum(dim=1)
 
 
-def camera_motion(a: Tensor, b: Tensor) -> Tensor:
-    """The camera's motion [N, 4] from feature maps a to b [N, P, H, W], by least squares over the frame: right and down
-    in cells, turn in radians, zoom as a logarithm. Drawn towards none where texture is low.
-
-    The second pass sees the maps warped by the first one's result (large motion). Both trust a cell less the more it
-    changes beside the others (objects).
-    """
-    flows = camera_flows(*a.shape[-2:], a)
-    inner_flows = inner(flows)
-    floor = STILL**2 * a.shape[1]
-    camera = a.new_zeros(len(a), 4)
-    for _ in range(2):
-        matrix, vector, left = motion_equations(a, b, torch.einsum("nk,kihw->nihw", camera, flows))
-        median = left.flatten(1).median(dim=1).values[:, None, None]
-        trust = (1 / (1 + left / (median + floor))).detach()
-        normal = torch.einsum("nhw,kihw,nijhw,ljhw->nkl", trust, inner_flows, matrix, inner_flows)
-        damping = 1e-3 * normal.diagonal(dim1=1, dim2=2) + floor * left[0].numel()
-        right_side = torch.einsum("nhw,kihw,nihw->nk", trust, inner_flows, vector)
-        camera = camera + torch.linalg.solve(normal + damping.diag_embed(), right_side)
-    return camera
-
-
 def cell_motion(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The motion of each inner cell from feature maps a to b [N, P, H, W], right and down in cells, [N, 2, h, w], by
-    least squares over its channels; the squared change [N, h, w] that it leaves; and the squared slopes there. More
-    cells in an equation would blur motion more than they steady it.
+    least squares over its channels; the squared change [N, h, w] that it leaves; and the matrix [N, 2, 2, h, w] of the
+    equations. More cells in an equation would blur motion more than they steady it.
 
     Four passes, each of which sees the maps warped by the one before and adds at most `FARTHEST`: what changes by more
     than that has changed its look, not its place. Not begun from the camera's motion, which may be none of the cell's.
@@ -651,13 +617,63 @@ def cell_motion(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         step = (step / (step.norm(dim=-1, keepdim=True) / FARTHEST).clamp_min(1)).permute(0, 3, 1, 2)
         flow = flow + step
     saved = step * (2 * vector - torch.einsum("nijhw,njhw->nihw", matrix, step))
-    return flow, (left - saved.sum(dim=1)).clamp_min(0), texture
+    return flow, (left - saved.sum(dim=1)).clamp_min(0), matrix
 
 
-def weighted_means(x: Tensor, weights: Tensor, regions: tuple[int, int]) -> Tensor:
-    """x [N, P, h, w] -> its means by weights [N, 1, h, w] over each of rows x columns of regions, [N, regions * P]."""
-    pool = nn.functional.adaptive_avg_pool2d
-    return (pool(x * weights, regions) / pool(weights, regions)).permute(0, 2, 3, 1).flatten(1)
+def apparent_speed(a: Tensor, b: Tensor) -> Tensor:
+    """The speed [N, h, w] of inner cells from feature maps a to b [N, P, H, W] that the size of their change tells, in
+    cells a step: that at which a picture like theirs, moved as it is, changes as much (Taylor's frozen field, 1938).
+
+    A change over `distance` cells grows as distance^power; the changes to next neighbours and to those beyond tell
+    both. It has no direction, but where nothing moves it is far less noisy than the flow.
+    """
+    near, far = a.new_zeros(2, len(a), *a.shape[2:])
+    for x, dim in itertools.product((a, b), (2, 3)):
+        if x.shape[dim] > 1:
+            step = x.diff(dim=dim).square().sum(dim=1)
+            first, last = step.narrow(dim - 1, 0, 1), step.narrow(dim - 1, -1, 1)
+            near = near + (torch.cat([first, step], dim=dim - 1) + torch.cat([step, last], dim=dim - 1)) / 8
+            far = far + slope(x, dim).square().sum(dim=1)
+    floor = STILL**2 * a.shape[1]
+    near, far, change = inner(near), inner(far), inner((b - a).square().sum(dim=1))
+    power = ((far.mean(dim=(1, 2)) + floor) / (near.mean(dim=(1, 2)) + floor)).log2().clamp(1, 2)[:, None, None]
+    near, change = (nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False) for x in (near, change))
+    return ((change + floor) / (near + 0.1 * near.mean(dim=(1, 2), keepdim=True) + floor)) ** (1 / power)
+
+
+def camera_motion(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The background's motion [N, 4]: right and down in cells, turn in radians, zoom as a logarithm; from the motion
+    of inner cells [N, 2, h, w], its equations, the change that it leaves and the cells' `apparent_speed` [N, h, w].
+
+    Reweighted least squares, begun from the cells that changed least, not from the motion of all: things that move by
+    themselves add to the change of the cells around them, as far as those see (receptive fields). A cell counts less
+    the more it changed beyond what the camera's motion lets expect, the farther it moves from it (Geman and McClure,
+    1985), and the nearer it is to the centre, where things are. Backbones pad their input with what never moves: this
+    holds back movement towards a border, not along it.
+    """
+    flows = inner(camera_flows(*grid, flow))  # [4, 2, h, w]
+    place = flows[3] / torch.tensor([grid[1] / 2, grid[0] / 2], device=flow.device)[:, None, None]  # -1 to 1
+    taper = (place * torch.pi / 2).cos().square()  # [2, h, w]
+    borders = 1 + 10 * place.abs().amax(dim=0).square()
+    noise = (left + 0.1 * left.mean(dim=(1, 2), keepdim=True) + STILL**2).detach()
+    matrix = taper[:, None] * matrix * taper / noise[:, None, None]
+
+    def fit(weights: Tensor) -> Tensor:
+        normal = torch.einsum("nhw,kihw,nijhw,ljhw->nkl", weights, flows, matrix, flows)
+        right_side = torch.einsum("nhw,kihw,nijhw,njhw->nk", weights, flows, matrix, flow)
+        damping = 3e-3 * normal.diagonal(dim1=1, dim2=2) + 0.01
+        return torch.linalg.solve(normal + damping.diag_embed(), right_side)
+
+    slowest = speed.flatten(1).quantile(0.2, dim=1)[:, None, None] + 0.003
+    weights = borders * (slowest / speed.maximum(slowest)) ** 4
+    for _ in range(2):
+        moved = torch.einsum("nk,kihw->nihw", fit(weights).detach(), flows)
+        expected = moved.norm(dim=1)
+        beside = (taper * (flow.detach() - moved)).square().sum(dim=1)
+        beside = nn.functional.avg_pool2d(beside, 3, 1, 1, count_include_pad=False) / (0.006 + 0.24 * expected)
+        expected = expected.maximum(slowest)
+        weights = borders * (expected / speed.maximum(expected)) ** 4 / (1 + beside).square()
+    return fit(weights)
 
 
 def smooth_over_time(x: Tensor, radius: int) -> Tensor:
@@ -669,34 +685,36 @@ def smooth_over_time(x: Tensor, radius: int) -> Tensor:
 
 def motion_channels(maps: Tensor) -> Tensor:
     """How the picture moves, from feature maps [B, T, H, W, P] whose channels have a root mean square near 1:
-    [B, T, M], the channels of `FRAME_MOTION`, then of `REGION_MOTION`, in float32. Differentiable; 0 at t = 0."""
+    [B, T, M], the channels of `FRAME_MOTION`, in float32. Differentiable; 0 at t = 0."""
     with torch.autocast(maps.device.type, enabled=False):
         batch, length, height, width, channels = maps.shape
         if length == 1:
-            return maps.new_zeros(batch, 1, len(FRAME_MOTION + REGION_MOTION), dtype=torch.float32)
+            return maps.new_zeros(batch, 1, len(FRAME_MOTION), dtype=torch.float32)
         maps = maps.float().permute(0, 1, 4, 2, 3)
         a, b = maps[:, :-1].flatten(0, 1), maps[:, 1:].flatten(0, 1)  # [N, P, H, W], N = B * (T - 1)
-        camera = camera_motion(a, b)
-        flow, left, texture = cell_motion(a, b)
+        flow, left, matrix = cell_motion(a, b)
+        camera = camera_motion(flow, matrix, left, apparent_speed(a.detach(), b.detach()), (height, width))
         floor = STILL**2 * channels
-        trust = (1 / (left + left.mean(dim=(1, 2), keepdim=True) + floor)).detach()[:, None]  # as in `camera_motion`
-        cells = torch.cat([weighted_means(flow, trust, size) for size in ((1, 1), REGIONS)], dim=1)  # [N, 2 + 12]
-        cells = smooth_over_time(cells.unflatten(0, (batch, -1)), CELLS_OVER)  # [B, T - 1, 2 + 12]
-        mean, regions = cells[..., :2], cells[..., 2:]
-        shift, turn_zoom = camera.unflatten(0, (batch, -1)).split(2, dim=2)
-        shift, turn_zoom = smooth_over_time(shift, CAMERA_OVER), smooth_over_time(turn_zoom, TURN_ZOOM_OVER)
+        trust = (1 / (left + left.mean(dim=(1, 2), keepdim=True) + floor)).detach()[:, None]
+        picture = (flow * trust).mean(dim=(2, 3)) / trust.mean(dim=(2, 3))
 
         change = inner((b - a).square().sum(dim=1)).mean(dim=(1, 2))  # [N]
         fit = (change - left.mean(dim=(1, 2))).clamp_min(0) / (change + floor)
-        apparent = 2 * change / (texture.mean(dim=(1, 2)) + floor)  # squared cells
+        texture = matrix.diagonal(dim1=1, dim2=2).sum(dim=-1).mean(dim=(1, 2))
+        apparent = 2 * change / (texture + floor)  # squared cells
         camera_flow = torch.einsum("nk,kihw->nihw", camera, inner(camera_flows(height, width, a)))
         objects = (flow - camera_flow).square().sum(dim=1).mean(dim=(1, 2))
-        per_step = torch.stack([apparent, fit, objects], dim=1).unflatten(0, (batch, -1))  # [B, T - 1, 3]
-        apparent, fit, objects = per_step.split(1, dim=2)
+        length_of_change = (change / channels + STILL**2).sqrt() - STILL
+        steps = [picture, camera, torch.stack([apparent, fit, objects, length_of_change], dim=1)]
+        picture, camera, steps = (x.unflatten(0, (batch, -1)) for x in steps)  # [B, T - 1, ...]
+        picture = smooth_over_time(picture, CELLS_OVER)
+        shift, turn_zoom = camera.split(2, dim=2)
+        shift, turn_zoom = smooth_over_time(shift, CAMERA_OVER), smooth_over_time(turn_zoom, TURN_ZOOM_OVER)
+        apparent, fit, objects, length_of_change = steps.split(1, dim=2)
         speed, apparent, objects = (
             (1 + square / REST**2).log() / 2 for square in (shift.square().sum(dim=2, keepdim=True), apparent, objects)
         )
-        moving = torch.cat([mean, turn_zoom, speed, apparent, fit, shift, objects, regions], dim=2)
+        moving = torch.cat([shift, turn_zoom, length_of_change, speed, apparent, fit, picture, objects], dim=2)
         return nn.functional.pad(moving, (0, 0, 1, 0))
 
 
@@ -825,8 +843,7 @@ class MotionFeatureAutoencoder(nn.Module):
         content_dim = latent_dim - motion_dim
         shared = self.code.centre(self.code.mean_at(latent.shape)).to(latent.device)  # what all clips share
         means = (latent.float() - shared).flatten(2, -2).mean(dim=2)
-        content = CONTENT * means[..., :content_dim] / (0.01 + torch.arange(content_dim, device=latent.device)) ** 0.25
-        content = content @ cosine_transform(content_dim, like=content).mT
+        content = CONTENT * means[..., :content_dim]
         if motion is None:
             return nn.functional.pad(content, (0, motion_dim))
         return torch.cat([content, motion[..., :motion_dim]], dim=2)

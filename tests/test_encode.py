@@ -166,7 +166,7 @@ def test_the_report_says_how_the_pictures_move(trained, tmp_path, run_here):
     assert float(right["whole.pt"]) == pytest.approx(0.3, abs=0.1)
     assert right["says.pt"] == right["whole.pt"] and right["unknown.pt"] == "nan"
     unknown = torch.load(target / "unknown.pt", weights_only=True)
-    assert not unknown["motion_embedding"][:, unknown["embedding_channels"].index("right")].any()
+    assert not unknown["motion_embedding"][:, unknown["embedding_channels"].index("camera right")].any()
     assert encode_folder(run_here, trained, source, target)[0] == [0, 3, 0]
     assert rows(target)["whole.pt"]["right"] == right["whole.pt"]
 
