@@ -77,7 +77,7 @@ from model import (
 
 FIT_TOKENS = 2**18  # that the linear code is measured on, at most
 WHOLE_TOKENS = 2**13  # of clips that it is measured on whole; of larger ones it sees a block
-OWN_WEIGHT = 3.0  # of the energy of components < D beside its own, in the choice of coefficients
+OWN_WEIGHT = 0.3  # of the energy of components < D beside its own, in the choice of coefficients
 GAIN_POWER = 0.4  # each channel is divided by its spread to this power
 LOW_PASS = 2  # times as many components as the latent has channels, half of whose frequencies are kept
 STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
