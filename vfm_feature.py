@@ -48,7 +48,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import combinations, islice, pairwise, takewhile
+from itertools import combinations, islice, pairwise
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -791,6 +791,7 @@ class Part(NamedTuple):
 
 
 CAPTION_COLUMNS = ("caption", "start", "end")  # all others can name the videos
+AROUND_NAMES = " \t\r\n\"'`“”‘’"  # blanks and quotes around a name mean nothing
 
 
 def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
@@ -801,7 +802,7 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     """
     where = f"--csv_path {csv_path}"
     try:
-        text = csv_path.read_bytes().decode("utf-8-sig")
+        text = csv_path.read_bytes().decode("utf-8-sig").lstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: cannot be read as text in UTF-8 ({error})") from error
     csv.field_size_limit(2**31 - 1)  # characters in one caption; 2**17 by default
@@ -809,11 +810,10 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     rows: list[list[str]] = []
     try:
         for fields in csv.reader(io.StringIO(text, newline=line_end), strict=True):
-            if not fields and not (rows and len(rows[0]) == 1):
-                continue  # a blank line; in a table of one column it is an empty caption
-            if rows and len(fields or [""]) != len(rows[0]):
+            if not rows or len(fields or [""]) == len(rows[0]):
+                rows.append(fields or [""])  # a blank line is an empty caption in a table of one column
+            elif fields:
                 raise csv.Error(f"{len(fields)} fields where the header has {len(rows[0])}")
-            rows.append(fields or [""])
     except csv.Error as error:
         reason = "a carriage return outside quotes" if "new-line character" in str(error) else error
         hint = "quote captions that hold commas or line breaks"
@@ -827,77 +827,73 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     return header, rows[1:]
 
 
-AROUND_NAMES = " \t\r\n\"'`“”‘’"  # blanks and quotes around a name mean nothing
-WHOLE_NUMBER = re.compile(r"([0-9]{1,18})(\.0*)?")  # what spreadsheets make of a name such as 0012: 12, 12.0
-
-
 class VideoNames:
     """Finds the videos of a folder by what a cell of a table says, with or without folders."""
 
     def __init__(self, videos: list[Path], folder: Path):
-        self.folders = {video: (folder.absolute() / video).parent.parts[::-1] for video in videos}
-        self.by_name, self.by_stem, self.by_number = defaultdict(list), defaultdict(list), defaultdict(list)
+        self.folders = {video: (folder.absolute() / video).parent.parts[::-1] for video in videos}  # the nearest first
+        self.named: dict[tuple[int, str | int], list[Path]] = defaultdict(list)
         for video in videos:
-            self.by_name[video.name].append(video)
-            self.by_stem[video.stem].append(video)
-            if number := WHOLE_NUMBER.fullmatch(video.stem):
-                self.by_number[int(number[1])].append(video)
+            for key in ((3, video.name), (2, video.stem), (1, as_number(video.stem))):
+                self.named[key].append(video)
 
     def find(self, cell: str) -> tuple[int, Path, str] | None:
-        """How `cell` names a video (3: by file name, 2: by stem, 1: by number), which one, and those folders
-        in the cell that are not the video's. None if it names none, or several alike."""
+        """How `cell` names a video (3: by file name, 2: by stem, 1: by number), which one, and those folders in the
+        cell that are not the video's. None if it names none, or several alike.
+
+        Of videos of one name it is the one in more of these folders, else the one whose whole path is said.
+        """
         for text in (cell, cell.strip(AROUND_NAMES)):
             *folders, name = text.replace("\\", "/").split("/")
             stem, suffix = os.path.splitext(name)
-            number = WHOLE_NUMBER.fullmatch(name)
-            found = (
-                (3, self.by_name.get(name)),
-                (2, self.by_stem.get(stem if suffix.lower() in VIDEO_SUFFIXES else name)),
-                (1, number and self.by_number.get(int(number[1]))),
-            )
-            for level, videos in found:
-                if videos:
-                    return self.nearest(level, videos, [part for part in folders if part not in ("", ".")])
-        return None
+            keys = ((3, name), (2, stem if suffix.lower() in VIDEO_SUFFIXES else name), (1, as_number(name)))
+            if key := next((key for key in keys if key in self.named), None):
+                break
+        else:
+            return None
+        videos, folders, shared = self.named[key], [part for part in folders if part not in ("", ".")], 0
+        while folders and (nearer := [video for video in videos if folders[-1] in self.folders[video][shared:][:1]]):
+            videos, shared = nearer, shared + 1
+            folders.pop()
+        if len(videos) > 1:
+            videos = [video for video in videos if len(video.parts) - 1 <= shared]
+        return (key[0], videos[0], "/".join(folders)) if len(videos) == 1 else None
 
-    def nearest(self, level: int, videos: list[Path], folders: list[str]) -> tuple[int, Path, str] | None:
-        """Of videos of one name the one that lies in more of `folders`, else the one whose whole path is said."""
 
-        def agreement(video: Path) -> tuple[int, bool]:
-            pairs = zip(folders[::-1], self.folders[video], strict=False)
-            shared = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
-            return shared, shared >= len(video.parts) - 1
-
-        best = max(map(agreement, videos))
-        nearest = [video for video in videos if agreement(video) == best]
-        return (level, nearest[0], "/".join(folders[: len(folders) - best[0]])) if len(nearest) == 1 else None
+def as_number(text: str) -> int | str:
+    """The number that `text` is, or `text`: spreadsheets make 12 or 12.0 of a name such as 0012."""
+    number = re.fullmatch(r"([0-9]{1,18})(\.0*)?", text)
+    return int(number[1]) if number else text
 
 
 def match_rows(
     header: list[str], rows: list[list[str]], videos: list[Path], folder: Path, where: str
-) -> tuple[dict[Path, list[int]], str]:
-    """The rows that belong to each of `videos`, in their order, and in words how they were found.
+) -> tuple[list[tuple[int, Path, str] | None], str]:
+    """What `VideoNames` finds for each row, and in words how.
 
     The column that names videos best decides: full names before stems, stems before numbers, then the most videos. A
     table without such a column belongs to the videos by position. Raises `UserError` that begins with `where` for
-    columns, or folders in one column, that contradict each other, and where videos are neither named nor in order.
+    columns that contradict each other, and where videos are neither named nor in order.
     """
     names = VideoNames(videos, folder)
     columns = [column for column, name in enumerate(header) if name not in CAPTION_COLUMNS]
     if not columns:
-        found = [names.find(f"{row:04d}") for row in range(len(rows))]
-        left_over = {*videos} - {match[1] for match in found if match}
+        matches = [names.find(f"{row:04d}") for row in range(len(rows))]
+        left_over = {*videos} - {match[1] for match in matches if match}
         if rows and left_over:
             caption = rows[0][header.index("caption")][:40]
             raise UserError(
                 f"{where}: no column names videos, so row 0 belongs to 0000, row 1 to 0001, and so on; none of its "
                 f"{len(rows)} rows (the first: {caption!r}) is of {min(left_over)}; add a column of file names"
             )
-        return settle(found, where), "row 0 belongs to 0000, row 1 to 0001, and so on"
-    matches = {column: [names.find(row[column]) for row in rows] for column in columns}
+        return matches, "row 0 belongs to 0000, row 1 to 0001, and so on"
+    found = {column: [names.find(row[column]) for row in rows] for column in columns}
     merit = {
-        column: (max((match[0] for match in found if match), default=0), len({match[1] for match in found if match}))
-        for column, found in matches.items()
+        column: (
+            max((match[0] for match in matches if match), default=0),
+            len({match[1] for match in matches if match}),
+        )
+        for column, matches in found.items()
     }
     best = max(columns, key=merit.get)
     if rows and not merit[best][0]:
@@ -905,32 +901,14 @@ def match_rows(
             f"{where}: no column names the videos, which are called {videos[0].name!r} and the like; {header[best]!r} "
             f"has {rows[0][best][:40]!r}; write file names into it, or keep the column caption alone"
         )
-    for column in columns:
-        for row, (match, other) in enumerate(zip(matches[best], matches[column], strict=True)):
-            if merit[column][0] == merit[best][0] and other and (not match or match[1] != other[1]):
+    for column in (column for column in columns if merit[column][0] == merit[best][0]):
+        for row, (match, other) in enumerate(zip(found[best], found[column], strict=True)):
+            if other and (not match or match[1] != other[1]):
                 raise UserError(
                     f"{where}: columns {header[best]!r} and {header[column]!r} contradict each other: row {row + 2} "
                     f"has {rows[row][best]!r} and {rows[row][column]!r}; remove the one that does not name the video"
                 )
-    return settle(matches[best], where), f"column {header[best]!r} names {merit[best][1]} of {len(videos)} videos"
-
-
-def settle(matches: list[tuple[int, Path, str] | None], where: str) -> dict[Path, list[int]]:
-    """The rows of each video that a column names. Those that say the video's own folders beat those that say others;
-    two other folders are two other videos, and `UserError` is raised."""
-    rows: dict[Path, list[tuple[str, int]]] = {}
-    for row, match in enumerate(matches):
-        if match:
-            rows.setdefault(match[1], []).append((match[2], row))
-    for video, found in rows.items():
-        own = [(folders, row) for folders, row in found if not folders]
-        others = sorted({folders for folders, _ in found})
-        if not own and len(others) > 1:
-            raise UserError(
-                f"{where}: {video} can be {others[0]}/{video.name} or {others[1]}/{video.name}; keep the rows of one"
-            )
-        rows[video] = own or found
-    return {video: [row for _, row in found] for video, found in rows.items()}
+    return found[best], f"column {header[best]!r} names {merit[best][1]} of {len(videos)} videos"
 
 
 def read_part(row: dict[str, str], suffix: str, video: Path, where: str) -> Part:
@@ -940,13 +918,12 @@ def read_part(row: dict[str, str], suffix: str, video: Path, where: str) -> Part
     for column in ("start", "end"):
         text = row.get(column, "")
         try:
-            seconds = float(text) if text.strip() else None
+            times.append(float(text) if text.strip() else None)
         except ValueError:
-            seconds = math.nan
-        if seconds is not None and not 0 <= seconds < math.inf:
+            times.append(math.nan)
+        if times[-1] is not None and not 0 <= times[-1] < math.inf:
             hint = "give seconds from the video's first frame, or nothing"
             raise UserError(f"{where}: {column} of {video} is {text!r}; {hint}")
-        times.append(seconds)
     start, end = times
     if end is not None and end <= (start or 0):
         raise UserError(f"{where}: a part of {video} ends at {end:g} s, but starts at {start or 0:g} s")
@@ -956,28 +933,41 @@ def read_part(row: dict[str, str], suffix: str, video: Path, where: str) -> Part
 def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> dict[Path, list[Part]]:
     """What a CSV file says of the `videos` of a folder: their captions, None where it does not name them, and parts.
 
-    Without the columns `start` and `end` the first row of a video counts; with one of them each row is a part. Raises
-    what `read_rows`, `match_rows` and `read_part` raise.
+    Rows that say a video's own folders beat those that say others. Without the columns `start` and `end` the first row
+    of a video counts; with one of them each row is a part. Raises `UserError` where rows of two other folders can be of
+    one video, and what `read_rows`, `match_rows` and `read_part` raise.
     """
     where = f"--csv_path {csv_path}"
     header, rows = read_rows(csv_path)
-    rows_of, found = match_rows(header, rows, videos, folder, where)
+    matches, found = match_rows(header, rows, videos, folder, where)
+    rows_of: dict[Path, dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
+    for row, match in zip(rows, matches, strict=True):
+        if match:
+            _, video, folders = match
+            rows_of[video][folders].append(dict(zip(header, row, strict=True)))
+    own = {}
+    for video, by_folders in rows_of.items():
+        first, *others = sorted(by_folders)  # "" is the first: the video's own folders
+        if first and others:
+            raise UserError(
+                f"{where}: {video} can be {first}/{video.name} or {others[0]}/{video.name}; keep the rows of one"
+            )
+        own[video] = by_folders[first]
     has_parts = "start" in header or "end" in header
     parts = {}
     for video in videos:
-        own = [dict(zip(header, rows[row], strict=True)) for row in rows_of.get(video, [])]
         if has_parts:
-            parts[video] = [read_part(row, f"_{index:03d}", video, where) for index, row in enumerate(own)]
-            parts[video] = parts[video] or [Part(suffix="_000")]
+            read = [read_part(row, f"_{index:03d}", video, where) for index, row in enumerate(own.get(video, []))]
+            parts[video] = read or [Part(suffix="_000")]
         else:
-            parts[video] = [Part(own[0]["caption"] if own else None)]
-    num_named = sum(map(len, rows_of.values()))
+            parts[video] = [Part(own[video][0]["caption"] if video in own else None)]
+    num_named = sum(map(len, own.values()))
     if num_named < len(rows):
         found += f"; {len(rows) - num_named} of its {len(rows)} rows belong to no video"
     if has_parts:
         found += f"; start and end cut them into {sum(map(len, parts.values()))} clips, _000, _001 and so on of each"
-    elif num_named > len(rows_of):
-        found += f"; {num_named - len(rows_of)} rows name a video again, and its first counts"
+    elif num_named > len(own):
+        found += f"; {num_named - len(own)} rows name a video again, and its first counts"
     say(f"captions: {csv_path}: {found}")
     return parts
 
