@@ -117,7 +117,7 @@ class VFM:
     trained_grid: tuple[int, int, int] = (8, 14, 14)  # tokens in time, height and width of the fixed table
     final_norm: bool = False  # whether the features have gone through one
     timm: str = ""  # its name there, or `local-dir:` and a folder
-    folder: Path | None = None  # of its weights, where they are in no hub
+    folder: Path | None = None  # of its weights, in place of the hub
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     entries: tuple[str, ...] = ("module", "model", "encoder")  # the first that a published file has holds the weights
@@ -220,16 +220,14 @@ def find_timm(name: str, **arguments: Any) -> VFM:
         with torch.device("meta"):  # no values are drawn
             model = timm.create_model(source, num_classes=0, **arguments)
     except Exception as error:  # an unknown name or tag, a folder that timm did not save
-        raise UserError(
-            f"--models timm:{name}: {first_line(error)}; timm.list_models() names its models, and a folder must be "
-            "one that timm saved"
-        ) from error
+        hint = "timm.list_models() names its models, and a folder must be one that timm saved"
+        raise UserError(f"--models timm:{name}: {first_line(error)}; {hint}") from error
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"--models timm:{name}: timm gives no outputs of its blocks")
     about, last = model.pretrained_cfg, model.feature_info[-1]
     hub = (about["hf_hub_id"], about.get("hf_hub_filename") or "model.safetensors") if about.get("hf_hub_id") else None
     return VFM(
-        hub=None if folder else hub,
+        hub=hub,
         license=about.get("license") or "unknown",
         embed_dim=last["num_chs"],
         depth=len(model.feature_info),
@@ -278,7 +276,7 @@ def find_transformers(name: str) -> VFM:
         say(f"warning: {folder} does not say its mean and standard deviation; ImageNet's are taken")
         pixels = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
     return VFM(
-        hub=None if own else (name, ""),
+        hub=(name, ""),
         license=card.get("license_name") or card.get("license") or "unknown",
         embed_dim=config.hidden_size,
         depth=config.num_hidden_layers,
@@ -827,58 +825,54 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     return header, rows[1:]
 
 
-class VideoNames:
-    """Finds the videos of a folder by what a cell of a table says, with or without folders."""
+def name_keys(folders: Sequence[str], file_name: str, stem: str, number: str) -> Iterator[tuple]:
+    """How much a name says: (3, file name), (2, stem), (1, number), each with all of its folders first, then fewer.
 
-    def __init__(self, videos: list[Path], folder: Path):
-        self.folders = {video: (folder.absolute() / video).parent.parts[::-1] for video in videos}  # the nearest first
-        self.named: dict[tuple[int, str | int], list[Path]] = defaultdict(list)
-        for video in videos:
-            for key in ((3, video.name), (2, video.stem), (1, as_number(video.stem))):
-                self.named[key].append(video)
-
-    def find(self, cell: str) -> tuple[int, Path, str] | None:
-        """How `cell` names a video (3: by file name, 2: by stem, 1: by number), which one, and those folders in the
-        cell that are not the video's. None if it names none, or several alike.
-
-        Of videos of one name it is the one in more of these folders, else the one whose whole path is said.
-        """
-        for text in (cell, cell.strip(AROUND_NAMES)):
-            *folders, name = text.replace("\\", "/").split("/")
-            stem, suffix = os.path.splitext(name)
-            keys = ((3, name), (2, stem if suffix.lower() in VIDEO_SUFFIXES else name), (1, as_number(name)))
-            if key := next((key for key in keys if key in self.named), None):
-                break
-        else:
-            return None
-        videos, folders, shared = self.named[key], [part for part in folders if part not in ("", ".")], 0
-        while folders and (nearer := [video for video in videos if folders[-1] in self.folders[video][shared:][:1]]):
-            videos, shared = nearer, shared + 1
-            folders.pop()
-        if len(videos) > 1:
-            videos = [video for video in videos if len(video.parts) - 1 <= shared]
-        return (key[0], videos[0], "/".join(folders)) if len(videos) == 1 else None
+    `number`: a text that can be a whole one; spreadsheets make 12 or 12.0 of a name such as 0012.
+    """
+    digits = re.fullmatch(r"([0-9]{1,18})(\.0*)?", number)
+    for level, name in ((3, file_name), (2, stem), (1, digits and int(digits[1]))):
+        for first in range(len(folders) + 1) if name is not None else ():
+            yield level, *folders[first:], name
 
 
-def as_number(text: str) -> int | str:
-    """The number that `text` is, or `text`: spreadsheets make 12 or 12.0 of a name such as 0012."""
-    number = re.fullmatch(r"([0-9]{1,18})(\.0*)?", text)
-    return int(number[1]) if number else text
+def find_video(cell: str, named: dict[tuple, list[Path]], folder: Path) -> tuple[int, Path, str] | None:
+    """How `cell` names a video (3: by file name, 2: by stem, 1: by number), which one, and those folders in the cell
+    that are not the video's. None if it names none, or several alike.
+
+    named: the videos of `folder` by their `name_keys`. The most folders decide, then whether the whole path is said.
+    """
+    for text in (cell, cell.strip(AROUND_NAMES)):
+        *folders, name = text.replace("\\", "/").split("/")
+        folders = [part for part in folders if part not in ("", ".")]
+        stem, suffix = os.path.splitext(name)
+        keys = name_keys(folders, name, stem if suffix.lower() in VIDEO_SUFFIXES else name, name)
+        if key := next((key for key in keys if key in named), None):
+            level, *said = key
+            videos = [video for video in named[key] if len(named[key]) == 1 or len(video.parts) <= len(said)]
+            if len(videos) != 1:
+                return None
+            is_own = (folder.absolute() / videos[0]).parent.as_posix().endswith("/".join(["", *folders]))
+            return level, videos[0], "" if is_own else "/".join(folders[: len(folders) + 1 - len(said)])
+    return None
 
 
 def match_rows(
     header: list[str], rows: list[list[str]], videos: list[Path], folder: Path, where: str
 ) -> tuple[list[tuple[int, Path, str] | None], str]:
-    """What `VideoNames` finds for each row, and in words how.
+    """What `find_video` finds for each row, and in words how.
 
     The column that names videos best decides: full names before stems, stems before numbers, then the most videos. A
     table without such a column belongs to the videos by position. Raises `UserError` that begins with `where` for
     columns that contradict each other, and where videos are neither named nor in order.
     """
-    names = VideoNames(videos, folder)
+    named = defaultdict(list)
+    for video in videos:
+        for key in name_keys((folder.absolute().name, *video.parts[:-1]), video.name, video.stem, video.stem):
+            named[key].append(video)
     columns = [column for column, name in enumerate(header) if name not in CAPTION_COLUMNS]
     if not columns:
-        matches = [names.find(f"{row:04d}") for row in range(len(rows))]
+        matches = [find_video(f"{row:04d}", named, folder) for row in range(len(rows))]
         left_over = {*videos} - {match[1] for match in matches if match}
         if rows and left_over:
             caption = rows[0][header.index("caption")][:40]
@@ -887,7 +881,7 @@ def match_rows(
                 f"{len(rows)} rows (the first: {caption!r}) is of {min(left_over)}; add a column of file names"
             )
         return matches, "row 0 belongs to 0000, row 1 to 0001, and so on"
-    found = {column: [names.find(row[column]) for row in rows] for column in columns}
+    found = {column: [find_video(row[column], named, folder) for row in rows] for column in columns}
     merit = {
         column: (
             max((match[0] for match in matches if match), default=0),
