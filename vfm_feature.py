@@ -295,21 +295,17 @@ def describe_models() -> str:
 
     `grid`: tokens in time, height and width of 48 frames at the default input size.
     """
-    table = {}
+    rows = [("name", "C", "patch", "tubelet", "grid", "final norm", "licence", "weights")]
     for name in MODELS:
         # one block: what is shown does not depend on their number, and making them takes half a second a model
         vfm = VIDEO_MODELS.get(name) or find_timm(IMAGE_MODELS[name], depth=1)
         height, width = (DEFAULT_SIZES[flag] / vfm.patch_size for flag in vfm.size_flags)
-        table[name] = {
-            "C": vfm.embed_dim,
-            "patch": vfm.patch_size,
-            "tubelet": vfm.tubelet_size,
-            "grid": f"{DEFAULT_FRAMES // vfm.tubelet_size} x {height:.0f} x {width:.0f}",
-            "final norm": "yes" if vfm.final_norm else "no",
-            "licence": vfm.license,
-            "weights": f"{vfm.hub[1]} of {vfm.hub[0]}",
-        }
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis(columns="name").to_string()
+        grid = f"{DEFAULT_FRAMES // vfm.tubelet_size} x {height:.0f} x {width:.0f}"
+        sizes = map(str, (vfm.embed_dim, vfm.patch_size, vfm.tubelet_size))
+        norm = "yes" if vfm.final_norm else "no"
+        rows.append((name, *sizes, grid, norm, vfm.license, f"{vfm.hub[1]} of {vfm.hub[0]}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -867,7 +863,7 @@ def match_rows(
     columns that contradict each other, and where videos are neither named nor in order.
     """
     named = defaultdict(list)
-    for video in videos:
+    for video in videos:  # in a folder whose own name can be said too
         for key in name_keys((folder.absolute().name, *video.parts[:-1]), video.name, video.stem, video.stem):
             named[key].append(video)
     columns = [column for column, name in enumerate(header) if name not in CAPTION_COLUMNS]
@@ -882,27 +878,26 @@ def match_rows(
             )
         return matches, "row 0 belongs to 0000, row 1 to 0001, and so on"
     found = {column: [find_video(row[column], named, folder) for row in rows] for column in columns}
-    merit = {
-        column: (
-            max((match[0] for match in matches if match), default=0),
-            len({match[1] for match in matches if match}),
-        )
-        for column, matches in found.items()
-    }
-    best = max(columns, key=merit.get)
-    if rows and not merit[best][0]:
+
+    def merit(column: int) -> tuple[int, int]:
+        named_here = [match for match in found[column] if match]
+        return max((level for level, *_ in named_here), default=0), len({video for _, video, _ in named_here})
+
+    best = max(columns, key=merit)
+    level, num_named = merit(best)
+    if rows and not level:
         raise UserError(
             f"{where}: no column names the videos, which are called {videos[0].name!r} and the like; {header[best]!r} "
             f"has {rows[0][best][:40]!r}; write file names into it, or keep the column caption alone"
         )
-    for column in (column for column in columns if merit[column][0] == merit[best][0]):
+    for column in (column for column in columns if merit(column)[0] == level):
         for row, (match, other) in enumerate(zip(found[best], found[column], strict=True)):
             if other and (not match or match[1] != other[1]):
                 raise UserError(
                     f"{where}: columns {header[best]!r} and {header[column]!r} contradict each other: row {row + 2} "
                     f"has {rows[row][best]!r} and {rows[row][column]!r}; remove the one that does not name the video"
                 )
-    return found[best], f"column {header[best]!r} names {merit[best][1]} of {len(videos)} videos"
+    return found[best], f"column {header[best]!r} names {num_named} of {len(videos)} videos"
 
 
 def read_part(row: dict[str, str], suffix: str, video: Path, where: str) -> Part:
