@@ -527,10 +527,10 @@ class TubeletEmbed(nn.Module):
     convolution is one matrix product, which every device runs at full speed.
     """
 
-    def __init__(self, embed_dim: int, patch_size: int, tubelet_size: int, device: torch.device | str | None = None):
+    def __init__(self, embed_dim: int, patch_size: int, tubelet_size: int):
         super().__init__()
         kernel = (tubelet_size, patch_size, patch_size)
-        self.proj = nn.Conv3d(3, embed_dim, kernel_size=kernel, stride=kernel, device=device)
+        self.proj = nn.Conv3d(3, embed_dim, kernel_size=kernel, stride=kernel)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         t, p, _ = self.proj.kernel_size
@@ -591,19 +591,17 @@ def sinusoid_positions(
 class VideoViT(nn.Module):
     """The encoder of VideoMAE and V-JEPA 2: a pre-norm ViT over tubelets, of timm's blocks, without a final norm."""
 
-    def __init__(self, vfm: VFM, device: str):
+    def __init__(self, vfm: VFM):
         # takes seconds; --help and decoders do without it
         from timm.models.vision_transformer import Block, init_weights_vit_timm
 
         super().__init__()
-        self.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size, device)
-        norm = functools.partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(
-            Block(vfm.embed_dim, vfm.num_heads, vfm.mlp_ratio, qkv_bias=True, norm_layer=norm, device=device)
-            for _ in range(vfm.depth)
-        )
+        self.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size)
+        block = functools.partial(Block, qkv_bias=True, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
+        shape = (vfm.embed_dim, vfm.num_heads, vfm.mlp_ratio)
+        self.blocks = nn.ModuleList(block(*shape) for _ in range(vfm.depth))
         if vfm.position_encoding == "rotary 2.1":
-            self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, vfm.embed_dim, device=device))  # "this is no image"
+            self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, vfm.embed_dim))  # "this is no image"
         self.apply(init_weights_vit_timm)
 
     def set_positions(self, vfm: VFM, grid: tuple[int, int, int]) -> None:
@@ -632,14 +630,14 @@ class VideoViT(nn.Module):
 class TimmModel(nn.Module):
     """A model of timm. Its final norm, if it has one, is applied to the output of every block that is asked for."""
 
-    def __init__(self, vfm: VFM, device: str):
+    def __init__(self, vfm: VFM):
         import timm
 
         super().__init__()
-        with torch.device(device):
-            self.model = timm.create_model(vfm.timm, num_classes=0)
+        self.model = timm.create_model(vfm.timm, num_classes=0)
         if any(buffer.is_meta for buffer in self.model.buffers()):  # such as rotary positions: they are in no file
-            self.model = timm.create_model(vfm.timm, num_classes=0)
+            with torch.device("cpu"):
+                self.model = timm.create_model(vfm.timm, num_classes=0)
 
     def set_positions(self, vfm: VFM, grid: tuple[int, int, int]) -> None:
         """Set the model, loaded at the size that it was trained with, to `grid`, and to what its authors compute."""
@@ -696,8 +694,8 @@ def build_vit(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        # with weights to load, no initial values are drawn
-        vit = (TimmModel if vfm.timm else VideoViT)(vfm, "cpu" if weights is None else "meta")
+        with torch.device("cpu" if weights is None else "meta"):  # with weights to load, no initial values are drawn
+            vit = TimmModel(vfm) if vfm.timm else VideoViT(vfm)
         if weights is None:
             vit.weights_hash = "random"
         elif vfm.timm:
