@@ -451,6 +451,16 @@ def test_the_folder_that_was_given_counts_as_part_of_the_path(tmp_path):
     assert read_captions(tmp_path / "val", table, ["1.mp4"]) == {"1.mp4": ["val"]}
     with pytest.raises(UserError, match=r"1\.mp4 can be train/1\.mp4 or val/1\.mp4; keep the rows of one"):
         read_captions(tmp_path, table, ["1.mp4"])
+    table = "video,caption\nval/1.mp4,either\nval/2.mp4,two\n"  # in val/val, too, lies a 1.mp4
+    expected = {"1.mp4": [None], "val/1.mp4": [None], "2.mp4": ["two"]}
+    assert read_captions(tmp_path / "val", table, expected) == expected
+
+
+def test_captions_of_thousands_of_videos_of_one_name(tmp_path):
+    """Which a search among all of that name for each row would take minutes for."""
+    expected = {f"{index}/clip.mp4": [str(index)] for index in range(3000)}
+    table = "".join(f"{name},{index}\n" for index, name in enumerate(expected))
+    assert read_captions(tmp_path, f"video,caption\n{table}", expected) == expected
 
 
 def test_parts_are_in_the_order_of_the_rows(tmp_path, capsys):
