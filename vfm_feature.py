@@ -330,7 +330,7 @@ RENAMES = {
 # no place for is an error: a DINOv2 trained with register tokens, for example, gives other features without them.
 UNUSED = (
     r"(\w+_)?head(_\w+)?\.|classifier\.|fc\.|pooler\.",
-    r"decoder\.|encoder_to_decoder\.|predictor\.|mask_token$|position_embeddings$",  # for training; the decoder's
+    r"decoder\.|encoder_to_decoder\.|predictor\.|mask_token$|position_embeddings$",  # the last is VideoMAE's decoder's
     r"(fc_|layer)?norm\.",  # a final norm, where the features are taken before it
 )
 
@@ -834,7 +834,7 @@ def find_video(cell: str, named: dict[tuple, list[Path]], folder: Path) -> tuple
     """How `cell` names a video (3: by file name, 2: by stem, 1: by number), which one, and those folders in the cell
     that are not the video's. None if it names none, or several alike.
 
-    named: the videos of `folder` by their `name_keys`. The most folders decide, then whether the whole path is said.
+    `named`: the videos of `folder` by their `name_keys`. The most folders decide, then whether the whole path is said.
     """
     for text in (cell, cell.strip(AROUND_NAMES)):
         *folders, name = text.replace("\\", "/").split("/")
