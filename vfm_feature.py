@@ -48,7 +48,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import combinations, islice, pairwise, takewhile
+from itertools import combinations, islice, pairwise
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -105,9 +105,7 @@ class VFM:
     A video model (`tubelet_size` above 1) is a `VideoViT`. An image model is timm's and sees every frame by itself.
     """
 
-    hub: tuple[str, str] | None = (
-        None  # repository and file of the published weights; file "": a folder of transformers
-    )
+    hub: tuple[str, str] | None = None  # repository of the published weights, and their file or, of transformers, ""
     license: str = "unknown"
     embed_dim: int = 768
     depth: int = 12
@@ -119,10 +117,10 @@ class VFM:
     trained_grid: tuple[int, int, int] = (8, 14, 14)  # tokens in time, height and width of the fixed table
     final_norm: bool = False  # whether the features have gone through one
     timm: str = ""  # its name there, or `local-dir:` and a folder
-    folder: Path | None = None  # that holds its configuration, and its weights unless `hub` does
+    folder: Path | None = None  # of its weights, in place of the hub
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    entry: str = ""  # of the published file, that holds the weights, if not one of `ENTRIES`
+    entries: tuple[str, ...] = ("module", "model", "encoder")  # the first that a published file has holds the weights
     unused: tuple[str, ...] = ()  # patterns of published weights that it does without, beside `UNUSED`
 
     @property
@@ -145,7 +143,7 @@ FOR_IMAGES = (r"patch_embed_img\.", r"img_mod_embed$", r"pos_embed$", r"norms_bl
 V_JEPA_2_1 = {"license": "mit", "position_encoding": "rotary 2.1", "unused": FOR_IMAGES}
 V_JEPA_SITE = "https://github.com/facebookresearch/vjepa2"  # 2.1 is in no hub
 # which of its two encoders the authors take (`src/hub/backbones.py`)
-EMA, TARGET = {"entry": "ema_encoder"}, {"entry": "target_encoder"}
+EMA, TARGET = {"entries": ("ema_encoder",)}, {"entries": ("target_encoder",)}
 
 VIDEO_MODELS = {
     "VideoMAEv2": VFM(("OpenGVLab/VideoMAE2", "distill/vit_b_k710_dl_from_giant.pth"), "apache-2.0"),
@@ -222,16 +220,14 @@ def find_timm(name: str, **arguments: Any) -> VFM:
         with torch.device("meta"):  # no values are drawn
             model = timm.create_model(source, num_classes=0, **arguments)
     except Exception as error:  # an unknown name or tag, a folder that timm did not save
-        raise UserError(
-            f"--models timm:{name}: {first_line(error)}; timm.list_models() names its models, and a folder must be "
-            "one that timm saved"
-        ) from error
+        hint = "timm.list_models() names its models, and a folder must be one that timm saved"
+        raise UserError(f"--models timm:{name}: {first_line(error)}; {hint}") from error
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"--models timm:{name}: timm gives no outputs of its blocks")
     about, last = model.pretrained_cfg, model.feature_info[-1]
     hub = (about["hf_hub_id"], about.get("hf_hub_filename") or "model.safetensors") if about.get("hf_hub_id") else None
     return VFM(
-        hub=None if folder else hub,
+        hub=hub,
         license=about.get("license") or "unknown",
         embed_dim=last["num_chs"],
         depth=len(model.feature_info),
@@ -245,68 +241,53 @@ def find_timm(name: str, **arguments: Any) -> VFM:
     )
 
 
-BUILT_BY_US = ("videomae", "vjepa2")  # transformers' kinds of models that are a `VideoViT`
-
-
 def find_transformers(name: str) -> VFM:
     """The VideoMAE or V-JEPA 2 of a repository or folder of transformers."""
     from huggingface_hub import ModelCard
     from transformers import AutoConfig
 
-    folder = (
-        Path(name)
-        if Path(name).is_dir()
-        else download(f"there is no folder {name}, and it", name, ["*.json", "README.md"], "its folder: hf:FOLDER")
-    )
+    own = Path(name) if Path(name).is_dir() else None
+    hint = "its folder: hf:FOLDER"
+    folder = own or download(f"there is no folder {name}, and it", name, ["*.json", "README.md"], hint)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         card = ModelCard.load(folder / "README.md").data.to_dict() if (folder / "README.md").is_file() else {}
+        preprocessors = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*preprocessor_config.json"))]
     except Exception as error:  # no configuration, an unknown kind, one that needs code of its own
         raise UserError(f"--models hf:{name}: {first_line(error)}") from error
     kind = config.model_type
-    if kind not in BUILT_BY_US:
+    if kind == "vjepa2":
+        shape = {"mlp_ratio": config.mlp_ratio, "position_encoding": "rotary"}
+    elif kind == "videomae":
+        side = config.image_size // config.patch_size
+        shape = {"trained_grid": (config.num_frames // config.tubelet_size, side, side)}
+        shape["mlp_ratio"] = config.intermediate_size / config.hidden_size
+    else:
         raise UserError(
             f"--models hf:{name}: of transformers' models only VideoMAE and V-JEPA 2 are taken, not {kind}; image "
             f"models are timm's: timm:NAME, or one of {', '.join(IMAGE_MODELS)}"
         )
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"--models hf:{name}: its weights are quantised; give the unquantised model")
     if config.hidden_act != "gelu":
         raise UserError(f"--models hf:{name}: a {kind} with {config.hidden_act} for gelu is not known")
-    if kind == "vjepa2":
-        shape = {"mlp_ratio": config.mlp_ratio, "position_encoding": "rotary"}
-    else:
-        side = config.image_size // config.patch_size
-        shape = {
-            "mlp_ratio": config.intermediate_size / config.hidden_size,
-            "trained_grid": (config.num_frames // config.tubelet_size, side, side),
-        }
+    pixels = preprocessors[0] if preprocessors else {}
+    if not pixels.get("do_normalize", True):
+        pixels = {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
+    elif not {"image_mean", "image_std"} <= pixels.keys():
+        say(f"warning: {folder} does not say its mean and standard deviation; ImageNet's are taken")
+        pixels = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
     return VFM(
-        hub=None if folder == Path(name) else (name, ""),
+        hub=(name, ""),
         license=card.get("license_name") or card.get("license") or "unknown",
         embed_dim=config.hidden_size,
         depth=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         patch_size=config.patch_size,
         tubelet_size=config.tubelet_size,
-        folder=folder,
+        folder=own,
+        mean=tuple(pixels["image_mean"]),
+        std=tuple(pixels["image_std"]),
         **shape,
-        **read_mean_and_std(folder),
     )
-
-
-def read_mean_and_std(folder: Path) -> dict[str, tuple[float, ...]]:
-    """`VFM`'s mean and standard deviation from the preprocessor beside the model; empty where there is none."""
-    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            about = json.loads((folder / name).read_text(encoding="utf-8"))
-            about = about.get("image_processor", about)
-            if not about.get("do_normalize", True):
-                return {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-            if "image_mean" in about and "image_std" in about:
-                return {"mean": tuple(about["image_mean"]), "std": tuple(about["image_std"])}
-    say(f"warning: {folder} does not say its mean and standard deviation; ImageNet's are taken")
-    return {}
 
 
 def describe_models() -> str:
@@ -318,55 +299,39 @@ def describe_models() -> str:
     for name in MODELS:
         # one block: what is shown does not depend on their number, and making them takes half a second a model
         vfm = VIDEO_MODELS.get(name) or find_timm(IMAGE_MODELS[name], depth=1)
-        height, width = (420, 630) if vfm.tubelet_size == 1 else (160, 240)
-        sizes = (48 / vfm.tubelet_size, height / vfm.patch_size, width / vfm.patch_size)
-        grid = " x ".join(str(round(size)) for size in sizes)
+        height, width = (DEFAULT_SIZES[flag] / vfm.patch_size for flag in vfm.size_flags)
+        grid = f"{DEFAULT_FRAMES // vfm.tubelet_size} x {height:.0f} x {width:.0f}"
+        sizes = map(str, (vfm.embed_dim, vfm.patch_size, vfm.tubelet_size))
         norm = "yes" if vfm.final_norm else "no"
-        shape = (str(vfm.embed_dim), str(vfm.patch_size), str(vfm.tubelet_size), grid, norm)
-        rows.append((name, *shape, vfm.license, f"{vfm.hub[1]} of {vfm.hub[0]}"))
+        rows.append((name, *sizes, grid, norm, vfm.license, f"{vfm.hub[1]} of {vfm.hub[0]}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights: from the authors' files or from the hub
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Entries of published files, one of which holds the weights.
-ENTRIES = ("module", "model", "encoder")
-# Before the names of an encoder's weights, by its authors or by transformers.
-PREFIXES = r"(module\.|backbone\.|videomae\.|encoder\.(?!layer\.))+"
-# transformers' names of a video model's weights -> the authors', which are timm's too. Applied in this order.
+# Names of a video model's weights, by its authors or by transformers -> timm's. Applied in this order.
 RENAMES = {
-    "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
-    "embeddings.patch_embeddings.proj.": "patch_embed.proj.",
-    "encoder.layer.": "blocks.",
-    ".layernorm_before.": ".norm1.",
-    ".layernorm_after.": ".norm2.",
-    ".attention.output.dense.": ".attn.proj.",
-    ".intermediate.dense.": ".mlp.fc1.",
-    ".output.dense.": ".mlp.fc2.",
-    ".attention.attention.": ".attn.",
-    ".attention.": ".attn.",
-    ".attn.q_bias": ".attn.query.bias",
-    ".attn.v_bias": ".attn.value.bias",
+    r"\bencoder\.layer\.": "blocks.",
+    r"^((module|backbone|videomae|encoder)\.)+": "",
+    r"^embeddings\.patch_embeddings\.proj(ection)?\.": "patch_embed.proj.",
+    r"\.layernorm_before\.": ".norm1.",
+    r"\.layernorm_after\.": ".norm2.",
+    r"\.attention\.output\.dense\.": ".attn.proj.",
+    r"\.intermediate\.dense\.": ".mlp.fc1.",
+    r"\.output\.dense\.": ".mlp.fc2.",
+    r"(\.attention)+\.": ".attn.",
+    r"\.attn\.q_bias": ".attn.query.bias",
+    r"\.attn\.v_bias": ".attn.value.bias",
 }
 # Patterns of published weights that the features do not depend on, in timm's names. Any other weight that a model has
 # no place for is an error: a DINOv2 trained with register tokens, for example, gives other features without them.
 UNUSED = (
-    *(
-        r"(\w+_)?head(_\w+)?\.",
-        r"classifier\.",
-        r"fc\.",
-        r"decoder\.",
-        r"encoder_to_decoder\.",
-        r"predictor\.",
-        r"mask_token$",
-    ),
+    r"(\w+_)?head(_\w+)?\.|classifier\.|fc\.|pooler\.",
+    r"decoder\.|encoder_to_decoder\.|predictor\.|mask_token$|position_embeddings$",  # the last is VideoMAE's decoder's
     r"(fc_|layer)?norm\.",  # a final norm, where the features are taken before it
-    r"pooler\.",
-    r"position_embeddings$",  # of VideoMAE's decoder
 )
 
 
@@ -382,35 +347,39 @@ def download(what: str, repository: str, patterns: Sequence[str], hint: str) -> 
     """
     from huggingface_hub import constants, errors, snapshot_download
 
+    log_in = "set HF_TOKEN or run `hf auth login`"
     try:
         folder = Path(snapshot_download(repository, allow_patterns=patterns))
         if any(file for pattern in patterns for file in folder.glob(pattern)):
             return folder
-        cause, reason = None, "the repository, or what the cache has of it, does not hold it"
-    except Exception as error:  # its own errors, those of its HTTP library, and the system's
-        cause, log_in = error, "set HF_TOKEN or run `hf auth login`"
-        connect = f"reach {constants.ENDPOINT}, or set HF_ENDPOINT to a mirror"
+        reason = "the repository, or what the cache has of it, does not hold it"
+    except errors.GatedRepoError:
+        reason = f"it is gated: accept its terms on its page and {log_in}"
+    except errors.RepositoryNotFoundError:
+        reason = f"no such repository, or a private one: check its name or {log_in}"
+    except errors.LocalEntryNotFoundError as error:
+        half = isinstance(error, errors.IncompleteSnapshotError)
+        reason = "an earlier download stopped half-way: " if half else "it is not in the cache: "
         if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-            connect = "unset HF_HUB_OFFLINE"
+            reason += "unset HF_HUB_OFFLINE"
         elif isinstance(error.__cause__, errors.HfHubHTTPError):
-            connect = f"{constants.ENDPOINT} answered {error.__cause__.response.status_code}; {log_in}, or try later"
-        reasons = {  # an error's class before its base classes
-            errors.GatedRepoError: f"it is gated: accept its terms on its page and {log_in}",
-            errors.RepositoryNotFoundError: f"no such repository, or a private one: check its name or {log_in}",
-            errors.IncompleteSnapshotError: f"an earlier download stopped half-way: {connect}",
-            errors.LocalEntryNotFoundError: f"it is not in the cache: {connect}",
-        }
-        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), first_line(error))
+            status = error.__cause__.response.status_code
+            reason += f"{constants.ENDPOINT} answered {status}; {log_in}, or try later"
+        else:
+            reason += f"reach {constants.ENDPOINT}, or set HF_ENDPOINT to a mirror"
+    except Exception as error:  # its HTTP library's, and the system's
+        reason = first_line(error)
     raise FileNotFoundError(
         f"{what} cannot be downloaded from the hub: {reason}; or download it elsewhere and pass {hint}"
-    ) from cause
+    )
 
 
 def download_weights(name: str, vfm: VFM) -> Path:
     """The published file, or folder, of model `name`. Raises `FileNotFoundError` where it cannot be had."""
-    if vfm.folder and not vfm.hub:
+    if vfm.folder:
         return vfm.folder
-    hint = f"it with --{name.lower()}_ckpt" if name in DEFAULT_MODELS else f"it with --weights {name}=FILE"
+    flag = f"{name.lower()}_ckpt"
+    hint = f"it with --{flag}" if name in DEFAULT_MODELS else f"it with --weights {name}=FILE"
     if not vfm.hub:
         raise FileNotFoundError(f"timm knows no published weights; pass {hint}")
     repository, file = vfm.hub
@@ -419,8 +388,7 @@ def download_weights(name: str, vfm: VFM) -> Path:
     if not file:
         patterns = ["model.safetensors", INDEX, "model-*-of-*.safetensors"]
         return download(repository, repository, patterns, "its folder: hf:FOLDER")
-    default = DEFAULT_PATHS.get(f"{name.lower()}_ckpt")
-    looked = f"no file at {default}, and " if default else ""
+    looked = f"no file at {DEFAULT_PATHS[flag]}, and " if flag in DEFAULT_PATHS else ""
     return download(f"{looked}{file} of {repository}", repository, [file], hint) / file
 
 
@@ -434,54 +402,37 @@ def read_weights(path: Path, vfm: VFM) -> dict[str, torch.Tensor]:
     Raises `UserError` for anything else, and `FileNotFoundError` for a folder without weights.
     """
     if path.is_dir():
-        return read_folder(path)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        return read_folder(path, vfm)
     with torch.serialization.safe_globals([argparse.Namespace]):
         state = load_checked(path, mmap=True)  # V-JEPA 2's file holds five times as much as is needed
-    for entry in (vfm.entry,) if vfm.entry else ENTRIES:
-        if isinstance(state, dict) and isinstance(state.get(entry), dict):
-            state = state[entry]
-            break
-    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+    state = state if isinstance(state, dict) else {}
+    state = next((state[entry] for entry in vfm.entries if isinstance(state.get(entry), dict)), state)
+    weights = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if not weights:
         raise UserError(f"{path} holds no weights; use the file that the authors publish")
-    return {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return weights
 
 
-def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+def read_folder(folder: Path, vfm: VFM) -> dict[str, torch.Tensor]:
     """The tensors of a folder's `model.safetensors`, or those that its index names, from the files that it names."""
     whole, index = folder / "model.safetensors", folder / INDEX
     if whole.is_file() and index.is_file():
         raise UserError(f"{folder} holds {whole.name} and {index.name}; remove what is not the model's")
     if whole.is_file():
-        return read_safetensors(whole)
+        return read_weights(whole, vfm)
     if not index.is_file():
         raise FileNotFoundError(f"there is no {whole.name} or {index.name} in {folder}")
     check_file(index)
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]  # name -> file
+        places = json.loads(index.read_bytes())["weight_map"]  # name -> file
         files = {file: folder / Path(file).name for file in places.values()}  # none of other folders
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{index} is damaged ({first_line(error)}); download it again") from None
-    parts = {file: read_safetensors(path) for file, path in files.items()}
-    absent = [name for name, file in places.items() if name not in parts[file]]
-    if absent:
-        raise UserError(
-            f"{files[places[absent[0]]]} does not hold {absent[0]}, which {INDEX} seeks there; download both again"
-        )
+    parts = {file: read_weights(path, vfm) for file, path in files.items()}
+    for name, file in places.items():
+        if name not in parts[file]:
+            raise UserError(f"{files[file]} does not hold {name}, which {INDEX} seeks there; download both again")
     return {name: parts[file][name] for name, file in places.items()}
-
-
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    check_file(path)
-    try:
-        return load_file(path)
-    except MemoryError:
-        raise UserError(f"{path} does not fit into memory") from None
-    except Exception as error:  # a broken file can raise anything
-        raise UserError(f"{path} is damaged ({first_line(error)}); download it again") from None
 
 
 def check_weight(name: str, value: torch.Tensor) -> None:
@@ -506,9 +457,8 @@ def to_timm_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     state = {}
     for name, value in weights.items():
-        name = re.sub(f"^{PREFIXES}", "", name)
         for theirs, ours in RENAMES.items():
-            name = name.replace(theirs, ours)
+            name = re.sub(theirs, ours, name)
         state[name] = value
     for query in [name for name in state if ".attn.query." in name]:
         key, value, joint = (query.replace(".query.", f".{part}.") for part in ("key", "value", "qkv"))
@@ -577,10 +527,10 @@ class TubeletEmbed(nn.Module):
     convolution is one matrix product, which every device runs at full speed.
     """
 
-    def __init__(self, embed_dim: int, patch_size: int, tubelet_size: int, device: torch.device | str | None = None):
+    def __init__(self, embed_dim: int, patch_size: int, tubelet_size: int):
         super().__init__()
         kernel = (tubelet_size, patch_size, patch_size)
-        self.proj = nn.Conv3d(3, embed_dim, kernel_size=kernel, stride=kernel, device=device)
+        self.proj = nn.Conv3d(3, embed_dim, kernel_size=kernel, stride=kernel)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         t, p, _ = self.proj.kernel_size
@@ -641,19 +591,17 @@ def sinusoid_positions(
 class VideoViT(nn.Module):
     """The encoder of VideoMAE and V-JEPA 2: a pre-norm ViT over tubelets, of timm's blocks, without a final norm."""
 
-    def __init__(self, vfm: VFM, device: str):
+    def __init__(self, vfm: VFM):
         # takes seconds; --help and decoders do without it
         from timm.models.vision_transformer import Block, init_weights_vit_timm
 
         super().__init__()
-        self.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size, device)
-        norm = functools.partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(
-            Block(vfm.embed_dim, vfm.num_heads, vfm.mlp_ratio, qkv_bias=True, norm_layer=norm, device=device)
-            for _ in range(vfm.depth)
-        )
+        self.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size)
+        block = functools.partial(Block, qkv_bias=True, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
+        shape = (vfm.embed_dim, vfm.num_heads, vfm.mlp_ratio)
+        self.blocks = nn.ModuleList(block(*shape) for _ in range(vfm.depth))
         if vfm.position_encoding == "rotary 2.1":
-            self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, vfm.embed_dim, device=device))  # "this is no image"
+            self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, vfm.embed_dim))  # "this is no image"
         self.apply(init_weights_vit_timm)
 
     def set_positions(self, vfm: VFM, grid: tuple[int, int, int]) -> None:
@@ -682,9 +630,27 @@ class VideoViT(nn.Module):
 class TimmModel(nn.Module):
     """A model of timm. Its final norm, if it has one, is applied to the output of every block that is asked for."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, vfm: VFM):
+        import timm
+
         super().__init__()
-        self.model = model
+        self.model = timm.create_model(vfm.timm, num_classes=0)
+        if any(buffer.is_meta for buffer in self.model.buffers()):  # such as rotary positions: they are in no file
+            with torch.device("cpu"):
+                self.model = timm.create_model(vfm.timm, num_classes=0)
+
+    def set_positions(self, vfm: VFM, grid: tuple[int, int, int]) -> None:
+        """Set the model, loaded at the size that it was trained with, to `grid`, and to what its authors compute."""
+        name, table = self.model.pretrained_cfg["architecture"], getattr(self.model, "pos_embed", None)
+        if "vit_pe_" in name:  # timm stretches every grid to the trained one; the authors count on (their `rope.py`)
+            self.model.rope.ref_feat_shape = None
+        if "_siglip_" in name:  # timm's smaller ones have the exact GELU; the authors have flax's approximation in all
+            for block in self.model.blocks:
+                block.mlp.act = nn.GELU(approximate="tanh")
+        if hasattr(self.model, "set_input_size"):
+            self.model.set_input_size(img_size=tuple(length * vfm.patch_size for length in grid[1:]))
+        if "patch14_dinov2" in name or "vit_pe_" in name:
+            self.model.pos_embed = nn.Parameter(resize_learned_positions(table, grid[1:], name))
 
     def forward(self, images: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
         """[B, 3, H, W] -> [B, N, C * len(layers)], prefix tokens left out."""
@@ -694,54 +660,6 @@ class TimmModel(nn.Module):
         )  # of each block [B, C, h, w]
         maps = dict(zip(indices, maps, strict=True))
         return torch.cat([maps[layer - 1] for layer in layers], dim=1).flatten(2).transpose(1, 2)
-
-
-def build_vit(
-    vfm: VFM, num_frames: int, size: tuple[int, int], weights: dict[str, torch.Tensor] | None = None
-) -> nn.Module:
-    """The model for clips of `num_frames` frames of `size` = (height, width), in eval mode on the CPU.
-
-    Its forward takes [B, 3, T, H, W], or images [B, 3, H, W], and numbers of blocks from 1, and returns their outputs
-    for each token, [B, N, C * len(layers)]. `weights`: a state dict in the names of its file, from `read_weights`;
-    without it they are random, the same every time. The attribute `weights_hash` tells which it has. Raises
-    `ValueError` for weights of another model or damaged ones: what `to_timm_names`, `to_timm_layout` and
-    `load_weights` raise.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if vfm.timm:
-            vit = build_timm_model(vfm, size, weights)
-        else:
-            # with weights to load, no initial values are drawn
-            vit = VideoViT(vfm, device="cpu" if weights is None else "meta")
-            vit.weights_hash = "random" if weights is None else load_weights(vit, vfm, to_timm_names(weights))
-            vit.set_positions(vfm, (num_frames // vfm.tubelet_size, *(side // vfm.patch_size for side in size)))
-    return vit.eval().requires_grad_(False)
-
-
-def build_timm_model(vfm: VFM, size: tuple[int, int], weights: dict[str, torch.Tensor] | None) -> TimmModel:
-    """timm's model, loaded at the size that it was trained with, then set to `size`."""
-    import timm
-
-    with torch.device("cpu" if weights is None else "meta"):  # with weights to load, no initial values are drawn
-        model = timm.create_model(vfm.timm, num_classes=0)
-    if any(buffer.is_meta for buffer in model.buffers()):  # such as rotary positions: they are not in the weights
-        model = timm.create_model(vfm.timm, num_classes=0)
-    vit = TimmModel(model)
-    vit.weights_hash = "random" if weights is None else load_weights(model, vfm, to_timm_layout(weights, model))
-    name = model.pretrained_cfg["architecture"]
-    table = getattr(model, "pos_embed", None)
-    if "vit_pe_" in name:  # timm stretches every grid to the trained one; the authors count on (their `rope.py`)
-        model.rope.ref_feat_shape = None
-    if "_siglip_" in name:  # timm's smaller ones have the exact GELU; the authors have flax's approximation in all
-        for block in model.blocks:
-            block.mlp.act = nn.GELU(approximate="tanh")
-    if hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=size)
-    if "patch14_dinov2" in name or "vit_pe_" in name:
-        grid = (size[0] // vfm.patch_size, size[1] // vfm.patch_size)
-        model.pos_embed = nn.Parameter(resize_learned_positions(table, grid, name))
-    return vit
 
 
 def resize_learned_positions(table: torch.Tensor, grid: tuple[int, int], name: str) -> torch.Tensor:
@@ -763,14 +681,38 @@ def resize_learned_positions(table: torch.Tensor, grid: tuple[int, int], name: s
     return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
+def build_vit(
+    vfm: VFM, num_frames: int, size: tuple[int, int], weights: dict[str, torch.Tensor] | None = None
+) -> nn.Module:
+    """The model for clips of `num_frames` frames of `size` = (height, width), in eval mode on the CPU.
+
+    Its forward takes [B, 3, T, H, W], or images [B, 3, H, W], and numbers of blocks from 1, and returns their outputs
+    for each token, [B, N, C * len(layers)]. `weights`: a state dict in the names of its file, from `read_weights`;
+    without it they are random, the same every time. The attribute `weights_hash` tells which it has. Raises
+    `ValueError` for weights of another model or damaged ones: what `to_timm_names`, `to_timm_layout` and
+    `load_weights` raise.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        with torch.device("cpu" if weights is None else "meta"):  # with weights to load, no initial values are drawn
+            vit = TimmModel(vfm) if vfm.timm else VideoViT(vfm)
+        if weights is None:
+            vit.weights_hash = "random"
+        elif vfm.timm:
+            vit.weights_hash = load_weights(vit.model, vfm, to_timm_layout(weights, vit.model))
+        else:
+            vit.weights_hash = load_weights(vit, vfm, to_timm_names(weights))
+        vit.set_positions(vfm, (num_frames // vfm.tubelet_size, *(side // vfm.patch_size for side in size)))
+    return vit.eval().requires_grad_(False)
+
+
 def check_tokens(name: str, vit: nn.Module, vfm: VFM, size: tuple[int, int], layers: Sequence[int]) -> None:
     """Raise `UserError` unless image model `name` gives a token for each patch of an image of `size`."""
     height, width = size[0] // vfm.patch_size, size[1] // vfm.patch_size
     try:
         with torch.inference_mode():
             num_tokens = vit(torch.zeros(1, 3, *size), layers).shape[1]
-    # how the libraries say "not this size"
-    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # libraries have many ways to say "not this size"
         raise UserError(f"{name} cannot take images of {size[0]} x {size[1]}: {first_line(error)}") from error
     if num_tokens != height * width:
         raise UserError(f"{name} gives {num_tokens} tokens for a grid of {height} x {width} patches")
@@ -841,6 +783,7 @@ class Part(NamedTuple):
 
 
 CAPTION_COLUMNS = ("caption", "start", "end")  # all others can name the videos
+AROUND_NAMES = " \t\r\n\"'`“”‘’"  # blanks and quotes around a name mean nothing
 
 
 def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
@@ -851,7 +794,7 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     """
     where = f"--csv_path {csv_path}"
     try:
-        text = csv_path.read_bytes().decode("utf-8-sig")
+        text = csv_path.read_bytes().decode("utf-8-sig").lstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: cannot be read as text in UTF-8 ({error})") from error
     csv.field_size_limit(2**31 - 1)  # characters in one caption; 2**17 by default
@@ -859,11 +802,10 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     rows: list[list[str]] = []
     try:
         for fields in csv.reader(io.StringIO(text, newline=line_end), strict=True):
-            if not fields and not (rows and len(rows[0]) == 1):
-                continue  # a blank line; in a table of one column it is an empty caption
-            if rows and len(fields or [""]) != len(rows[0]):
+            if not rows or len(fields or [""]) == len(rows[0]):
+                rows.append(fields or [""])  # a blank line is an empty caption in a table of one column
+            elif fields:
                 raise csv.Error(f"{len(fields)} fields where the header has {len(rows[0])}")
-            rows.append(fields or [""])
     except csv.Error as error:
         reason = "a carriage return outside quotes" if "new-line character" in str(error) else error
         hint = "quote captions that hold commas or line breaks"
@@ -877,110 +819,83 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     return header, rows[1:]
 
 
-AROUND_NAMES = " \t\r\n\"'`“”‘’"  # blanks and quotes around a name mean nothing
-WHOLE_NUMBER = re.compile(r"([0-9]{1,18})(\.0*)?")  # what spreadsheets make of a name such as 0012: 12, 12.0
+def name_keys(folders: Sequence[str], file_name: str, stem: str, number: str) -> Iterator[tuple]:
+    """How much a name says: (3, file name), (2, stem), (1, number), each with all of its folders first, then fewer.
+
+    `number`: a text that can be a whole one; spreadsheets make 12 or 12.0 of a name such as 0012.
+    """
+    digits = re.fullmatch(r"([0-9]{1,18})(\.0*)?", number)
+    for level, name in ((3, file_name), (2, stem), (1, digits and int(digits[1]))):
+        for first in range(len(folders) + 1) if name is not None else ():
+            yield level, *folders[first:], name
 
 
-class VideoNames:
-    """Finds the videos of a folder by what a cell of a table says, with or without folders."""
+def find_video(cell: str, named: dict[tuple, list[Path]], folder: Path) -> tuple[int, Path, str] | None:
+    """How `cell` names a video (3: by file name, 2: by stem, 1: by number), which one, and those folders in the cell
+    that are not the video's. None if it names none, or several alike.
 
-    def __init__(self, videos: list[Path], folder: Path):
-        self.folders = {video: (folder.absolute() / video).parent.parts[::-1] for video in videos}
-        self.by_name, self.by_stem, self.by_number = defaultdict(list), defaultdict(list), defaultdict(list)
-        for video in videos:
-            self.by_name[video.name].append(video)
-            self.by_stem[video.stem].append(video)
-            if number := WHOLE_NUMBER.fullmatch(video.stem):
-                self.by_number[int(number[1])].append(video)
-
-    def find(self, cell: str) -> tuple[int, Path, str] | None:
-        """How `cell` names a video (3: by file name, 2: by stem, 1: by number), which one, and those folders
-        in the cell that are not the video's. None if it names none, or several alike."""
-        for text in (cell, cell.strip(AROUND_NAMES)):
-            *folders, name = text.replace("\\", "/").split("/")
-            stem, suffix = os.path.splitext(name)
-            number = WHOLE_NUMBER.fullmatch(name)
-            found = (
-                (3, self.by_name.get(name)),
-                (2, self.by_stem.get(stem if suffix.lower() in VIDEO_SUFFIXES else name)),
-                (1, number and self.by_number.get(int(number[1]))),
-            )
-            for level, videos in found:
-                if videos:
-                    return self.nearest(level, videos, [part for part in folders if part not in ("", ".")])
-        return None
-
-    def nearest(self, level: int, videos: list[Path], folders: list[str]) -> tuple[int, Path, str] | None:
-        """Of videos of one name the one that lies in more of `folders`, else the one whose whole path is said."""
-
-        def agreement(video: Path) -> tuple[int, bool]:
-            pairs = zip(folders[::-1], self.folders[video], strict=False)
-            shared = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
-            return shared, shared >= len(video.parts) - 1
-
-        best = max(map(agreement, videos))
-        nearest = [video for video in videos if agreement(video) == best]
-        return (level, nearest[0], "/".join(folders[: len(folders) - best[0]])) if len(nearest) == 1 else None
+    `named`: the videos of `folder` by their `name_keys`. The most folders decide, then whether the whole path is said.
+    """
+    for text in (cell, cell.strip(AROUND_NAMES)):
+        *folders, name = text.replace("\\", "/").split("/")
+        folders = [part for part in folders if part not in ("", ".")]
+        stem, suffix = os.path.splitext(name)
+        keys = name_keys(folders, name, stem if suffix.lower() in VIDEO_SUFFIXES else name, name)
+        if key := next((key for key in keys if key in named), None):
+            level, *said = key
+            videos = [video for video in named[key] if len(named[key]) == 1 or len(video.parts) <= len(said)]
+            if len(videos) != 1:
+                return None
+            is_own = (folder.absolute() / videos[0]).parent.as_posix().endswith("/".join(["", *folders]))
+            return level, videos[0], "" if is_own else "/".join(folders[: len(folders) + 1 - len(said)])
+    return None
 
 
 def match_rows(
     header: list[str], rows: list[list[str]], videos: list[Path], folder: Path, where: str
-) -> tuple[dict[Path, list[int]], str]:
-    """The rows that belong to each of `videos`, in their order, and in words how they were found.
+) -> tuple[list[tuple[int, Path, str] | None], str]:
+    """What `find_video` finds for each row, and in words how.
 
     The column that names videos best decides: full names before stems, stems before numbers, then the most videos. A
     table without such a column belongs to the videos by position. Raises `UserError` that begins with `where` for
-    columns, or folders in one column, that contradict each other, and where videos are neither named nor in order.
+    columns that contradict each other, and where videos are neither named nor in order.
     """
-    names = VideoNames(videos, folder)
+    named = defaultdict(list)
+    for video in videos:  # in a folder whose own name can be said too
+        for key in name_keys((folder.absolute().name, *video.parts[:-1]), video.name, video.stem, video.stem):
+            named[key].append(video)
     columns = [column for column, name in enumerate(header) if name not in CAPTION_COLUMNS]
     if not columns:
-        found = [names.find(f"{row:04d}") for row in range(len(rows))]
-        left_over = {*videos} - {match[1] for match in found if match}
+        matches = [find_video(f"{row:04d}", named, folder) for row in range(len(rows))]
+        left_over = {*videos} - {match[1] for match in matches if match}
         if rows and left_over:
             caption = rows[0][header.index("caption")][:40]
             raise UserError(
                 f"{where}: no column names videos, so row 0 belongs to 0000, row 1 to 0001, and so on; none of its "
                 f"{len(rows)} rows (the first: {caption!r}) is of {min(left_over)}; add a column of file names"
             )
-        return settle(found, where), "row 0 belongs to 0000, row 1 to 0001, and so on"
-    matches = {column: [names.find(row[column]) for row in rows] for column in columns}
-    merit = {
-        column: (max((match[0] for match in found if match), default=0), len({match[1] for match in found if match}))
-        for column, found in matches.items()
-    }
-    best = max(columns, key=merit.get)
-    if rows and not merit[best][0]:
+        return matches, "row 0 belongs to 0000, row 1 to 0001, and so on"
+    found = {column: [find_video(row[column], named, folder) for row in rows] for column in columns}
+
+    def merit(column: int) -> tuple[int, int]:
+        named_here = [match for match in found[column] if match]
+        return max((level for level, *_ in named_here), default=0), len({video for _, video, _ in named_here})
+
+    best = max(columns, key=merit)
+    level, num_named = merit(best)
+    if rows and not level:
         raise UserError(
             f"{where}: no column names the videos, which are called {videos[0].name!r} and the like; {header[best]!r} "
             f"has {rows[0][best][:40]!r}; write file names into it, or keep the column caption alone"
         )
-    for column in columns:
-        for row, (match, other) in enumerate(zip(matches[best], matches[column], strict=True)):
-            if merit[column][0] == merit[best][0] and other and (not match or match[1] != other[1]):
+    for column in (column for column in columns if merit(column)[0] == level):
+        for row, (match, other) in enumerate(zip(found[best], found[column], strict=True)):
+            if other and (not match or match[1] != other[1]):
                 raise UserError(
                     f"{where}: columns {header[best]!r} and {header[column]!r} contradict each other: row {row + 2} "
                     f"has {rows[row][best]!r} and {rows[row][column]!r}; remove the one that does not name the video"
                 )
-    return settle(matches[best], where), f"column {header[best]!r} names {merit[best][1]} of {len(videos)} videos"
-
-
-def settle(matches: list[tuple[int, Path, str] | None], where: str) -> dict[Path, list[int]]:
-    """The rows of each video that a column names. Those that say the video's own folders beat those that say others;
-    two other folders are two other videos, and `UserError` is raised."""
-    rows: dict[Path, list[tuple[str, int]]] = {}
-    for row, match in enumerate(matches):
-        if match:
-            rows.setdefault(match[1], []).append((match[2], row))
-    for video, found in rows.items():
-        own = [(folders, row) for folders, row in found if not folders]
-        others = sorted({folders for folders, _ in found})
-        if not own and len(others) > 1:
-            raise UserError(
-                f"{where}: {video} can be {others[0]}/{video.name} or {others[1]}/{video.name}; keep the rows of one"
-            )
-        rows[video] = own or found
-    return {video: [row for _, row in found] for video, found in rows.items()}
+    return found[best], f"column {header[best]!r} names {num_named} of {len(videos)} videos"
 
 
 def read_part(row: dict[str, str], suffix: str, video: Path, where: str) -> Part:
@@ -990,13 +905,12 @@ def read_part(row: dict[str, str], suffix: str, video: Path, where: str) -> Part
     for column in ("start", "end"):
         text = row.get(column, "")
         try:
-            seconds = float(text) if text.strip() else None
+            times.append(float(text) if text.strip() else None)
         except ValueError:
-            seconds = math.nan
-        if seconds is not None and not 0 <= seconds < math.inf:
+            times.append(math.nan)
+        if times[-1] is not None and not 0 <= times[-1] < math.inf:
             hint = "give seconds from the video's first frame, or nothing"
             raise UserError(f"{where}: {column} of {video} is {text!r}; {hint}")
-        times.append(seconds)
     start, end = times
     if end is not None and end <= (start or 0):
         raise UserError(f"{where}: a part of {video} ends at {end:g} s, but starts at {start or 0:g} s")
@@ -1006,28 +920,41 @@ def read_part(row: dict[str, str], suffix: str, video: Path, where: str) -> Part
 def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> dict[Path, list[Part]]:
     """What a CSV file says of the `videos` of a folder: their captions, None where it does not name them, and parts.
 
-    Without the columns `start` and `end` the first row of a video counts; with one of them each row is a part. Raises
-    what `read_rows`, `match_rows` and `read_part` raise.
+    Rows that say a video's own folders beat those that say others. Without the columns `start` and `end` the first row
+    of a video counts; with one of them each row is a part. Raises `UserError` where rows of two other folders can be of
+    one video, and what `read_rows`, `match_rows` and `read_part` raise.
     """
     where = f"--csv_path {csv_path}"
     header, rows = read_rows(csv_path)
-    rows_of, found = match_rows(header, rows, videos, folder, where)
+    matches, found = match_rows(header, rows, videos, folder, where)
+    rows_of: dict[Path, dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
+    for row, match in zip(rows, matches, strict=True):
+        if match:
+            _, video, folders = match
+            rows_of[video][folders].append(dict(zip(header, row, strict=True)))
+    own = {}
+    for video, by_folders in rows_of.items():
+        first, *others = sorted(by_folders)  # "" is the first: the video's own folders
+        if first and others:
+            raise UserError(
+                f"{where}: {video} can be {first}/{video.name} or {others[0]}/{video.name}; keep the rows of one"
+            )
+        own[video] = by_folders[first]
     has_parts = "start" in header or "end" in header
     parts = {}
     for video in videos:
-        own = [dict(zip(header, rows[row], strict=True)) for row in rows_of.get(video, [])]
         if has_parts:
-            parts[video] = [read_part(row, f"_{index:03d}", video, where) for index, row in enumerate(own)]
-            parts[video] = parts[video] or [Part(suffix="_000")]
+            read = [read_part(row, f"_{index:03d}", video, where) for index, row in enumerate(own.get(video, []))]
+            parts[video] = read or [Part(suffix="_000")]
         else:
-            parts[video] = [Part(own[0]["caption"] if own else None)]
-    num_named = sum(map(len, rows_of.values()))
+            parts[video] = [Part(own[video][0]["caption"] if video in own else None)]
+    num_named = sum(map(len, own.values()))
     if num_named < len(rows):
         found += f"; {len(rows) - num_named} of its {len(rows)} rows belong to no video"
     if has_parts:
         found += f"; start and end cut them into {sum(map(len, parts.values()))} clips, _000, _001 and so on of each"
-    elif num_named > len(rows_of):
-        found += f"; {num_named - len(rows_of)} rows name a video again, and its first counts"
+    elif num_named > len(own):
+        found += f"; {num_named - len(own)} rows name a video again, and its first counts"
     say(f"captions: {csv_path}: {found}")
     return parts
 

@@ -41,6 +41,70 @@ def filled(name, shape):
     return torch.from_numpy(normal)
 
 
+def layer(name, shape):
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def published_shapes(model, spec):
+    """The encoder in the authors' names, with the parts that are of no use here; SigLIP 2's in timm's names."""
+    dim, p = spec.embed_dim, spec.patch_size
+    wide = 4304 if model == "SigLIP2-So400m" else int(dim * spec.mlp_ratio)
+    if model.startswith("SigLIP"):
+        import timm
+
+        with torch.device("meta"):
+            state = timm.create_model(spec.timm, num_classes=0).state_dict()
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        assert shapes["blocks.0.mlp.fc1.weight"] == (wide, dim)
+        return shapes
+    if model.startswith("PE"):
+        shapes = {"class_embedding": (dim,), "positional_embedding": (1 + 32 * 32, dim), "conv1.weight": (dim, 3, p, p)}
+        shapes |= layer("ln_pre", (dim,))
+        for i in range(spec.depth):
+            block = f"transformer.resblocks.{i}"
+            shapes |= {f"{block}.attn.in_proj_weight": (3 * dim, dim), f"{block}.attn.in_proj_bias": (3 * dim,)}
+            shapes |= layer(f"{block}.attn.out_proj", (dim, dim)) | layer(f"{block}.ln_1", (dim,))
+            shapes |= layer(f"{block}.mlp.c_fc", (wide, dim)) | layer(f"{block}.mlp.c_proj", (dim, wide))
+            shapes |= layer(f"{block}.ln_2", (dim,))
+        return shapes
+    is_dino, is_dino_3 = model.startswith("DINO"), model.startswith("DINOv3")
+    shapes = layer("patch_embed.proj", (dim, 3, p, p) if is_dino else (dim, 3, 2, p, p))
+    if is_dino:
+        shapes |= layer("norm", (dim,)) | {"cls_token": (1, 1, dim), "mask_token": (1, dim)}
+        shapes |= {} if is_dino_3 else {"pos_embed": (1, 1 + 37 * 37, dim)}
+        shapes |= {"register_tokens": (1, 4, dim)} if model.endswith("reg") else {}
+        shapes |= {"storage_tokens": (1, 4, dim), "rope_embed.periods": (16,)} if is_dino_3 else {}
+    if model.startswith("VJEPA2.1"):
+        shapes |= {"video_mod_embed": (1, 1, dim), "img_mod_embed": (1, 1, dim)} | layer("norms_block.3", (dim,))
+        shapes |= layer("patch_embed_img.proj", (dim, 3, 1, p, p))
+    for i in range(spec.depth):
+        block = f"blocks.{i}"
+        shapes |= layer(f"{block}.norm1", (dim,)) | layer(f"{block}.norm2", (dim,))
+        shapes |= layer(f"{block}.attn.qkv", (3 * dim, dim)) | layer(f"{block}.attn.proj", (dim, dim))
+        if model.startswith("DINOv2-g"):
+            shapes |= layer(f"{block}.mlp.w12", (8192, dim)) | layer(f"{block}.mlp.w3", (dim, 4096))
+        elif model.endswith("+"):
+            shapes |= layer(f"{block}.mlp.w1", (wide, dim)) | layer(f"{block}.mlp.w2", (wide, dim))
+            shapes |= layer(f"{block}.mlp.w3", (dim, wide))
+        else:
+            shapes |= layer(f"{block}.mlp.fc1", (wide, dim)) | layer(f"{block}.mlp.fc2", (dim, wide))
+        if model.startswith("VideoMAE"):
+            del shapes[f"{block}.attn.qkv.bias"]
+            shapes |= {f"{block}.attn.q_bias": (dim,), f"{block}.attn.v_bias": (dim,)}
+        if is_dino:
+            shapes |= {f"{block}.ls1.gamma": (dim,), f"{block}.ls2.gamma": (dim,)}
+        if is_dino_3:
+            shapes |= {f"{block}.attn.qkv.bias_mask": (3 * dim,)}
+    return shapes
+
+
+def published_state(model, spec):
+    state = {name: filled(name, shape) for name, shape in published_shapes(model, spec).items()}
+    if model.startswith("DINOv3"):  # as published
+        state |= {name: torch.zeros_like(value) for name, value in state.items() if name.endswith("qkv.bias")}
+    return state
+
+
 def pattern_clip(frames, height, width):
     """The clip of the reference figures: uint8 [1, frames, height, width, 3] by a formula."""
     t, y, x, c = np.ogrid[:frames, :height, :width, :3]

@@ -20,7 +20,7 @@ import pytest
 import torch
 from bench_faults import ffmpeg
 from draw_clips import draw_frame, write_video
-from made_up import ROOT, SMALL, counts, filled, hear_ctrl_c, pattern_clip
+from made_up import ROOT, SMALL, counts, hear_ctrl_c, pattern_clip, published_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -55,32 +55,9 @@ def clips(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def published_state(model: str) -> dict[str, torch.Tensor]:
-    """The encoder in the authors' names, filled by the rule."""
-    spec = vfm.find_vfm(model)
-    dim = spec.embed_dim
-    kernel = (3, 14, 14) if model == "DINOv2" else (3, 2, 16, 16)
-    shapes = {"patch_embed.proj.weight": (dim, *kernel), "patch_embed.proj.bias": (dim,)}
-    if model == "DINOv2":
-        shapes |= {"cls_token": (1, 1, dim), "pos_embed": (1, 1370, dim), "mask_token": (1, dim)}
-        shapes |= {"norm.weight": (dim,), "norm.bias": (dim,)}
-    for block in range(spec.depth):
-        layers = {"norm1": (dim,), "norm2": (dim,), "attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim)}
-        layers |= {"mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim)}
-        for layer, shape in layers.items():
-            shapes[f"blocks.{block}.{layer}.weight"] = shape
-            shapes[f"blocks.{block}.{layer}.bias"] = shape[:1]
-        if model.startswith("VideoMAE"):  # queries and values have a bias, keys have none
-            del shapes[f"blocks.{block}.attn.qkv.bias"]
-            shapes |= {f"blocks.{block}.attn.q_bias": (dim,), f"blocks.{block}.attn.v_bias": (dim,)}
-        if model == "DINOv2":
-            shapes |= {f"blocks.{block}.ls1.gamma": (dim,), f"blocks.{block}.ls2.gamma": (dim,)}
-    return {name: filled(name, shape) for name, shape in shapes.items()}
-
-
 def published_file(model: str, path: Path, **more: torch.Tensor) -> Path:
     """The filled weights in the layout that the authors publish, with the parts that no feature needs, and `more`."""
-    state = published_state(model) | more
+    state = published_state(model, vfm.find_vfm(model)) | more
     unused = torch.ones(3)
     encoder = {f"encoder.{name}": value for name, value in state.items()}
     backbone = {f"module.backbone.{name}": value for name, value in state.items()}
@@ -120,9 +97,10 @@ HUB_NAMES = [  # the authors' names -> those of transformers, in which the hub h
 
 def hub_file(path: Path) -> Path:
     """VideoMAE's filled weights as they lie in the hub, with its decoder."""
-    state = {f"decoder.{name}": value for name, value in published_state("VideoMAE").items()}
+    encoder = published_state("VideoMAE", vfm.find_vfm("VideoMAE"))
+    state = {f"decoder.{name}": value.clone() for name, value in encoder.items()}
     state |= {"position_embeddings": torch.ones(3), "videomae.layernorm.weight": torch.ones(3)}
-    for name, value in published_state("VideoMAE").items():
+    for name, value in encoder.items():
         for theirs, hub in HUB_NAMES:
             name = name.replace(theirs, hub)
         if name.endswith("qkv.weight"):
@@ -451,6 +429,16 @@ def test_the_folder_that_was_given_counts_as_part_of_the_path(tmp_path):
     assert read_captions(tmp_path / "val", table, ["1.mp4"]) == {"1.mp4": ["val"]}
     with pytest.raises(UserError, match=r"1\.mp4 can be train/1\.mp4 or val/1\.mp4; keep the rows of one"):
         read_captions(tmp_path, table, ["1.mp4"])
+    table = "video,caption\nval/1.mp4,either\nval/2.mp4,two\n"  # in val/val, too, lies a 1.mp4
+    expected = {"1.mp4": [None], "val/1.mp4": [None], "2.mp4": ["two"]}
+    assert read_captions(tmp_path / "val", table, expected) == expected
+
+
+def test_captions_of_thousands_of_videos_of_one_name(tmp_path):
+    """Which a search among all of that name for each row would take minutes for."""
+    expected = {f"{index}/clip.mp4": [str(index)] for index in range(3000)}
+    table = "".join(f"{name},{index}\n" for index, name in enumerate(expected))
+    assert read_captions(tmp_path, f"video,caption\n{table}", expected) == expected
 
 
 def test_parts_are_in_the_order_of_the_rows(tmp_path, capsys):
@@ -910,7 +898,7 @@ def test_stopped_at_any_moment_the_same_command_finishes_the_work(clips, tmp_pat
 
 
 def test_weights_from_a_file(clips, tmp_path, run_here):
-    state = published_state("VideoMAEv2")
+    state = published_state("VideoMAEv2", vfm.find_vfm("VideoMAEv2"))
     del state["blocks.1.norm1.weight"]
     state["blocks.0.mlp.fc1.bias"] = torch.ones(7)
     torch.save({"module": state}, tmp_path / "bad.pth")
