@@ -43,14 +43,15 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import combinations, islice, pairwise, takewhile
+from itertools import combinations, islice, takewhile
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1119,6 +1120,8 @@ FITS = {
 
 TIME_TOLERANCE = 1e-3  # seconds: containers such as Matroska round times to milliseconds
 
+Span = tuple[float | None, float | None]  # of a clip: its start and end in seconds; None: the video's
+
 
 @dataclass(frozen=True)
 class Window:
@@ -1127,7 +1130,7 @@ class Window:
     Two are equal if they show the same frames: decoding can find that a clip has fewer windows than its packets say.
     """
 
-    clip: int  # which of its job's spans
+    clip: int  # which of its video's spans
     index: int  # which of that clip's windows
     count: int = field(compare=False)  # how many windows that clip has
     start: float  # seconds from the video's first frame
@@ -1135,21 +1138,6 @@ class Window:
     frame_indices: tuple[int, ...]  # of the frames that the video shows; empty if it shows none in this time
     stop: int = field(compare=False)  # the first frame after it
     fps: float  # the video's average rate
-
-    @property
-    def num_repeats(self) -> int:
-        """How many of its frames repeat another one, because the video shows fewer than were asked for."""
-        return len(self.frame_indices) - len(set(self.frame_indices))
-
-
-@dataclass(eq=False)
-class Job:
-    """A video that is decoded once for all of its clips, and the windows of these that came of it."""
-
-    path: str
-    # start and end of each clip in seconds; None: the video's
-    spans: list[tuple[float | None, float | None]] = field(default_factory=lambda: [(None, None)])
-    delivered: set[Window] = field(default_factory=set)
 
 
 @contextmanager
@@ -1175,24 +1163,12 @@ def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
             raise ValueError(f"cannot be read: {said}") from None
 
 
-class Packets(NamedTuple):
-    """What a video's container says of its frames."""
+def read_packets(path: str) -> tuple[list[int | None], float, float]:
+    """What a video's packets say of its frames: when each one that is shown is, in ticks and in this order, the seconds
+    of a tick, and the average rate in frames a second. Decodes nothing.
 
-    times: list[int | None]  # of the frames that are shown, in the order in which they are shown, in ticks
-    tick: float  # seconds
-    rate: float  # frames a second, on average
-
-    def seconds(self) -> np.ndarray:
-        """When each frame is shown, from the first; by the average rate where the times do not rise."""
-        if None in self.times or any(later <= earlier for earlier, later in pairwise(self.times)):
-            return np.arange(len(self.times)) / self.rate
-        return (np.array(self.times) - self.times[0]) * self.tick
-
-
-def read_packets(path: str) -> Packets:
-    """The packets of a video that are shown: as many as it has frames, unless some packets hold none. Decodes nothing.
-
-    Raises `ValueError` if the video is empty, encrypted or cut short, as far as its container can tell.
+    There are as many as the video has frames, unless some packets hold none. Raises `ValueError` if the video is empty,
+    encrypted or cut short, as far as its container can tell.
     """
     with open_track(path) as (container, stream, messages):
         shown, times = [], []
@@ -1217,48 +1193,51 @@ def read_packets(path: str) -> Packets:
         tick, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 25)
     if not shown:
         raise ValueError("no frames")
-    return Packets(shown if None in shown else sorted(shown), tick, rate)
+    return shown if None in shown else sorted(shown), tick, rate
 
 
-def plan_windows(job: Job, packets: Packets, sampling: Sampling) -> list[Window]:
-    """The windows of a job's clips that are to be delivered, in the order in which decoding completes them.
+def to_seconds(times: list[int | None], tick: float, rate: float) -> np.ndarray:
+    """When each frame is shown, in seconds from the first; by the average rate where the times do not rise."""
+    if None in times or (np.diff(times) <= 0).any():
+        return np.arange(len(times)) / rate
+    return (np.array(times) - times[0]) * tick
+
+
+def plan_windows(spans: Sequence[Span], times: np.ndarray, rate: float, sampling: Sampling) -> list[Window]:
+    """The windows of a video's clips, in the order in which decoding completes them. `times`: of its frames, seconds.
 
     A frame belongs to a window if its time is in [start, end). Only whole windows count, but a clip shorter than one
     is a window of its own.
     """
-    times = packets.seconds()
-    video_end = times[-1] + 1 / packets.rate
+    video_end = times[-1] + 1 / rate
     windows = []
-    for clip, (start, end) in enumerate(job.spans):
+    for clip, (start, end) in enumerate(spans):
         start, end = start or 0.0, min(end or video_end, video_end)
         length, hop = sampling.window or video_end, sampling.hop or video_end
         count = 1 + max(0, math.floor((end - start - length + TIME_TOLERANCE) / hop)) if sampling.window else 1
         for index in range(count):
-            begin = start + index * hop
-            until = min(begin + length, end)
-            first, stop = np.searchsorted(times, [begin - TIME_TOLERANCE, until - TIME_TOLERANCE])
+            begin = float(start + index * hop)
+            until = float(min(begin + length, end))
+            first, stop = np.searchsorted(times, [begin - TIME_TOLERANCE, until - TIME_TOLERANCE]).tolist()
             if until == video_end:
                 stop = len(times)
-            indices = np.array([], int)
-            if sampling.fps and first < stop:  # of each moment the frame that is shown then
+            if first >= stop:
+                indices, stop = np.array([], int), len(times)  # only the video's end tells that there is none
+            elif sampling.fps:  # of each moment the frame that is shown then
                 moments = begin + np.arange(sampling.num_frames) / sampling.fps + TIME_TOLERANCE
                 indices = (np.searchsorted(times, moments, side="right") - 1).clip(first, stop - 1)
-            elif first < stop:
+            else:
                 indices = first + frame_indices(stop - first, sampling.num_frames, sampling.sampling)
-            stop = stop if len(indices) else len(times)  # only the video's end tells that there is none
-            span = float(begin), float(until)
-            windows.append(Window(clip, index, count, *span, tuple(indices.tolist()), int(stop), packets.rate))
-    return sorted((window for window in windows if window not in job.delivered), key=lambda window: window.stop)
+            windows.append(Window(clip, index, count, begin, until, tuple(indices.tolist()), stop, rate))
+    return sorted(windows, key=lambda window: window.stop)
 
 
-class ShownFrame(NamedTuple):
-    """A frame as a decoder yields it, in the order in which the video shows them."""
-
-    # -> uint8 [H, W, 3], and how much wider than high its pixels are shown; only wanted frames are converted
-    to_rgb: Callable[[], tuple[np.ndarray, float]]
-    time: int | None = None  # in the container's ticks
+# A frame as decoders yield it, in the order in which the video shows them: when, in the container's ticks, or None; and
+# what converts it, if it is wanted, to uint8 RGB [H, W, 3] and how much wider than high its pixels are shown.
+ShownFrame = tuple[int | None, Callable[[], tuple[np.ndarray, float]]]
 
 
+@functools.cache
 def make_converter(width: int, height: int, pixel_format: str, *colours: int) -> av.filter.Graph:
     """FFmpeg's own conversion to RGB, for frames that are alike in all of these. Making one takes longer than a use."""
     graph = av.filter.Graph()
@@ -1268,13 +1247,13 @@ def make_converter(width: int, height: int, pixel_format: str, *colours: int) ->
     return graph
 
 
-def to_rgb(frame: av.VideoFrame, aspect: float, converter: Callable[..., av.filter.Graph]) -> tuple[np.ndarray, float]:
+def to_rgb(frame: av.VideoFrame, aspect: float) -> tuple[np.ndarray, float]:
     """uint8 RGB [H, W, 3] as FFmpeg's command shows it, and how much wider than high its pixels are shown.
 
     Converted by the frame's own matrix and range and nothing else, turned and mirrored by its display matrix. `aspect`:
-    of its pixels before the turn. `converter`: `make_converter`, with a memory for this video.
+    of its pixels before the turn.
     """
-    graph = converter(frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
+    graph = make_converter(frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
     graph.vpush(frame)
     rgb = graph.vpull().to_ndarray()
     try:
@@ -1296,7 +1275,7 @@ def read_with_pyav(path: str) -> Iterator[ShownFrame]:
     Its log counts only while all packets are keyframes: after others it also reports references that a cut removed and
     that no shown frame needs. If a video begins without a keyframe, errors before its first shown frame do not count.
     """
-    converter = functools.cache(make_converter)
+    make_converter.cache_clear()  # one that failed may hold a frame of another video
     num_packets, num_shown, starts_whole, all_keyframes = 0, 0, False, True
     with open_track(path) as (container, stream, messages):
         codec, ratio = stream.codec_context, stream.sample_aspect_ratio
@@ -1321,8 +1300,7 @@ def read_with_pyav(path: str) -> Iterator[ShownFrame]:
                     faults.append("a corrupt frame")
                 if faults:
                     break
-                pixels = aspects.pop(frame.pts, aspect)
-                yield ShownFrame(functools.partial(to_rgb, frame, pixels, converter), frame.pts)
+                yield frame.pts, functools.partial(to_rgb, frame, aspects.pop(frame.pts, aspect))
                 num_shown += 1
             if faults and (frames or num_shown or starts_whole):
                 raise ValueError(f"damaged: {num_shown} frames are whole, then: {faults[0]}")
@@ -1338,7 +1316,7 @@ def read_with_decord(path: str) -> Iterator[ShownFrame]:
         rgb = torch.from_dlpack(reader.next().to_dlpack()).numpy()  # without a copy
         if rgb.shape[-1] != 3:  # dmlc/decord issue 336: garbled frames of some narrow videos
             raise RuntimeError(f"a frame of shape {list(rgb.shape)} instead of [height, width, 3]")
-        yield ShownFrame(lambda rgb=rgb: (rgb, 1.0))
+        yield None, lambda rgb=rgb: (rgb, 1.0)
 
 
 def read_with_opencv(path: str) -> Iterator[ShownFrame]:
@@ -1346,7 +1324,7 @@ def read_with_opencv(path: str) -> Iterator[ShownFrame]:
 
     capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # else a name with % stands for numbered images
     while capture.grab():
-        yield ShownFrame(lambda: (cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB), 1.0))
+        yield None, lambda: (cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB), 1.0)
 
 
 # Tried in this order. A video that hangs or crashes PyAV is left to the others where they can be trusted.
@@ -1371,75 +1349,66 @@ def check_plain(path: str, num_frames: int, backend: str) -> None:
         raise RuntimeError(f"{num_shown} frames, where the container has {num_frames}")
 
 
-def decode_planned(
-    job: Job, shown: Iterable[ShownFrame], packets: Packets, sampling: Sampling, compare_times: bool
-) -> Generator[tuple[Window, Frames | str] | None, None, list[int | None] | None]:
-    """Yield the windows that `packets` promise, as they are complete, with their frames or why they have none; None now
-    and then: still at work.
-
-    Ends with the last of them. If the video shows other frames than its packets say, it returns their times: the number
-    counts, and the times themselves if `compare_times`.
-    """
-    waiting = deque(plan_windows(job, packets, sampling))
-    uses = Counter(index for window in waiting for index in set(window.frame_indices))
-    kept: dict[int, Frames] = {}  # resized frames that windows share: [H, W, 3] by index and size
-
-    def take(window: Window) -> Frames | str:
-        job.delivered.add(window)
-        if window.start >= window.end:
-            return f"the video ends before, at {window.end:g} s"
-        if not window.frame_indices:
-            return f"no frame is shown from {window.start:g} to {window.end:g} s"
-        frames = {size: np.stack([kept[index][size] for index in window.frame_indices]) for size in sampling.sizes}
-        for index in set(window.frame_indices):
-            uses[index] -= 1
-            if not uses[index]:
-                del kept[index]
-        return frames
-
-    times, as_planned = [], True
-    for index, frame in enumerate(shown):
-        is_right = index < len(packets.times) and (not compare_times or frame.time == packets.times[index])
-        as_planned = as_planned and is_right
-        times.append(frame.time)
-        if index % 1000 == 999:
-            yield None
-        while as_planned and waiting and waiting[0].stop <= index:
-            yield waiting[0], take(waiting.popleft())
-        if not waiting:
-            return None
-        if as_planned and index in uses:
-            rgb, aspect = frame.to_rgb()
-            kept[index] = {size: FITS[sampling.fit](rgb, size, aspect) for size in sampling.sizes}
-    if not as_planned or len(times) != len(packets.times):
-        return times
-    for window in waiting:
-        yield window, take(window)
-    return None
+def stack_frames(window: Window, frames: list[Frames], sampling: Sampling) -> Frames | str:
+    """The frames of a window, each one by size, as one clip; or why there are none."""
+    if window.start >= window.end:
+        return f"the video ends before, at {window.end:g} s"
+    if not frames:
+        return f"no frame is shown from {window.start:g} to {window.end:g} s"
+    return {size: np.stack([frame[size] for frame in frames]) for size in sampling.sizes}
 
 
-def decode_windows(job: Job, sampling: Sampling, backend: str) -> Iterator[tuple[Window, Frames | str] | None]:
-    """Decode a video, and yield what `decode_planned` does of those of its windows that were not delivered before.
+def decode_windows(
+    path: str, spans: Sequence[Span], sampling: Sampling, backend: str = "pyav", delivered: Iterable[Window] = ()
+) -> Iterator[tuple[Window, Frames | str] | None]:
+    """Decode a video: yield the windows of its clips, without those `delivered` before, as they are complete, with
+    their frames or why they have none; None now and then: still at work.
 
     The video is read from its start to the end of its last window, once, unless it shows other frames than its packets
-    say. Then the rest of the first pass finds the true ones, and the windows are planned anew. Raises `ValueError` if
-    the video is to blame, anything else if the decoder is.
+    say: the number counts, and the times too where windows depend on them. Then the rest of the first pass finds the
+    true ones, and the windows are planned anew. Raises `ValueError` if the video is to blame, anything else if the
+    decoder is.
     """
-    path = os.path.abspath(job.path)  # without a folder FFmpeg would take a name such as pipe:0 for a protocol
+    path = os.path.abspath(path)  # without a folder FFmpeg would take a name such as pipe:0 for a protocol
     if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
         raise ValueError("its name is not in UTF-8; rename it")
-    packets = read_packets(path)
+    planned_times, tick, rate = read_packets(path)
     if backend != "pyav":
-        check_plain(path, len(packets.times), backend)
-    has_parts = bool(sampling.window) or any(start or end for start, end in job.spans)
+        check_plain(path, len(planned_times), backend)
+    has_parts = bool(sampling.window) or any(start or end for start, end in spans)
     compare_times = backend == "pyav" and bool(has_parts or sampling.fps)
-    while True:
-        times = yield from decode_planned(job, BACKENDS[backend](path), packets, sampling, compare_times)
-        if times is None:
-            return
+    done, as_planned = {*delivered}, False
+    while not as_planned:
+        windows = plan_windows(spans, to_seconds(planned_times, tick, rate), rate, sampling)
+        waiting: deque[tuple[Window, list[Frames]]] = deque((window, []) for window in windows if window not in done)
+        wanted: dict[int, list[list[Frames]]] = defaultdict(list)  # by frame: where it is to be added, resized
+        for window, frames in waiting:
+            for index in window.frame_indices:
+                wanted[index].append(frames)
+        times, as_planned = [], True
+        for index, (ticks, convert) in enumerate(BACKENDS[backend](path)):
+            times.append(ticks)
+            is_right = index < len(planned_times) and (not compare_times or ticks == planned_times[index])
+            as_planned = as_planned and is_right
+            if index % 1000 == 999:
+                yield None
+            while as_planned and waiting and waiting[0][0].stop <= index:
+                window, frames = waiting.popleft()
+                done.add(window)
+                yield window, stack_frames(window, frames, sampling)
+            if not waiting:
+                return
+            if as_planned and index in wanted:
+                rgb, aspect = convert()
+                resized = {size: FITS[sampling.fit](rgb, size, aspect) for size in sampling.sizes}
+                for frames in wanted.pop(index):
+                    frames.append(resized)
         if not times:
             raise ValueError("no frames: none can be decoded")
-        packets = packets._replace(times=times)
+        as_planned = as_planned and len(times) == len(planned_times)
+        planned_times = times
+    for window, frames in waiting:
+        yield window, stack_frames(window, frames, sampling)
 
 
 def decode_clip(
@@ -1450,7 +1419,7 @@ def decode_clip(
     `sampling`: `sampling`, `fps`, `fit` of `Sampling`. Raises `ValueError` if the video is to blame, anything else if
     the decoder is.
     """
-    found = decode_windows(Job(str(path)), Sampling(num_frames, tuple(sizes), **sampling), backend)
+    found = decode_windows(str(path), [(None, None)], Sampling(num_frames, tuple(sizes), **sampling), backend)
     ((_, frames),) = filter(None, found)
     return frames
 
@@ -1472,7 +1441,7 @@ def start_decoder() -> None:
 
 
 def decode_jobs(connection: Connection, sampling: Sampling) -> None:
-    """A decoding process. It says "" when it is ready for a job, then what `decode_windows` yields of it.
+    """A decoding process. It says "" when it is ready for a video, then what `decode_windows` yields of it.
 
     (None, reason) follows if the video is to blame for what is missing. If the decoder is, a text says why, and the
     process ends, so that the next decoder has a fresh one.
@@ -1481,9 +1450,9 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
     with suppress(EOFError, ConnectionError):  # its parent is gone
         while True:
             connection.send("")
-            job, backend = connection.recv()
+            path, spans, *others = connection.recv()
             try:
-                for item in decode_windows(job, sampling, backend):
+                for item in decode_windows(path, spans, sampling, *others):
                     connection.send(item)
             except ConnectionError:
                 raise
@@ -1494,104 +1463,88 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
                 return
 
 
-class Decoder:
-    """A decoding process, the job that it is at, and why other decoders gave this up."""
-
-    def __init__(self, sampling: Sampling):
-        # Forks of a server that has imported these once: each import takes seconds, and a fork of this process would
-        # copy its threads' locks. The path of its socket can have 107 bytes, of which 32 follow the folder.
-        is_served = sys.platform == "linux" and len(os.fsencode(tempfile.gettempdir())) <= 75
-        context = multiprocessing.get_context("forkserver" if is_served else "spawn")
-        context.set_forkserver_preload(["torch", "av", "pandas"])
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=decode_jobs, args=(theirs, sampling), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.job: Job | None = None  # until it has started
-
-    def give(self, job: Job, failures: list[str]) -> None:
-        self.job, self.failures, self.heard = job, failures, time.monotonic()
-        with suppress(ConnectionError):  # it has just died, and `hear` will tell
-            self.connection.send((job, list(BACKENDS)[len(failures)]))
-
-    def hear(self, timeout: float) -> tuple[Window | None, Frames | str] | str | None:
-        """What it says, see `decode_jobs`, or that it died or was silent for `timeout` seconds; None: nothing yet.
-
-        Raises `EOFError` if it died before it was ready.
-        """
-        if self.connection.poll():
-            with suppress(EOFError, OSError):  # it died, perhaps amid a message
-                self.heard = time.monotonic()
-                return self.connection.recv()
-            self.process.join(5)
-            reason = f"the process died ({self.process.exitcode})"
-        elif self.job and time.monotonic() - self.heard > timeout:
-            reason = f"no end after {timeout:g} s (--decode_timeout)"
-        else:
-            return None
-        if not self.job:
-            raise EOFError(reason)
-        return reason
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.join(5)  # one that waits for a dead network disk cannot be killed
-        self.connection.close()
+def start_process(sampling: Sampling) -> tuple[BaseProcess, Connection]:
+    """A process of `decode_jobs`, forked by a server that has imported what it needs: each import takes seconds, and a
+    fork of this process would copy its threads' locks. Raises `OSError` if none can be started."""
+    # the path of the server's socket can have 107 bytes, of which 32 follow the folder
+    is_served = sys.platform == "linux" and len(os.fsencode(tempfile.gettempdir())) <= 75
+    context = multiprocessing.get_context("forkserver" if is_served else "spawn")
+    context.set_forkserver_preload(["torch", "av", "pandas"])
+    connection, theirs = context.Pipe()
+    process = context.Process(target=decode_jobs, args=(theirs, sampling), daemon=True)
+    process.start()
+    theirs.close()
+    return process, connection
 
 
-def run_decoders(
-    jobs: Sequence[Job],
+def run_decoder(
+    todo: deque[tuple[str, Sequence[Span], set[Window], list[str]]],
     sampling: Sampling,
-    num_workers: int,
     timeout: float,
-    deliver: Callable[[Job, Window | None, Frames | str], None],
+    deliver: Callable[[str, Window | None, Frames | str], None],
     stopped: threading.Event,
 ) -> None:
-    """Have processes decode, and `deliver` what `decode_ahead` yields of whichever has something.
+    """Have a process decode what is `todo`, and `deliver` what `decode_ahead` yields, until all is done or it fails at
+    a video, which is then left to the next decoder, in a fresh process.
 
-    Raises `OSError` or `EOFError` if no process can be started.
+    `todo`: path, spans, windows that were delivered, why decoders failed. Raises `OSError` or `EOFError` if no process
+    can be started, and once `stopped` is set.
     """
-    todo = deque((job, []) for job in jobs)  # with why decoders gave them up
-    decoders: list[Decoder] = []
+    process, connection = start_process(sampling)
+
+    def hear(timeout: float) -> Any:
+        """What it says next, see `decode_jobs`; or that it died, or said nothing for `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if stopped.is_set():
+                raise EOFError("stopped")
+            if connection.poll(0.2):
+                with suppress(EOFError, OSError):  # it died, perhaps amid a message
+                    return connection.recv()
+                process.join(5)
+                return f"the process died ({process.exitcode})"
+        return f"no end after {timeout:g} s (--decode_timeout)"
+
     try:
-        decoders.extend(Decoder(sampling) for _ in range(min(num_workers, len(jobs))))
-        while decoders and not stopped.is_set():
-            wait([decoder.connection for decoder in decoders], timeout=0.2)
-            for decoder in [*decoders]:
-                item = decoder.hear(timeout)
-                if isinstance(item, tuple):
-                    window, frames = item
-                    if window:
-                        decoder.job.delivered.add(window)
-                    deliver(decoder.job, window, frames)
-                elif item:
-                    failures = [*decoder.failures, f"{list(BACKENDS)[len(decoder.failures)]}: {item}"]
-                    if len(failures) < len(BACKENDS):
-                        todo.appendleft((decoder.job, failures))
-                    else:
-                        deliver(decoder.job, None, "; ".join(failures))
-                    decoder.stop()
-                    decoders.remove(decoder)
-                    decoders += [Decoder(sampling)] if todo else []
-                elif item == "" and todo:
-                    decoder.give(*todo.popleft())
-                elif item == "":
-                    decoder.stop()
-                    decoders.remove(decoder)
+        if reason := hear(math.inf):
+            raise EOFError(reason)
+        while True:
+            try:
+                path, spans, delivered, failures = todo.popleft()
+            except IndexError:
+                return
+            backend = [*BACKENDS][len(failures)]
+            with suppress(ConnectionError):  # it has just died, and `hear` will tell
+                connection.send((path, spans, backend, delivered))
+            while not isinstance(item := hear(timeout), str):
+                if item:  # else it is still at work
+                    deliver(path, *item)
+                    delivered.add(item[0])
+            if item == "":
+                continue
+            failures.append(f"{backend}: {item}")
+            if len(failures) == len(BACKENDS):
+                deliver(path, None, "; ".join(failures))
+            else:
+                todo.appendleft((path, spans, delivered, failures))
+            return
     finally:
-        for decoder in decoders:
-            decoder.stop()
+        process.kill()
+        process.join(5)  # one that waits for a dead network disk cannot be killed
+        connection.close()
 
 
 def decode_ahead(
-    jobs: Sequence[Job], sampling: Sampling, num_workers: int, timeout: float
-) -> Iterator[tuple[Job, Window | None, Frames | str]]:
-    """Decode videos in processes. Yields every window of each job with its frames, or with the reason why it has none;
-    with None for a window, the reason why the job's other windows are missing.
+    videos: dict[str, Sequence[Span]], sampling: Sampling, num_workers: int, timeout: float
+) -> Iterator[tuple[str, Window | None, Frames | str]]:
+    """Decode videos, each once for all of its clips, in processes. `videos`: by path, the spans of their clips.
 
-    A thread takes from the processes, ahead of the caller by two items for each. A video on which a decoder dies, or
-    says nothing for `timeout` seconds, is left to the next one of `BACKENDS`. Raises `UserError` if no process starts.
+    Yields path, window and its frames, or why it has none; with None for a window, why the video's other windows are
+    missing. Threads, one for each process, take what is ready, ahead of the caller by two items each. A video on which
+    a decoder dies, or says nothing for `timeout` seconds, is left to the next one of `BACKENDS`. Raises `UserError` if
+    no process starts.
     """
+    todo = deque((path, spans, set(), []) for path, spans in videos.items())
     found: queue.SimpleQueue = queue.SimpleQueue()
     room, stopped = threading.Semaphore(2 * num_workers), threading.Event()
 
@@ -1599,32 +1552,34 @@ def decode_ahead(
         found.put(item)
         room.acquire()
 
-    def read_ahead() -> None:
-        ending = None
+    def work() -> None:
         try:
-            # Ctrl-C is for the main thread. Processes inherit this; their tracker, started later, would undo it.
-            resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            run_decoders(jobs, sampling, num_workers, timeout, deliver, stopped)
-        except (OSError, EOFError) as error:
-            hint = "free memory, end other processes, or lower --num_workers"
-            ending = UserError(f"videos cannot be decoded: no process starts ({error}); {hint}")
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # for the main thread; processes inherit this
+            while todo:
+                run_decoder(todo, sampling, timeout, deliver, stopped)
+            found.put(None)
         except BaseException as error:  # for the caller to see
-            ending = error
-        found.put(ending)
+            found.put(error)
 
-    thread = threading.Thread(target=read_ahead, daemon=True)
-    thread.start()
+    resource_tracker.ensure_running()  # which a thread would start with Ctrl-C let through again
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(num_workers, len(videos)))]
+    for thread in threads:
+        thread.start()
     try:
-        while isinstance(item := found.get(), tuple):
-            room.release()
-            yield item
-        if item:
-            raise item
+        for _ in threads:
+            while isinstance(item := found.get(), tuple):
+                room.release()
+                yield item
+            if isinstance(item, OSError | EOFError):
+                hint = "free memory, end other processes, or lower --num_workers"
+                raise UserError(f"videos cannot be decoded: no process starts ({item}); {hint}")
+            if item:
+                raise item
     finally:
         stopped.set()
         room.release(num_workers)  # one item of each may wait
-        thread.join(10)  # a process that starts cannot be interrupted
+        for thread in threads:
+            thread.join(10)  # a process that starts cannot be interrupted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2110,24 +2065,19 @@ def decode_todo(
 ) -> Iterator[tuple[Clip, Window | None, Frames | str]]:
     """Every window of the clips with its frames, or why it has none; with None for a window, why all that is left of
     the clip has none. A video is decoded once for all of its clips."""
-    by_video: dict[Path, list[Clip]] = {}
+    clips_of: dict[str, list[Clip]] = {}
     for clip in todo:
-        by_video.setdefault(clip.video, []).append(clip)
-    clips_of = {
-        Job(str(video), [(clip.part.start, clip.part.end) for clip in clips]): clips
-        for video, clips in by_video.items()
-    }
+        clips_of.setdefault(str(clip.video), []).append(clip)
+    spans = {video: [(clip.part.start, clip.part.end) for clip in clips] for video, clips in clips_of.items()}
     left: dict[Clip, int] = {}  # windows to come
     sizes = tuple(sorted({run.size for run in runs}))
     sampling = Sampling(args.num_frames, sizes, args.sampling, args.fps, args.window, args.hop, args.fit)
-    with closing(decode_ahead([*clips_of], sampling, args.num_workers, args.decode_timeout)) as decoded:
-        for job, window, frames in decoded:
+    with closing(decode_ahead(spans, sampling, args.num_workers, args.decode_timeout)) as decoded:
+        for video, window, frames in decoded:
             if window is None:
-                for clip in clips_of[job]:
-                    if left.get(clip, 1):
-                        yield clip, None, frames
+                yield from ((clip, None, frames) for clip in clips_of[video] if left.get(clip, 1))
                 continue
-            clip = clips_of[job][window.clip]
+            clip = clips_of[video][window.clip]
             left[clip] = left.get(clip, window.count) - 1
             yield clip, window, frames
 
