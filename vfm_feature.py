@@ -42,11 +42,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from itertools import combinations, islice, takewhile
 from multiprocessing import resource_tracker
@@ -66,7 +66,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from encode import MOVEMENT, encode_clip, print_summary, refuse_other_picture, write_encode_report, write_preview
+from encode import MOVEMENT, encode_clip, print_summary, write_encode_report, write_preview
 from losses import METRICS
 from model import (
     ArgumentParser,
@@ -1601,8 +1601,6 @@ DEFAULT_FRAMES = 48
 DEFAULT_SIZES = {"videomae_resize_h": 160, "videomae_resize_w": 240, "dinov2_resize_h": 420, "dinov2_resize_w": 630}
 RECIPES = {"videorepa": {"num_frames": 49, "sampling": "stride", "fit": "videorepa"}}
 SET_BY_RECIPE = ("num_frames", "sampling", "fps", "fit", *DEFAULT_SIZES)
-# Flags that decide what a feature is, as its file records them; beside them count the model's weights and input size.
-SETTINGS = ("sampling", "fps", "window", "hop", "fit", "layers", "pool", "precision", "save_dtype")
 
 
 def model_and_path(text: str) -> tuple[str, Path]:
@@ -1621,12 +1619,15 @@ def default_num_workers() -> int:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags. A `csv_path` of None means no captions; what `num_frames` and input sizes of None become is decided by
-    the models. `weights`: name -> the file that was given, or found in its default place."""
+    the models. `weights`: name -> the file that was given, or found in its default place. `settings`: those flags that
+    decide what a feature is, as its file records them; beside them count the model's weights and input size."""
     parser = ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     values: dict[str, Any] = {}
+    deciding: list[str] = []
 
-    def add(flag: str, default: Any, text: str, **options: Any) -> None:
+    def add(flag: str, default: Any, text: str, decides: bool = False, **options: Any) -> None:
         values[flag] = default
+        deciding.extend([flag] if decides else [])
         shown = "" if default is None else f" (default: {default})"
         group.add_argument(f"--{flag}", help=text + shown, **options)
 
@@ -1643,7 +1644,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("preview", False, "draw each clip and its features: <stem>.png beside its file", **switch)
     add("output_format", "pt", "of the files", choices=["pt", "safetensors"])
     dtypes = ["float32", "float16", "bfloat16"]
-    add("save_dtype", "float32", "of the saved features, or latents", choices=dtypes)
+    add("save_dtype", "float32", "of the saved features, or latents", choices=dtypes, decides=True)
 
     group = parser.add_argument_group("models and weights")
     text = f"some of {', '.join(MODELS)}; timm:NAME or hf:REPO for others, or a folder in place of NAME or REPO"
@@ -1657,19 +1658,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("allow_skip_missing", False, "go on without models whose weights or packages are missing", **switch)
     add("random_weights", False, "a dry run without weights: the features mean nothing", **switch)
     text = "blocks, from 1, whose outputs are stacked along C; without it the last of each model"
-    add("layers", None, text, nargs="+", type=count, metavar="N")
-    add("pool", False, "save the mean over the grid: features [T, 1, 1, C]", **switch)
+    add("layers", None, text, nargs="+", type=count, metavar="N", decides=True)
+    add("pool", False, "save the mean over the grid: features [T, 1, 1, C]", **switch, decides=True)
     text = "of train.py: write latents to <output_root>/<model>_motion instead of features; for one model"
     add("motion_checkpoint", None, text, type=Path)
 
     group = parser.add_argument_group("frames")
     text = f"sampled per clip (default: {DEFAULT_FRAMES}); with fps and window as many as a window holds"
     add("num_frames", None, text, type=count)
-    add("sampling", "spread", "evenly, or at the largest whole stride", choices=["spread", "stride"])
-    add("fps", None, "instead: frames sampled per second of the clip", type=share)
-    add("window", None, "cut each clip into windows of so many seconds, a file each", type=share)
-    add("hop", None, "seconds from the start of a window to the next; without it those of window", type=share)
-    add("fit", "squash", "to the input size: whole, or the centre", choices=["squash", "crop"])
+    add("sampling", "spread", "evenly, or at the largest whole stride", choices=["spread", "stride"], decides=True)
+    add("fps", None, "instead: frames sampled per second of the clip", type=share, decides=True)
+    add("window", None, "cut each clip into windows of so many seconds, a file each", type=share, decides=True)
+    add(
+        "hop",
+        None,
+        "seconds from the start of a window to the next; without it those of window",
+        type=share,
+        decides=True,
+    )
+    add("fit", "squash", "to the input size: whole, or the centre", choices=["squash", "crop"], decides=True)
     add("recipe", None, "frames and sizes exactly as VideoREPA's trainer takes them", choices=[*RECIPES])
     for flag, size in DEFAULT_SIZES.items():
         side = "height" if flag.endswith("h") else "width"
@@ -1680,7 +1687,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("device", "cuda" if torch.cuda.is_available() else "cpu", "where the models run")
     add("batch_size", 1, "clips per forward pass", type=count)
     add("dinov2_chunk", 128, "frames per forward pass of an image model", type=count)
-    add("precision", "float32", "of the models' matrix products", choices=["float32", "bfloat16"])
+    add("precision", "float32", "of the models' matrix products", choices=["float32", "bfloat16"], decides=True)
     add("num_workers", default_num_workers(), "processes that decode", type=count)
     add("decode_timeout", 300, "seconds that a decoder may take for a video", type=count)
 
@@ -1688,6 +1695,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_flags(given)
     args = argparse.Namespace(**values | RECIPES.get(given.get("recipe"), {}) | given)
     fill_in(args, given)
+    args.settings = argparse.Namespace(**{flag: getattr(args, flag) or None for flag in deciding})
     return args
 
 
@@ -1778,17 +1786,12 @@ class ModelRun:
 
     name: str
     vfm: VFM
-    vit: nn.Module
-    settings: dict[str, Any]  # all that its features depend on, except the clip
+    settings: dict[str, Any]  # all that its features depend on, except the clip; the weights once they are loaded
     folder: Path
     suffix: str  # of its files
     autoencoder: MotionFeatureAutoencoder | None = None  # encodes the features; its latents are written instead
-    outcomes: dict[Path, str] = field(default_factory=dict)  # of each file: "written" or "skipped"
-    failed: list[tuple[str, str]] = field(default_factory=list)  # what `Clip.describe` says, reason
-    settled: set[Clip] = field(default_factory=set)  # those with an outcome or a failure
-    repeats: dict[str, int] = field(default_factory=dict)  # of files: how many of their frames repeat another
-    shape: list[int] | None = None  # of a feature, or latent
-    rows: list[dict] = field(default_factory=list)  # of the latents' report
+    vit: nn.Module | None = None  # None until it is loaded
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of each file, or what has none: see `succeed`, `fail`
 
     @property
     def kind(self) -> str:
@@ -1815,20 +1818,15 @@ class ModelRun:
         return {**self.settings, **bounds, "video": clip.name, "video_fingerprint": clip.fingerprint}
 
     def succeed(self, clip: Clip, path: Path, data: dict, outcome: str) -> None:
-        """Keep what the reports say of the file `path`, whose entries are `data`."""
-        self.outcomes[path] = outcome
-        self.settled.add(clip)
-        self.shape = list(data[self.kind].shape)
-        file = path.relative_to(self.folder).as_posix()
-        if repeats := len(data["frame_indices"]) - len(set(data["frame_indices"])):
-            self.repeats[file] = repeats
-        if self.autoencoder is not None:
-            figures = {name: data[name] for name in METRICS + MOVEMENT}
-            self.rows.append({"file": file, **figures, "failure": "", "outcome": outcome})
+        """Keep what the reports say of the file `path`, whose entries are `data`. `outcome`: "written" or "skipped"."""
+        row = {"clip": clip, "file": path.relative_to(self.folder).as_posix(), "outcome": outcome, "failure": ""}
+        row["repeats"] = len(data["frame_indices"]) - len(set(data["frame_indices"]))  # frames that repeat another
+        row |= {"shape": list(data[self.kind].shape)}
+        self.rows.append(row | {name: data[name] for name in METRICS + MOVEMENT if self.autoencoder is not None})
 
     def fail(self, clip: Clip, window: Window | None, reason: str) -> None:
-        self.settled.add(clip)
-        self.failed.append((clip.describe(window if self.settings["window"] else None), reason))
+        file = clip.describe(window if self.settings["window"] else None)
+        self.rows.append({"clip": clip, "file": file, "outcome": "failed", "failure": reason})
 
 
 def list_clips(args: argparse.Namespace) -> list[Clip]:
@@ -1847,7 +1845,6 @@ def list_clips(args: argparse.Namespace) -> list[Clip]:
     for video in tqdm(videos, "looking at videos", leave=False, delay=1):
         path, fingerprint, fault = args.video_dir / video, "", ""
         try:
-            check_file(path)
             fingerprint = file_fingerprint(path)
         except (UserError, OSError) as error:
             fault = str(error)
@@ -1855,17 +1852,25 @@ def list_clips(args: argparse.Namespace) -> list[Clip]:
     return clips
 
 
-def skip_or_raise(errors: dict[str, Exception], args: argparse.Namespace) -> dict[str, str]:
-    """Why models are left out, by name: one that any rank cannot run is run by none. `errors`: this rank's.
+def try_each(
+    names: Iterable[str], attempt: Callable[[str], Any], args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """`attempt` for each model: by name what it returns, and why models are left out, for want of a package or file.
 
-    Each reason is a warning. Raises `UserError` without `--allow_skip_missing`.
+    Rank 0 goes first, and the others find what it downloads; a model that any of them cannot run is run by none. Each
+    reason is a warning. Raises `UserError` without `--allow_skip_missing`.
     """
-    own = {}
-    for name, error in errors.items():
-        own[name] = f"{name}: {error}" + (f" (rank {ranks.index})" if ranks.index else "")
-        if isinstance(error, ImportError) and error.name:
-            own[name] = f"{name}: the package {error.name} is missing; install envs/environment.vfm_feature.yaml"
-    everyone = ranks.gather(own)
+    made, lacking = {}, {}
+    with ranks.first_then_others():
+        for name in names:
+            try:
+                made[name] = attempt(name)
+            except (ImportError, FileNotFoundError) as error:
+                lacking[name] = f"{name}: {error}" + (f" (rank {ranks.index})" if ranks.index else "")
+                if isinstance(error, ImportError) and error.name:
+                    advice = "install envs/environment.vfm_feature.yaml"
+                    lacking[name] = f"{name}: the package {error.name} is missing; {advice}"
+    everyone = ranks.gather(lacking)
 
     def decide() -> dict[str, str]:
         reasons = {name: reason for others in reversed(everyone) for name, reason in others.items()}
@@ -1878,136 +1883,92 @@ def skip_or_raise(errors: dict[str, Exception], args: argparse.Namespace) -> dic
             raise UserError(f"{names} cannot be run; do as said above, or skip such models with --allow_skip_missing")
         return reasons
 
-    return ranks.from_first(decide)
+    left_out = ranks.from_first(decide)
+    return {name: value for name, value in made.items() if name not in left_out}, left_out
 
 
-def find_models(args: argparse.Namespace) -> tuple[dict[str, VFM], dict[str, str]]:
-    """The models by name, and why some are left out; decides `num_frames`, if it was not given.
-
-    Raises `UserError` where the flags do not fit the models.
-    """
-    vfms: dict[str, VFM] = {}
-    errors: dict[str, Exception] = {}
-    with ranks.first_then_others():
-        for name in args.models:
-            try:
-                vfms[name] = find_vfm(name)
-            except (ImportError, FileNotFoundError) as error:
-                errors[name] = error
-    left_out = skip_or_raise(errors, args)
-    vfms = {name: vfm for name, vfm in vfms.items() if name not in left_out}
-    with ranks.first_then_others():
-        if args.num_frames is None and args.fps and args.window:
-            step = math.lcm(*(vfm.tubelet_size for vfm in vfms.values()))
-            tokens = math.floor(args.fps * args.window / step + 1e-9)  # 10 * 0.7 is a little less than 7
-            args.num_frames = max(1, tokens) * step
-            say(f"{args.num_frames} frames of each window: {args.window:g} s at {args.fps:g} frames a second")
-        args.num_frames = args.num_frames or DEFAULT_FRAMES
-        for name, vfm in vfms.items():
-            input_size(name, vfm, args)
-            if max(args.layers or [1]) > vfm.depth:
-                raise UserError(f"--layers {max(args.layers)}: {name} has {vfm.depth} blocks")
-    return vfms, left_out
-
-
-def frames_seen(vfm: VFM, args: argparse.Namespace) -> int:
-    """How many of a clip's frames a model sees. VideoREPA's video models do without the first."""
-    return args.num_frames - 1 if args.recipe and vfm.tubelet_size > 1 else args.num_frames
-
-
-def input_size(name: str, vfm: VFM, args: argparse.Namespace) -> tuple[int, int]:
-    """The (height, width) of model `name`'s input; sizes that nobody gave are rounded to what its patch divides.
-
-    Raises `UserError` where patches or tubelets do not divide what was given.
-    """
-    steps = {"num_frames": vfm.tubelet_size, **dict.fromkeys(vfm.size_flags, vfm.patch_size)}
-    values = {"num_frames": frames_seen(vfm, args), **{flag: getattr(args, flag) for flag in vfm.size_flags}}
-    for flag, step in steps.items():
-        value = values[flag] or DEFAULT_SIZES[flag]
-        nearest = max(step, round(value / step) * step)
-        if values[flag] is None:
-            values[flag] = nearest
-        elif nearest != value:
-            raise UserError(f"--{flag} {value}: {name} needs a multiple of {step}; try --{flag} {nearest}")
-    height, width = (values[flag] for flag in vfm.size_flags)
-    return height, width
-
-
-def output_folder(name: str, args: argparse.Namespace) -> Path:
-    """Where model `name` writes: latents not among the features that they are made of."""
-    return args.output_root / (folder_name(name) + ("_motion" if args.motion_checkpoint else ""))
-
-
-def load_model(name: str, vfm: VFM, path: Path | None, args: argparse.Namespace) -> ModelRun:
-    """Load a model onto the device. `path`: of its weights; None: random ones. Raises `ImportError` if a package is
-    missing, `FileNotFoundError` if a folder holds no weights."""
-    size, num_frames = input_size(name, vfm, args), frames_seen(vfm, args)
-    usual = tuple(getattr(args, flag) or DEFAULT_SIZES[flag] for flag in vfm.size_flags)
-    if size != usual:
-        say(f"{name}: input size {size}, as {usual} does not divide by its patch of {vfm.patch_size}")
-    weights = None if path is None else read_weights(path, vfm)
-    try:
-        vit = build_vit(vfm, num_frames, size, weights)
-    except ValueError as error:
-        raise UserError(f"{path}: not the weights of {name}: {error}") from error
-    if ":" in name and vfm.tubelet_size == 1:
-        check_tokens(name, vit, vfm, size, args.layers or [vfm.depth])
-    if path:
-        say(f"{name}: weights {vit.weights_hash} from {path}, licence {vfm.license}")
-    settings = {"num_frames": num_frames, "height": size[0], "width": size[1], "weights": vit.weights_hash}
-    settings |= {flag: getattr(args, flag) or None for flag in SETTINGS}
-    if settings["layers"] == [vfm.depth]:  # the one that counts without it
-        settings["layers"] = None
-    folder = output_folder(name, args)
-    return ModelRun(name, vfm, vit.to(args.device), settings, folder, f".{args.output_format}")
-
-
-def load_autoencoder(vfms: dict[str, VFM], args: argparse.Namespace) -> MotionFeatureAutoencoder:
-    """The model of --motion_checkpoint. Raises `UserError` where it cannot be loaded or takes features of another C."""
-    autoencoder = MotionFeatureAutoencoder.from_checkpoint(args.motion_checkpoint)
-    wanted = autoencoder.config["input_dim"]
-    for name, vfm in vfms.items():
-        channels = vfm.embed_dim * len(args.layers or [1])
-        if channels != wanted:
-            raise UserError(
-                f"--motion_checkpoint {args.motion_checkpoint} was trained on features of C = {wanted}, but {name}'s "
-                f"have {channels}; give a checkpoint that was trained on these, or another model with --models"
-            )
-    return autoencoder
-
-
-def load_models(
-    vfms: dict[str, VFM], autoencoder: MotionFeatureAutoencoder | None, args: argparse.Namespace
+def find_models(
+    args: argparse.Namespace, autoencoder: MotionFeatureAutoencoder | None = None
 ) -> tuple[list[ModelRun], dict[str, str]]:
-    """The models, and why some are left out, which `--allow_skip_missing` permits.
+    """The models before they are loaded, and why some are left out, by name; decides `num_frames`, if it was not given.
 
-    All weights are looked for before the first are loaded, and by rank 0 before the others, which find its downloads.
+    Raises `UserError` where the flags or the autoencoder do not fit the models.
     """
-    paths: dict[str, Path | None] = {}
-    errors: dict[str, Exception] = {}
-    runs = []
+    vfms, left_out = try_each(args.models, find_vfm, args)
+    if args.num_frames is None and args.fps and args.window:
+        step = math.lcm(*(vfm.tubelet_size for vfm in vfms.values()))
+        tokens = math.floor(args.fps * args.window / step + 1e-9)  # 10 * 0.7 is a little less than 7
+        args.num_frames = max(1, tokens) * step
+        say(f"{args.num_frames} frames of each window: {args.window:g} s at {args.fps:g} frames a second")
+    args.num_frames = args.num_frames or DEFAULT_FRAMES
     with ranks.first_then_others():
-        for name, vfm in vfms.items():
-            try:
-                paths[name] = None if args.random_weights else args.weights.get(name) or download_weights(name, vfm)
-            except (ImportError, FileNotFoundError) as error:
-                errors[name] = error
-        for name, path in paths.items() if args.allow_skip_missing or not errors else ():
-            try:
-                runs.append(load_model(name, vfms[name], path, args))
-            except (ImportError, FileNotFoundError) as error:
-                errors[name] = error
-        for run in runs if autoencoder else ():
-            encode_with(autoencoder, run, args.device)
-    left_out = skip_or_raise(errors, args)
-    return [run for run in runs if run.name not in left_out], left_out
+        return [plan_run(name, vfm, autoencoder, args) for name, vfm in vfms.items()], left_out
 
 
-def encode_with(autoencoder: MotionFeatureAutoencoder, run: ModelRun, device: torch.device) -> None:
-    """Have `run` write latents. Raises `UserError` for an autoencoder of another model's features."""
-    autoencoder.check_provenance(provenance(run.provenance))
-    run.settings["motion_autoencoder"] = autoencoder.identity()
-    run.autoencoder = autoencoder.to(device)
+def plan_run(name: str, vfm: VFM, autoencoder: MotionFeatureAutoencoder | None, args: argparse.Namespace) -> ModelRun:
+    """What model `name` is to do. Sizes that nobody gave are rounded to what its patch divides. Latents do not go among
+    the features that they are made of. Raises `UserError` where the flags or the autoencoder do not fit the model."""
+    # VideoREPA's video models do without the first frame
+    num_frames = args.num_frames - 1 if args.recipe and vfm.tubelet_size > 1 else args.num_frames
+    usual, taken = [], []
+    for flag, value in {"num_frames": num_frames, **{flag: getattr(args, flag) for flag in vfm.size_flags}}.items():
+        step = vfm.tubelet_size if flag == "num_frames" else vfm.patch_size
+        usual.append(value or DEFAULT_SIZES[flag])
+        taken.append(max(step, round(usual[-1] / step) * step))
+        if value not in (None, taken[-1]):
+            raise UserError(f"--{flag} {value}: {name} needs a multiple of {step}; try --{flag} {taken[-1]}")
+    if max(args.layers or [1]) > vfm.depth:
+        raise UserError(f"--layers {max(args.layers)}: {name} has {vfm.depth} blocks")
+    channels = vfm.embed_dim * len(args.layers or [1])
+    if autoencoder is not None and autoencoder.config["input_dim"] != channels:
+        raise UserError(
+            f"--motion_checkpoint {args.motion_checkpoint} was trained on features of C = "
+            f"{autoencoder.config['input_dim']}, but {name}'s have {channels}; give a checkpoint that was trained on "
+            "these, or another model with --models"
+        )
+    if taken != usual:
+        patch = f"its patch of {vfm.patch_size}"
+        say(f"{name}: input size {tuple(taken[1:])}, as {tuple(usual[1:])} does not divide by {patch}")
+    settings = dict(zip(("num_frames", "height", "width"), taken, strict=True)) | vars(args.settings)
+    if args.layers == [vfm.depth]:  # the one that counts without it
+        settings["layers"] = None
+    folder = args.output_root / folder_name(name)
+    if autoencoder is not None:
+        settings["motion_autoencoder"] = autoencoder.identity()
+        folder = folder.with_name(f"{folder.name}_motion")
+    return ModelRun(name, vfm, settings, folder, f".{args.output_format}", autoencoder)
+
+
+def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> ModelRun:
+    """Load a model onto the device. `path`: of its weights; None: random ones. Raises `ImportError` if a package is
+    missing, `FileNotFoundError` if a folder holds no weights, `UserError` for an autoencoder of another model's
+    features."""
+    weights = None if path is None else read_weights(path, run.vfm)
+    try:
+        vit = build_vit(run.vfm, run.settings["num_frames"], run.size, weights)
+    except ValueError as error:
+        raise UserError(f"{path}: not the weights of {run.name}: {error}") from error
+    if ":" in run.name and run.vfm.tubelet_size == 1:
+        check_tokens(run.name, vit, run.vfm, run.size, args.layers or [run.vfm.depth])
+    if path:
+        say(f"{run.name}: weights {vit.weights_hash} from {path}, licence {run.vfm.license}")
+    run.vit, run.settings["weights"] = vit.to(args.device), vit.weights_hash
+    if run.autoencoder is not None:
+        run.autoencoder.to(args.device).check_provenance(provenance(run.provenance))
+    return run
+
+
+def load_models(models: list[ModelRun], args: argparse.Namespace) -> tuple[list[ModelRun], dict[str, str]]:
+    """The models that could be loaded, and why others are left out. All weights are looked for before the first are
+    loaded."""
+    runs = {run.name: run for run in models}
+
+    def find_weights(name: str) -> Path | None:
+        return None if args.random_weights else args.weights.get(name) or download_weights(name, runs[name].vfm)
+
+    paths, without_weights = try_each(runs, find_weights, args)
+    loaded, left_out = try_each(paths, lambda name: load_model(runs[name], paths[name], args), args)
+    return [*loaded.values()], without_weights | left_out
 
 
 def read_finished(run: ModelRun, clip: Clip, window: int, args: argparse.Namespace) -> dict | None:
@@ -2021,9 +1982,8 @@ def read_finished(run: ModelRun, clip: Clip, window: int, args: argparse.Namespa
         return None
     if not isinstance(saved, dict) or not isinstance(saved.get(run.kind), torch.Tensor):
         return None
-    made_with = saved.get("settings")
-    same = isinstance(made_with, dict) and dict.fromkeys(SETTINGS) | made_with == run.clip_settings(clip)
-    return saved if same else None
+    made_with, wanted = saved.get("settings"), run.clip_settings(clip)
+    return saved if isinstance(made_with, dict) and dict.fromkeys(wanted) | made_with == wanted else None
 
 
 def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
@@ -2034,12 +1994,13 @@ def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
     run.succeed(clip, path, saved, "skipped")
 
 
-def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> list[dict[Clip, list[str]]]:
-    """Each rank's share of the work: the models, by name, that clips still need. What is finished is kept.
+def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> dict[Path, dict[Clip, list[str]]]:
+    """What is to be done: of each video the clips, and the models, by name, that still need them. What is finished is
+    kept.
 
     A clip's first file records how many windows it has; where any is missing, each is looked for when it is decoded.
     """
-    todo: dict[Clip, list[str]] = {}
+    todo: dict[Path, dict[Clip, list[str]]] = {}
     for clip in tqdm(clips, "looking for finished features", leave=False, delay=1):
         for run in runs:
             if clip.fault:
@@ -2049,29 +2010,23 @@ def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> l
             if files[0]:
                 files += [read_finished(run, clip, window, args) for window in range(1, files[0]["windows"])]
             if None in files:
-                todo.setdefault(clip, []).append(run.name)
+                todo.setdefault(clip.video, {}).setdefault(clip, []).append(run.name)
                 continue
             for window, saved in enumerate(files):
                 keep_finished(run, clip, window, saved)
-    rank_of = {video: index % ranks.count for index, video in enumerate(dict.fromkeys(clip.video for clip in todo))}
-    shares: list[dict[Clip, list[str]]] = [{} for _ in range(ranks.count)]
-    for clip, names in todo.items():
-        shares[rank_of[clip.video]][clip] = names
-    return shares
+    return todo
 
 
 def decode_todo(
-    todo: Iterable[Clip], runs: list[ModelRun], args: argparse.Namespace
+    todo: dict[Path, dict[Clip, list[str]]], runs: list[ModelRun], args: argparse.Namespace
 ) -> Iterator[tuple[Clip, Window | None, Frames | str]]:
     """Every window of the clips with its frames, or why it has none; with None for a window, why all that is left of
     the clip has none. A video is decoded once for all of its clips."""
-    clips_of: dict[str, list[Clip]] = {}
-    for clip in todo:
-        clips_of.setdefault(str(clip.video), []).append(clip)
+    clips_of = {str(video): [*clips] for video, clips in todo.items()}
     spans = {video: [(clip.part.start, clip.part.end) for clip in clips] for video, clips in clips_of.items()}
     left: dict[Clip, int] = {}  # windows to come
-    sizes = tuple(sorted({run.size for run in runs}))
-    sampling = Sampling(args.num_frames, sizes, args.sampling, args.fps, args.window, args.hop, args.fit)
+    flags = {entry.name: getattr(args, entry.name) for entry in fields(Sampling) if entry.name != "sizes"}
+    sampling = Sampling(sizes=tuple(sorted({run.size for run in runs})), **flags)
     with closing(decode_ahead(spans, sampling, args.num_workers, args.decode_timeout)) as decoded:
         for video, window, frames in decoded:
             if window is None:
@@ -2100,26 +2055,19 @@ def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) ->
     return features.mean(dim=(2, 3), keepdim=True) if args.pool else features
 
 
-def contents(run: ModelRun, feature: torch.Tensor) -> dict[str, Any]:
-    """What the file of a clip holds of its feature [T, H, W, C]. Raises `UserError` for NaN or infinity."""
-    made = {"feature": feature} if run.autoencoder is None else encode_clip(run.autoencoder, feature)
-    dtype = run.settings["save_dtype"]
-    made[run.kind] = made[run.kind].to(getattr(torch, dtype)).cpu().clone()  # a part of a batch is saved with the batch
-    if not torch.isfinite(made[run.kind]).all():
-        raise UserError(f"{run.name} gave NaN or infinity in {dtype}")
-    return made
-
-
 def save_feature(
     run: ModelRun, clip: Clip, window: Window, feature: torch.Tensor, frames: np.ndarray, preview: bool
 ) -> None:
     """Write the preview and the file of a window, its feature [T, H, W, C] or the latent of that. `run` records the
     success, or why it failed. Raises `OSError`, except where the disk takes no such name, which is the clip's fault."""
-    path = run.path(clip, window.index)
+    path, dtype = run.path(clip, window.index), run.settings["save_dtype"]
     try:
-        if preview:
-            refuse_other_picture(path.with_suffix(".png"))
-        data = contents(run, feature) | {
+        data = {"feature": feature} if run.autoencoder is None else encode_clip(run.autoencoder, feature)
+        # a part of a batch would be saved with the batch
+        data[run.kind] = data[run.kind].to(getattr(torch, dtype)).cpu().clone()
+        if not torch.isfinite(data[run.kind]).all():
+            raise UserError(f"{run.name} gave NaN or infinity in {dtype}")
+        data |= {
             "caption": clip.part.caption or "",
             "video": clip.name,
             **run.provenance,
@@ -2144,24 +2092,24 @@ def save_feature(
         run.succeed(clip, path, data, "written")
 
 
-def extract(runs: list[ModelRun], todo: dict[Clip, list[str]], args: argparse.Namespace) -> None:
+def extract(runs: list[ModelRun], todo: dict[Path, dict[Clip, list[str]]], args: argparse.Namespace) -> None:
     """Run every model on the clips that it still needs, and record failures.
 
     Decoding runs ahead in processes. Writing runs one batch behind in a thread, so that a GPU need not wait for it.
     """
+    needed_by = {clip: names for clips in todo.values() for clip, names in clips.items()}
     with (
-        tqdm(total=len(todo), unit="clip", disable=ranks.index > 0 or not todo) as bar,
+        tqdm(total=len(needed_by), unit="clip", disable=ranks.index > 0 or not todo) as bar,
         ThreadPoolExecutor(max_workers=1) as writer,
         closing(decode_todo(todo, runs, args)) as decoded,
     ):
-        seen: set[Clip] = set()
         writes: list[Future] = []
         while batch := list(islice(decoded, args.batch_size)):
             earlier_writes, writes = writes, []
             for run in runs:
                 good = []
                 for clip, window, frames in batch:
-                    if run.name not in todo[clip]:
+                    if run.name not in needed_by[clip]:
                         continue
                     if isinstance(frames, str):
                         run.fail(clip, window, frames)
@@ -2173,10 +2121,8 @@ def extract(runs: list[ModelRun], todo: dict[Clip, list[str]], args: argparse.Na
                     features = forward(run, [frames for *_, frames in good], args)
                     for (clip, window, frames), feature in zip(good, features, strict=True):
                         writes.append(writer.submit(save_feature, run, clip, window, feature, frames, args.preview))
-            for clip, window, _ in batch:
-                if window and clip not in seen:
-                    bar.total += window.count - 1
-                seen.add(clip)
+            for _, window, _ in batch:
+                bar.total += window.count - 1 if window and window.index == 0 else 0
                 bar.update(1)
             for write in earlier_writes:
                 write.result()
@@ -2184,34 +2130,22 @@ def extract(runs: list[ModelRun], todo: dict[Clip, list[str]], args: argparse.Na
             write.result()
 
 
-def collect(runs: list[ModelRun]) -> None:
-    """Add the other ranks' results to rank 0's."""
-    mine = [(run.outcomes, run.failed, run.settled, run.repeats, run.shape, run.rows) for run in runs]
-    for results in ranks.gather(mine)[1:]:
-        for run, (outcomes, failed, settled, repeats, shape, rows) in zip(runs, results, strict=True):
-            run.outcomes |= outcomes
-            run.failed += failed
-            run.settled |= settled
-            run.repeats |= repeats
-            run.shape = run.shape or shape
-            run.rows += rows
-
-
 def write_reports(runs: list[ModelRun], output_root: Path) -> None:
     """Write `vfm_dimensions.txt`, and each model's `failed_videos.txt` and `encode_report.csv`."""
+    dimensions = ""
     for run in runs:
-        failures = run.folder / "failed_videos.txt"
-        if run.failed:
-            lines = ["\t".join(" ".join(text.split()) for text in failure) + "\n" for failure in sorted(run.failed)]
-            with whole_file(failures) as file:
+        failures = [(row["file"], row["failure"]) for row in run.rows if row["failure"]]
+        lines = ["\t".join(" ".join(text.split()) for text in failure) + "\n" for failure in sorted(failures)]
+        if lines:
+            with whole_file(run.folder / "failed_videos.txt") as file:
                 file.write("".join(lines).encode(errors="backslashreplace"))  # names that are not in UTF-8
         else:
-            failures.unlink(missing_ok=True)
+            (run.folder / "failed_videos.txt").unlink(missing_ok=True)
         if run.autoencoder is not None:
-            write_encode_report(run.rows + [{"file": name, "failure": why} for name, why in run.failed], run.folder)
-    known = [run for run in runs if run.shape]
-    if known:
-        dimensions = "".join(f"{run.name}: {run.kind} shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
+            write_encode_report(run.rows, run.folder)
+        for shape in [row["shape"] for row in run.rows if not row["failure"]][:1]:
+            dimensions += f"{run.name}: {run.kind} shape {shape}, C = {shape[-1]}\n"
+    if dimensions:
         with whole_file(output_root / "vfm_dimensions.txt") as file:
             file.write(dimensions.encode())
 
@@ -2225,38 +2159,38 @@ def print_results(runs: list[ModelRun], left_out: Iterable[str], num_clips: int,
     """Print what came of each model: a table, what the files do not tell by themselves, and last the failures."""
     table = {}
     for run in runs:
-        count, files = Counter(run.outcomes.values()), find_files(run.folder, (".pt", ".safetensors"))
+        made = [row for row in run.rows if not row["failure"]]
+        files = find_files(run.folder, (".pt", ".safetensors"))
         table[run.name] = {
-            "written": count["written"],
-            "skipped": count["skipped"],
-            "failed": len(run.failed),
-            run.kind: str(run.shape or "-"),
+            **{key: sum(row["outcome"] == key for row in run.rows) for key in ("written", "skipped", "failed")},
+            run.kind: str(made[0]["shape"] if made else "-"),
             "dtype": run.settings["save_dtype"],
             "MB": round(sum(path.stat().st_size for path in files) / 1e6, 1),
             "folder": shown(run.folder),
         }
-        if others := len({*files} - run.outcomes.keys()):
+        if others := len({*files} - {run.folder / row["file"] for row in made}):
             say(f"{shown(run.folder)} also holds {others} files of other clips, windows, settings or formats")
     if table:
         print(f"\n{pd.DataFrame.from_dict(table, orient='index').to_string()}")
     for run in runs:
-        if run.repeats:
-            file = max(run.repeats, key=run.repeats.get)
-            worst = f"in {file} {run.repeats[file]} of {run.settings['num_frames']}"
-            print(f"{run.name}: {len(run.repeats)} clips show fewer frames than asked, and some repeat: {worst}")
+        repeating = [row for row in run.rows if row.get("repeats")]
+        if repeating:
+            worst = max(repeating, key=lambda row: row["repeats"])
+            example = f"in {worst['file']} {worst['repeats']} of {run.settings['num_frames']}"
+            print(f"{run.name}: {len(repeating)} clips show fewer frames than asked, and some repeat: {example}")
         if run.autoencoder is not None:
             print_summary(run.rows)
-        if preview and "skipped" in run.outcomes.values():
+        if preview and any(row["outcome"] == "skipped" for row in run.rows):
             print(f"{run.name}: --preview drew what was written now; --overwrite makes and draws the skipped files too")
-        if unsettled := num_clips - len(run.settled):
+        if unsettled := num_clips - len({row["clip"] for row in run.rows}):
             print(f"{run.name}: {unsettled} of {num_clips} clips have no result yet; the same command goes on")
     for reason in left_out:
         print(f"not run: {reason}")
     if any(run.settings["weights"] == "random" for run in runs):
         print("--random_weights: a dry run; these features mean NOTHING")
     for run in runs:
-        if run.failed:
-            print(f"{run.name}: {len(run.failed)} failed; {shown(run.folder / 'failed_videos.txt')} says why")
+        if failed := sum(row["outcome"] == "failed" for row in run.rows):
+            print(f"{run.name}: {failed} failed; {shown(run.folder / 'failed_videos.txt')} says why")
 
 
 def main() -> int:
@@ -2267,26 +2201,29 @@ def main() -> int:
         return 0
     with ranks.first_then_others():
         args.device = open_device(args.device)
-    vfms, left_out = find_models(args)
+        checkpoint = args.motion_checkpoint
+        autoencoder = MotionFeatureAutoencoder.from_checkpoint(checkpoint) if checkpoint else None
+    models, left_out = find_models(args, autoencoder)
     clips = ranks.from_first(lambda: list_clips(args))  # a network disk can show other files to other machines
     with ranks.first_then_others():
-        autoencoder = load_autoencoder(vfms, args) if args.motion_checkpoint else None
-        for name in vfms:
-            make_folder(output_folder(name, args), "--output_root", mirrors=True)
+        for run in models:
+            make_folder(run.folder, "--output_root", mirrors=True)
     if args.random_weights:
         say("warning: --random_weights: a dry run; the features will mean NOTHING")
     runs: list[ModelRun] = []
     try:
-        runs, without_weights = load_models(vfms, autoencoder, args)
+        runs, without_weights = load_models(models, args)
         left_out |= without_weights
-        shares = ranks.from_first(lambda: plan(runs, clips, args))
-        extract(runs, shares[ranks.index], args)
-        collect(runs)
+        todo = ranks.from_first(lambda: plan(runs, clips, args))
+        extract(runs, dict([*todo.items()][ranks.index :: ranks.count]), args)
+        for run in runs:
+            run.rows = [row for rows in ranks.gather(run.rows) for row in rows]
     finally:
         if ranks.index == 0 and (runs or left_out):
             write_reports(runs, args.output_root)
             print_results(runs, left_out.values(), len(clips), args.preview)
-    return 0 if any(run.outcomes for run in runs) or ranks.index > 0 else 1
+    is_fruitful = any(row["outcome"] != "failed" for run in runs for row in run.rows)
+    return 0 if is_fruitful or ranks.index > 0 else 1
 
 
 if __name__ == "__main__":
