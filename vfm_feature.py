@@ -1196,19 +1196,17 @@ def read_packets(path: str) -> tuple[list[int | None], float, float]:
     return shown if None in shown else sorted(shown), tick, rate
 
 
-def to_seconds(times: list[int | None], tick: float, rate: float) -> np.ndarray:
-    """When each frame is shown, in seconds from the first; by the average rate where the times do not rise."""
-    if None in times or (np.diff(times) <= 0).any():
-        return np.arange(len(times)) / rate
-    return (np.array(times) - times[0]) * tick
+def plan_windows(
+    spans: Sequence[Span], ticks: list[int | None], tick: float, rate: float, sampling: Sampling
+) -> list[Window]:
+    """The windows of a video's clips, in the order in which decoding completes them. `ticks`, `tick` and `rate`: see
+    `read_packets`.
 
-
-def plan_windows(spans: Sequence[Span], times: np.ndarray, rate: float, sampling: Sampling) -> list[Window]:
-    """The windows of a video's clips, in the order in which decoding completes them. `times`: of its frames, seconds.
-
-    A frame belongs to a window if its time is in [start, end). Only whole windows count, but a clip shorter than one
-    is a window of its own.
+    A frame belongs to a window if its time is in [start, end), from the first frame; by the average rate where times do
+    not rise. Only whole windows count, but a clip shorter than one is a window of its own.
     """
+    rises = None not in ticks and (np.diff(ticks) > 0).all()
+    times = (np.array(ticks) - ticks[0]) * tick if rises else np.arange(len(ticks)) / rate
     video_end = times[-1] + 1 / rate
     windows = []
     for clip, (start, end) in enumerate(spans):
@@ -1379,7 +1377,7 @@ def decode_windows(
     compare_times = backend == "pyav" and bool(has_parts or sampling.fps)
     done, as_planned = {*delivered}, False
     while not as_planned:
-        windows = plan_windows(spans, to_seconds(planned_times, tick, rate), rate, sampling)
+        windows = plan_windows(spans, planned_times, tick, rate, sampling)
         waiting: deque[tuple[Window, list[Frames]]] = deque((window, []) for window in windows if window not in done)
         wanted: dict[int, list[list[Frames]]] = defaultdict(list)  # by frame: where it is to be added, resized
         for window, frames in waiting:
@@ -1456,11 +1454,15 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
                     connection.send(item)
             except ConnectionError:
                 raise
-            except ValueError as error:
-                connection.send((None, " ".join(str(error).split())))
             except Exception as error:  # decoders raise their own kinds
-                connection.send(" ".join(str(error).split())[:300] or type(error).__name__)
-                return
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                if not isinstance(error, ValueError):
+                    return connection.send(reason)
+                connection.send((None, reason))
+
+
+# A video to decode: its path, its clips' spans, which of their windows were delivered, and why decoders gave it up.
+Task = tuple[str, Sequence[Span], set[Window], list[str]]
 
 
 def start_process(sampling: Sampling) -> tuple[BaseProcess, Connection]:
@@ -1478,17 +1480,12 @@ def start_process(sampling: Sampling) -> tuple[BaseProcess, Connection]:
 
 
 def run_decoder(
-    todo: deque[tuple[str, Sequence[Span], set[Window], list[str]]],
-    sampling: Sampling,
-    timeout: float,
-    deliver: Callable[[str, Window | None, Frames | str], None],
-    stopped: threading.Event,
-) -> None:
-    """Have a process decode what is `todo`, and `deliver` what `decode_ahead` yields, until all is done or it fails at
-    a video, which is then left to the next decoder, in a fresh process.
+    todo: deque[Task], sampling: Sampling, timeout: float, stopped: threading.Event
+) -> Iterator[tuple[str, Window | None, Frames | str]]:
+    """Have a process decode what is `todo`, and yield what `decode_ahead` does, until all is done or it fails at a
+    video, which is then left to the next decoder, in a fresh process.
 
-    `todo`: path, spans, windows that were delivered, why decoders failed. Raises `OSError` or `EOFError` if no process
-    can be started, and once `stopped` is set.
+    Raises `OSError` or `EOFError` if no process starts, and once `stopped` is set.
     """
     process, connection = start_process(sampling)
 
@@ -1508,7 +1505,7 @@ def run_decoder(
     try:
         if reason := hear(math.inf):
             raise EOFError(reason)
-        while True:
+        while not reason:
             try:
                 path, spans, delivered, failures = todo.popleft()
             except IndexError:
@@ -1516,18 +1513,15 @@ def run_decoder(
             backend = [*BACKENDS][len(failures)]
             with suppress(ConnectionError):  # it has just died, and `hear` will tell
                 connection.send((path, spans, backend, delivered))
-            while not isinstance(item := hear(timeout), str):
-                if item:  # else it is still at work
-                    deliver(path, *item)
-                    delivered.add(item[0])
-            if item == "":
-                continue
-            failures.append(f"{backend}: {item}")
-            if len(failures) == len(BACKENDS):
-                deliver(path, None, "; ".join(failures))
-            else:
-                todo.appendleft((path, spans, delivered, failures))
-            return
+            while not isinstance(reason := hear(timeout), str):
+                if reason:  # else it is still at work
+                    delivered.add(reason[0])
+                    yield path, *reason
+        failures.append(f"{backend}: {reason}")
+        if len(failures) < len(BACKENDS):
+            todo.appendleft((path, spans, delivered, failures))
+        else:
+            yield path, None, "; ".join(failures)
     finally:
         process.kill()
         process.join(5)  # one that waits for a dead network disk cannot be killed
@@ -1544,19 +1538,17 @@ def decode_ahead(
     a decoder dies, or says nothing for `timeout` seconds, is left to the next one of `BACKENDS`. Raises `UserError` if
     no process starts.
     """
-    todo = deque((path, spans, set(), []) for path, spans in videos.items())
+    todo: deque[Task] = deque((path, spans, set(), []) for path, spans in videos.items())
     found: queue.SimpleQueue = queue.SimpleQueue()
     room, stopped = threading.Semaphore(2 * num_workers), threading.Event()
-
-    def deliver(*item: Any) -> None:
-        found.put(item)
-        room.acquire()
 
     def work() -> None:
         try:
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # for the main thread; processes inherit this
             while todo:
-                run_decoder(todo, sampling, timeout, deliver, stopped)
+                for item in run_decoder(todo, sampling, timeout, stopped):
+                    found.put(item)
+                    room.acquire()
             found.put(None)
         except BaseException as error:  # for the caller to see
             found.put(error)
@@ -1625,26 +1617,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     values: dict[str, Any] = {}
     deciding: list[str] = []
 
-    def add(flag: str, default: Any, text: str, decides: bool = False, **options: Any) -> None:
+    def add(flag: str, default: Any, text: str, **options: Any) -> None:
         values[flag] = default
-        deciding.extend([flag] if decides else [])
         shown = "" if default is None else f" (default: {default})"
         group.add_argument(f"--{flag}", help=text + shown, **options)
 
+    def add_deciding(flag: str, *about: Any, **options: Any) -> None:
+        deciding.append(flag)
+        add(flag, *about, **options)
+
     count, share, switch = number(int, 1), number(float, 0.001), {"action": "store_true"}
     group = parser.add_argument_group("videos, captions and what is written")
-    for flag, text in {
-        "video_dir": "folder of videos",
-        "csv_path": "captions: a CSV with a column named caption; the default goes with the default of video_dir",
-        "output_root": "features go to <output_root>/<model>/<stem>.pt",
-    }.items():
-        add(flag, DEFAULT_PATHS[flag], text, type=Path)
+    add("video_dir", DEFAULT_PATHS["video_dir"], "folder of videos", type=Path)
+    text = "captions: a CSV with a column named caption; the default goes with the default of video_dir"
+    add("csv_path", DEFAULT_PATHS["csv_path"], text, type=Path)
+    add("output_root", DEFAULT_PATHS["output_root"], "features go to <output_root>/<model>/<stem>.pt", type=Path)
     add("recursive", False, "search subfolders of video_dir too; outputs mirror them", **switch)
     add("overwrite", False, "make features again that exist already", **switch)
     add("preview", False, "draw each clip and its features: <stem>.png beside its file", **switch)
     add("output_format", "pt", "of the files", choices=["pt", "safetensors"])
     dtypes = ["float32", "float16", "bfloat16"]
-    add("save_dtype", "float32", "of the saved features, or latents", choices=dtypes, decides=True)
+    add_deciding("save_dtype", "float32", "of the saved features, or latents", choices=dtypes)
 
     group = parser.add_argument_group("models and weights")
     text = f"some of {', '.join(MODELS)}; timm:NAME or hf:REPO for others, or a folder in place of NAME or REPO"
@@ -1658,25 +1651,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("allow_skip_missing", False, "go on without models whose weights or packages are missing", **switch)
     add("random_weights", False, "a dry run without weights: the features mean nothing", **switch)
     text = "blocks, from 1, whose outputs are stacked along C; without it the last of each model"
-    add("layers", None, text, nargs="+", type=count, metavar="N", decides=True)
-    add("pool", False, "save the mean over the grid: features [T, 1, 1, C]", **switch, decides=True)
+    add_deciding("layers", None, text, nargs="+", type=count, metavar="N")
+    add_deciding("pool", False, "save the mean over the grid: features [T, 1, 1, C]", **switch)
     text = "of train.py: write latents to <output_root>/<model>_motion instead of features; for one model"
     add("motion_checkpoint", None, text, type=Path)
 
     group = parser.add_argument_group("frames")
     text = f"sampled per clip (default: {DEFAULT_FRAMES}); with fps and window as many as a window holds"
     add("num_frames", None, text, type=count)
-    add("sampling", "spread", "evenly, or at the largest whole stride", choices=["spread", "stride"], decides=True)
-    add("fps", None, "instead: frames sampled per second of the clip", type=share, decides=True)
-    add("window", None, "cut each clip into windows of so many seconds, a file each", type=share, decides=True)
-    add(
-        "hop",
-        None,
-        "seconds from the start of a window to the next; without it those of window",
-        type=share,
-        decides=True,
-    )
-    add("fit", "squash", "to the input size: whole, or the centre", choices=["squash", "crop"], decides=True)
+    add_deciding("sampling", "spread", "evenly, or at the largest whole stride", choices=["spread", "stride"])
+    add_deciding("fps", None, "instead: frames sampled per second of the clip", type=share)
+    add_deciding("window", None, "cut each clip into windows of so many seconds, a file each", type=share)
+    add_deciding("hop", None, "seconds from the start of a window to the next; without it those of window", type=share)
+    add_deciding("fit", "squash", "to the input size: whole, or the centre", choices=["squash", "crop"])
     add("recipe", None, "frames and sizes exactly as VideoREPA's trainer takes them", choices=[*RECIPES])
     for flag, size in DEFAULT_SIZES.items():
         side = "height" if flag.endswith("h") else "width"
@@ -1687,7 +1674,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("device", "cuda" if torch.cuda.is_available() else "cpu", "where the models run")
     add("batch_size", 1, "clips per forward pass", type=count)
     add("dinov2_chunk", 128, "frames per forward pass of an image model", type=count)
-    add("precision", "float32", "of the models' matrix products", choices=["float32", "bfloat16"], decides=True)
+    add_deciding("precision", "float32", "of the models' matrix products", choices=["float32", "bfloat16"])
     add("num_workers", default_num_workers(), "processes that decode", type=count)
     add("decode_timeout", 300, "seconds that a decoder may take for a video", type=count)
 

@@ -100,12 +100,14 @@ def test_times_are_the_container_s(tmp_path):
 
 
 def test_times_that_do_not_rise_give_way_to_the_average_rate():
-    for times, seconds in {
-        (0, 100, 100, 200): [0, 0.1, 0.2, 0.3],
-        (0, None, 5, 6): [0, 0.1, 0.2, 0.3],
-        (50, 100, 190): [0, 0.05, 0.14],
+    sampling = vfm.Sampling(4, ((48, 64),), fps=20.0)
+    for times, indices in {
+        (0, 200, 200, 300): (0, 0, 1, 1),  # of frames at 0, 0.1, 0.2 and 0.3 s
+        (0, None, 5, 6): (0, 0, 1, 1),
+        (50, 100, 190, 200): (0, 1, 1, 3),  # at 0, 0.05, 0.14 and 0.15 s
     }.items():
-        assert vfm.to_seconds([*times], 0.001, 10.0).tolist() == pytest.approx(seconds)
+        [window] = vfm.plan_windows(WHOLE, [*times], 0.001, 10.0, sampling)
+        assert window.frame_indices == indices
 
 
 @pytest.mark.parametrize(
