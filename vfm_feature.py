@@ -46,7 +46,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from itertools import combinations, islice, takewhile
 from multiprocessing import resource_tracker
@@ -1138,6 +1138,7 @@ class Window:
     frame_indices: tuple[int, ...]  # of the frames that the video shows; empty if it shows none in this time
     stop: int = field(compare=False)  # the first frame after it
     fps: float  # the video's average rate
+    aspect: float = field(default=1.0, compare=False)  # of its picture as players show it: width over height
 
 
 @contextmanager
@@ -1375,7 +1376,7 @@ def decode_windows(
         check_plain(path, len(planned_times), backend)
     has_parts = bool(sampling.window) or any(start or end for start, end in spans)
     compare_times = backend == "pyav" and bool(has_parts or sampling.fps)
-    done, as_planned = {*delivered}, False
+    done, as_planned, shape = {*delivered}, False, 1.0
     while not as_planned:
         windows = plan_windows(spans, planned_times, tick, rate, sampling)
         waiting: deque[tuple[Window, list[Frames]]] = deque((window, []) for window in windows if window not in done)
@@ -1393,11 +1394,12 @@ def decode_windows(
             while as_planned and waiting and waiting[0][0].stop <= index:
                 window, frames = waiting.popleft()
                 done.add(window)
-                yield window, stack_frames(window, frames, sampling)
+                yield replace(window, aspect=shape), stack_frames(window, frames, sampling)
             if not waiting:
                 return
             if as_planned and index in wanted:
                 rgb, aspect = convert()
+                shape = rgb.shape[1] / rgb.shape[0] * aspect
                 resized = {size: FITS[sampling.fit](rgb, size, aspect) for size in sampling.sizes}
                 for frames in wanted.pop(index):
                     frames.append(resized)
@@ -1406,7 +1408,7 @@ def decode_windows(
         as_planned = as_planned and len(times) == len(planned_times)
         planned_times = times
     for window, frames in waiting:
-        yield window, stack_frames(window, frames, sampling)
+        yield replace(window, aspect=shape), stack_frames(window, frames, sampling)
 
 
 def decode_clip(
@@ -1456,9 +1458,9 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
                 raise
             except Exception as error:  # decoders raise their own kinds
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
+                connection.send((None, reason) if isinstance(error, ValueError) else reason)
                 if not isinstance(error, ValueError):
-                    return connection.send(reason)
-                connection.send((None, reason))
+                    return
 
 
 # A video to decode: its path, its clips' spans, which of their windows were delivered, and why decoders gave it up.
@@ -1618,7 +1620,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     deciding: list[str] = []
 
     def add(flag: str, default: Any, text: str, **options: Any) -> None:
-        values[flag] = default
+        values[flag] = REPOSITORY / default if isinstance(default, Path) else default
         shown = "" if default is None else f" (default: {default})"
         group.add_argument(f"--{flag}", help=text + shown, **options)
 
@@ -1721,8 +1723,6 @@ def fill_in(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """
     args.models = [*dict.fromkeys(args.models)]
     args.hop = args.hop or args.window
-    for flag in ("video_dir", "output_root"):
-        setattr(args, flag, given.get(flag) or REPOSITORY / DEFAULT_PATHS[flag])
     has_default_videos = args.video_dir.resolve() == (REPOSITORY / DEFAULT_PATHS["video_dir"]).resolve()
     args.csv_path = find_file("csv_path", given, [REPOSITORY] if has_default_videos else [])
     args.weights = dict(args.weights or [])
@@ -1773,6 +1773,7 @@ class ModelRun:
 
     name: str
     vfm: VFM
+    size: tuple[int, int]  # height and width of its input
     settings: dict[str, Any]  # all that its features depend on, except the clip; the weights once they are loaded
     folder: Path
     suffix: str  # of its files
@@ -1790,10 +1791,6 @@ class ModelRun:
         """What its files say of the model."""
         layers = {"layers": self.settings["layers"]} if self.settings["layers"] else {}
         return {"model": self.name, "weights": self.settings["weights"], "license": self.vfm.license, **layers}
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.settings["height"], self.settings["width"]
 
     def path(self, clip: Clip, window: int) -> Path:
         number = f"_{window:03d}" if self.settings["window"] else ""
@@ -1853,10 +1850,9 @@ def try_each(
             try:
                 made[name] = attempt(name)
             except (ImportError, FileNotFoundError) as error:
-                lacking[name] = f"{name}: {error}" + (f" (rank {ranks.index})" if ranks.index else "")
-                if isinstance(error, ImportError) and error.name:
-                    advice = "install envs/environment.vfm_feature.yaml"
-                    lacking[name] = f"{name}: the package {error.name} is missing; {advice}"
+                package, hint = getattr(error, "name", None), "install envs/environment.vfm_feature.yaml"
+                reason = f"the package {package} is missing; {hint}" if package else error
+                lacking[name] = f"{name}: {reason}" + (f" (rank {ranks.index})" if ranks.index else "")
     everyone = ranks.gather(lacking)
 
     def decide() -> dict[str, str]:
@@ -1923,7 +1919,7 @@ def plan_run(name: str, vfm: VFM, autoencoder: MotionFeatureAutoencoder | None, 
     if autoencoder is not None:
         settings["motion_autoencoder"] = autoencoder.identity()
         folder = folder.with_name(f"{folder.name}_motion")
-    return ModelRun(name, vfm, settings, folder, f".{args.output_format}", autoencoder)
+    return ModelRun(name, vfm, tuple(taken[1:]), settings, folder, f".{args.output_format}", autoencoder)
 
 
 def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> ModelRun:
@@ -2084,6 +2080,7 @@ def extract(runs: list[ModelRun], todo: dict[Path, dict[Clip, list[str]]], args:
 
     Decoding runs ahead in processes. Writing runs one batch behind in a thread, so that a GPU need not wait for it.
     """
+    tell = functools.cache(say)  # the same once
     needed_by = {clip: names for clips in todo.values() for clip, names in clips.items()}
     with (
         tqdm(total=len(needed_by), unit="clip", disable=ranks.index > 0 or not todo) as bar,
@@ -2104,6 +2101,9 @@ def extract(runs: list[ModelRun], todo: dict[Path, dict[Clip, list[str]]], args:
                         keep_finished(run, clip, window.index, saved)
                     else:
                         good.append((clip, window, frames[run.size]))
+                        height, width = run.size
+                        if args.fit == "squash" and not 1 / 1.1 < window.aspect * height / width < 1.1:
+                            tell(f"{run.name}: clips not shaped {width} : {height} are squashed; --fit crop keeps it")
                 if good:
                     features = forward(run, [frames for *_, frames in good], args)
                     for (clip, window, frames), feature in zip(good, features, strict=True):

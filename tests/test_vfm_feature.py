@@ -727,6 +727,18 @@ def test_frames_that_repeat_are_counted(clips, tmp_path, run_here):
         assert "VideoMAE: 1 clips show fewer frames than asked, and some repeat: in short.pt 3 of 6\n" in result.stdout
 
 
+def test_squashing_is_said_once(clips, tmp_path, run_here):
+    """The clips are shown at 4 : 3, and so is one that is stored turned; it is the picture that players show."""
+    command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL]
+    said = "VideoMAE: clips not shaped 64 : 48 are squashed; --fit crop keeps it"
+    fitting = ["--videomae_resize_h", 48, "--videomae_resize_w", 64]
+    assert "squashed" not in run_here(*command, *fitting).stderr
+    for name in ("ball.mp4", "square.avi"):
+        ffmpeg("-display_rotation", "90", "-i", clips / name, "-c", "copy", clips / f"turned_{name[:4]}.mp4")
+    assert "squashed" not in run_here(*command, *fitting, "--fit", "crop").stderr
+    assert run_here(*command, *fitting).stderr.count(said) == 1
+
+
 def test_pooled_features_and_safetensors(clips, tmp_path, run_here):
     command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL]
     out = tmp_path / "out" / "VideoMAE"
