@@ -1374,8 +1374,7 @@ def decode_windows(
     planned_times, tick, rate = read_packets(path)
     if backend != "pyav":
         check_plain(path, len(planned_times), backend)
-    has_parts = bool(sampling.window) or any(start or end for start, end in spans)
-    compare_times = backend == "pyav" and bool(has_parts or sampling.fps)
+    compare_times = backend == "pyav" and any([sampling.fps, sampling.window, *map(any, spans)])
     done, as_planned, shape = {*delivered}, False, 1.0
     while not as_planned:
         windows = plan_windows(spans, planned_times, tick, rate, sampling)
@@ -1387,8 +1386,7 @@ def decode_windows(
         times, as_planned = [], True
         for index, (ticks, convert) in enumerate(BACKENDS[backend](path)):
             times.append(ticks)
-            is_right = index < len(planned_times) and (not compare_times or ticks == planned_times[index])
-            as_planned = as_planned and is_right
+            as_planned &= index < len(planned_times) and (not compare_times or ticks == planned_times[index])
             if index % 1000 == 999:
                 yield None
             while as_planned and waiting and waiting[0][0].stop <= index:
@@ -1405,7 +1403,7 @@ def decode_windows(
                     frames.append(resized)
         if not times:
             raise ValueError("no frames: none can be decoded")
-        as_planned = as_planned and len(times) == len(planned_times)
+        as_planned &= len(times) == len(planned_times)
         planned_times = times
     for window, frames in waiting:
         yield replace(window, aspect=shape), stack_frames(window, frames, sampling)
@@ -1492,7 +1490,7 @@ def run_decoder(
     process, connection = start_process(sampling)
 
     def hear(timeout: float) -> Any:
-        """What it says next, see `decode_jobs`; or that it died, or said nothing for `timeout` seconds."""
+        """What the process says, see `decode_jobs`; or that it died, or said nothing for `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if stopped.is_set():
@@ -1505,9 +1503,10 @@ def run_decoder(
         return f"no end after {timeout:g} s (--decode_timeout)"
 
     try:
-        if reason := hear(math.inf):
-            raise EOFError(reason)
-        while not reason:
+        said = hear(math.inf)
+        if said:
+            raise EOFError(said)
+        while said == "":
             try:
                 path, spans, delivered, failures = todo.popleft()
             except IndexError:
@@ -1515,11 +1514,11 @@ def run_decoder(
             backend = [*BACKENDS][len(failures)]
             with suppress(ConnectionError):  # it has just died, and `hear` will tell
                 connection.send((path, spans, backend, delivered))
-            while not isinstance(reason := hear(timeout), str):
-                if reason:  # else it is still at work
-                    delivered.add(reason[0])
-                    yield path, *reason
-        failures.append(f"{backend}: {reason}")
+            while not isinstance(said := hear(timeout), str):
+                if said:  # else it is still at work
+                    delivered.add(said[0])
+                    yield path, *said
+        failures.append(f"{backend}: {said}")
         if len(failures) < len(BACKENDS):
             todo.appendleft((path, spans, delivered, failures))
         else:
@@ -1594,7 +1593,6 @@ DEFAULT_PATHS = {
 DEFAULT_FRAMES = 48
 DEFAULT_SIZES = {"videomae_resize_h": 160, "videomae_resize_w": 240, "dinov2_resize_h": 420, "dinov2_resize_w": 630}
 RECIPES = {"videorepa": {"num_frames": 49, "sampling": "stride", "fit": "videorepa"}}
-SET_BY_RECIPE = ("num_frames", "sampling", "fps", "fit", *DEFAULT_SIZES)
 
 
 def model_and_path(text: str) -> tuple[str, Path]:
@@ -1695,13 +1693,12 @@ def check_flags(given: dict[str, Any]) -> None:
         raise UserError("argument --fps: not allowed with argument --sampling; leave one of them out")
     if "hop" in given and "window" not in given:
         raise UserError(f"--hop {given['hop']:g} is the distance of windows; give --window too")
-    for flag in SET_BY_RECIPE:
+    for flag in ("num_frames", "sampling", "fps", "fit", *DEFAULT_SIZES):
         if "recipe" in given and flag in given:
             raise UserError(f"--recipe {given['recipe']} sets --{flag}; leave one of them out")
     if "motion_checkpoint" in given and len(models) > 1:
-        raise UserError(
-            "--motion_checkpoint encodes the features of one model; say with --models which one it was trained on"
-        )
+        hint = "say with --models which one it was trained on"
+        raise UserError(f"--motion_checkpoint encodes the features of one model; {hint}")
     if len(set(layers)) < len(layers):
         raise UserError(f"--layers {' '.join(map(str, layers))}: give each block once")
     for one, other in combinations(models, 2):
@@ -2026,7 +2023,7 @@ def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) ->
 
     In VideoREPA's recipe an image model's 1 + 48 frames become 1 + 12 steps, as the latents of CogVideoX.
     """
-    batch = torch.from_numpy(np.stack(clips)[:, -run.settings["num_frames"] :])
+    batch = torch.from_numpy(np.stack(clips))
     if args.device.type == "cuda":
         batch = batch.pin_memory()  # else the copy waits for the forward pass before it
     batch = batch.to(args.device, non_blocking=True)
@@ -2050,17 +2047,9 @@ def save_feature(
         data[run.kind] = data[run.kind].to(getattr(torch, dtype)).cpu().clone()
         if not torch.isfinite(data[run.kind]).all():
             raise UserError(f"{run.name} gave NaN or infinity in {dtype}")
-        data |= {
-            "caption": clip.part.caption or "",
-            "video": clip.name,
-            **run.provenance,
-            "settings": run.clip_settings(clip),
-            "frame_indices": list(window.frame_indices[-run.settings["num_frames"] :]),
-            "fps": window.fps,
-            "start": window.start,
-            "end": window.end,
-            "windows": window.count,
-        }
+        data |= {"caption": clip.part.caption or "", "video": clip.name, **run.provenance}
+        data |= {"settings": run.clip_settings(clip), "frame_indices": list(window.frame_indices[-len(frames) :])}
+        data |= {"fps": window.fps, "start": window.start, "end": window.end, "windows": window.count}
         if preview:
             pictures = frames.round().clip(0, 255).astype(np.uint8)
             write_preview(path, feature.cpu(), data.get("latent"), pictures, data)
@@ -2100,7 +2089,7 @@ def extract(runs: list[ModelRun], todo: dict[Path, dict[Clip, list[str]]], args:
                     elif saved := read_finished(run, clip, window.index, args):
                         keep_finished(run, clip, window.index, saved)
                     else:
-                        good.append((clip, window, frames[run.size]))
+                        good.append((clip, window, frames[run.size][-run.settings["num_frames"] :]))
                         height, width = run.size
                         if args.fit == "squash" and not 1 / 1.1 < window.aspect * height / width < 1.1:
                             tell(f"{run.name}: clips not shaped {width} : {height} are squashed; --fit crop keeps it")
@@ -2130,8 +2119,8 @@ def write_reports(runs: list[ModelRun], output_root: Path) -> None:
             (run.folder / "failed_videos.txt").unlink(missing_ok=True)
         if run.autoencoder is not None:
             write_encode_report(run.rows, run.folder)
-        for shape in [row["shape"] for row in run.rows if not row["failure"]][:1]:
-            dimensions += f"{run.name}: {run.kind} shape {shape}, C = {shape[-1]}\n"
+        if shapes := [row["shape"] for row in run.rows if not row["failure"]]:
+            dimensions += f"{run.name}: {run.kind} shape {shapes[0]}, C = {shapes[0][-1]}\n"
     if dimensions:
         with whole_file(output_root / "vfm_dimensions.txt") as file:
             file.write(dimensions.encode())

@@ -728,7 +728,7 @@ def test_frames_that_repeat_are_counted(clips, tmp_path, run_here):
 
 
 def test_squashing_is_said_once(clips, tmp_path, run_here):
-    """The clips are shown at 4 : 3, and so is one that is stored turned; it is the picture that players show."""
+    """What players show counts: the clips at 4 : 3, and at 3 : 4 once they are turned, however they are stored."""
     command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL]
     said = "VideoMAE: clips not shaped 64 : 48 are squashed; --fit crop keeps it"
     fitting = ["--videomae_resize_h", 48, "--videomae_resize_w", 64]
