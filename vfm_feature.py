@@ -1757,12 +1757,6 @@ class Clip:
     fingerprint: str  # of the video
     fault: str = ""  # why the video cannot be read
 
-    def describe(self, window: Window | None = None) -> str:
-        """The video's name, and which part of it, or window, something is said of."""
-        start, end = (window.start, window.end) if window else (self.part.start, self.part.end)
-        bounds = [f"{word} {bound:g} s" for word, bound in (("from", start), ("to", end)) if bound is not None]
-        return " ".join([self.name, *bounds])
-
 
 @dataclass(eq=False)
 class ModelRun:
@@ -1800,13 +1794,16 @@ class ModelRun:
 
     def succeed(self, clip: Clip, path: Path, data: dict, outcome: str) -> None:
         """Keep what the reports say of the file `path`, whose entries are `data`. `outcome`: "written" or "skipped"."""
+        figures = {name: data[name] for name in METRICS + MOVEMENT} if self.autoencoder is not None else {}
+        repeats = len(data["frame_indices"]) - len(set(data["frame_indices"]))  # frames that repeat another
         row = {"clip": clip, "file": path.relative_to(self.folder).as_posix(), "outcome": outcome, "failure": ""}
-        row["repeats"] = len(data["frame_indices"]) - len(set(data["frame_indices"]))  # frames that repeat another
-        row |= {"shape": list(data[self.kind].shape)}
-        self.rows.append(row | {name: data[name] for name in METRICS + MOVEMENT if self.autoencoder is not None})
+        self.rows.append({**row, "shape": list(data[self.kind].shape), "repeats": repeats, **figures})
 
     def fail(self, clip: Clip, window: Window | None, reason: str) -> None:
-        file = clip.describe(window if self.settings["window"] else None)
+        """Keep why a clip, or one of the windows that --window cuts, has no file."""
+        span = window if window and self.settings["window"] else clip.part
+        bounds = {"from": span.start, "to": span.end}
+        file = " ".join([clip.name, *(f"{word} {bound:g} s" for word, bound in bounds.items() if bound is not None)])
         self.rows.append({"clip": clip, "file": file, "outcome": "failed", "failure": reason})
 
 
@@ -1850,20 +1847,16 @@ def try_each(
                 package, hint = getattr(error, "name", None), "install envs/environment.vfm_feature.yaml"
                 reason = f"the package {package} is missing; {hint}" if package else error
                 lacking[name] = f"{name}: {reason}" + (f" (rank {ranks.index})" if ranks.index else "")
-    everyone = ranks.gather(lacking)
-
-    def decide() -> dict[str, str]:
-        reasons = {name: reason for others in reversed(everyone) for name, reason in others.items()}
-        if len(reasons) == 1 and not args.allow_skip_missing:
-            raise UserError(f"{next(iter(reasons.values()))}, or skip such models with --allow_skip_missing")
-        for reason in reasons.values():
+    everyone = ranks.broadcast(ranks.gather(lacking))
+    left_out = {name: reason for others in reversed(everyone) for name, reason in others.items()}
+    with ranks.first_then_others():
+        if len(left_out) == 1 and not args.allow_skip_missing:
+            raise UserError(f"{next(iter(left_out.values()))}, or skip such models with --allow_skip_missing")
+        for reason in left_out.values():
             say(f"warning: {reason}")
-        if reasons and not args.allow_skip_missing:
-            names = ", ".join(reasons)
+        if left_out and not args.allow_skip_missing:
+            names = ", ".join(left_out)
             raise UserError(f"{names} cannot be run; do as said above, or skip such models with --allow_skip_missing")
-        return reasons
-
-    left_out = ranks.from_first(decide)
     return {name: value for name, value in made.items() if name not in left_out}, left_out
 
 
