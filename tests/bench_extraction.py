@@ -98,9 +98,9 @@ def extraction_seconds(folder: Path, models: list[str], num_frames: int, *flags:
         command = ["--video_dir", str(folder), "--models", *models, "--num_frames", str(num_frames), *flags]
         args = vfm.parse_args([*command, "--random_weights", "--output_root", out])
         args.device = open_device(args.device)
-        vfms, _ = vfm.find_models(args)
-        runs, _ = vfm.load_models(vfms, None, args)
-        [todo] = vfm.plan(runs, vfm.list_clips(args), args)
+        models, _ = vfm.find_models(args)
+        runs, _ = vfm.load_models(models, args)
+        todo = vfm.plan(runs, vfm.list_clips(args), args)
         start = time.perf_counter()
         vfm.extract(runs, todo, args)
         return time.perf_counter() - start

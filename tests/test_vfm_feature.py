@@ -603,7 +603,7 @@ def test_ranks_and_rival_runs_write_what_one_process_writes(clips, tmp_path):
     assert one == ranks == rivals
 
 
-# Flags that decide no feature's values, or decide them by way of the weights' hash, the input's size or `SETTINGS`.
+# Flags that decide no feature's values, or decide them by way of the weights' hash, the input's size or the settings.
 HARMLESS = {"video_dir", "csv_path", "output_root", "recursive", "overwrite", "preview", "output_format", "models"}
 HARMLESS |= {"list_models", "weights", "videomaev2_ckpt", "videomae_ckpt", "dinov2_ckpt", "vjepa2_ckpt"}
 HARMLESS |= {"allow_skip_missing", "random_weights", "motion_checkpoint", "num_frames", "recipe", "device"}
@@ -612,8 +612,9 @@ HARMLESS |= {"batch_size", "dinov2_chunk", "num_workers", "decode_timeout"}
 
 
 def test_every_flag_is_in_the_settings_or_harmless():
-    assert vars(vfm.parse_args([])).keys() == {*vfm.SETTINGS} | HARMLESS
-    assert not HARMLESS & {*vfm.SETTINGS}
+    flags = vars(vfm.parse_args([]))
+    settings = {*vars(flags.pop("settings"))}
+    assert flags.keys() == settings | HARMLESS and not settings & HARMLESS
 
 
 def test_the_default_captions_go_with_the_default_videos(clips, tmp_path, run_here, monkeypatch):
@@ -712,6 +713,18 @@ def test_frames_that_repeat_are_counted(clips, tmp_path, run_here):
         result = run_here(*command, *SMALL[3:])
         assert counts(result) == outcome
         assert "VideoMAE: 1 clips show fewer frames than asked, and some repeat: in short.pt 3 of 6\n" in result.stdout
+
+
+def test_squashing_is_said_once(clips, tmp_path, run_here):
+    """What players show counts: the clips at 4 : 3, and at 3 : 4 once they are turned, however they are stored."""
+    command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL]
+    said = "VideoMAE: clips not shaped 64 : 48 are squashed; --fit crop keeps it"
+    fitting = ["--videomae_resize_h", 48, "--videomae_resize_w", 64]
+    assert "squashed" not in run_here(*command, *fitting).stderr
+    for name in ("ball.mp4", "square.avi"):
+        ffmpeg("-display_rotation", "90", "-i", clips / name, "-c", "copy", clips / f"turned_{name[:4]}.mp4")
+    assert "squashed" not in run_here(*command, *fitting, "--fit", "crop").stderr
+    assert run_here(*command, *fitting).stderr.count(said) == 1
 
 
 def test_pooled_features_and_safetensors(clips, tmp_path, run_here):
