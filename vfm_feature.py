@@ -74,10 +74,10 @@ from model import (
     check_file,
     file_fingerprint,
     find_files,
+    find_latents,
     load_checked,
     make_folder,
     number,
-    open_device,
     provenance,
     ranks,
     run_script,
@@ -2258,7 +2258,9 @@ def write_reports(runs: list[ModelRun], output_root: Path) -> None:
         else:
             failures.unlink(missing_ok=True)
         if run.autoencoder is not None:
-            write_encode_report(run.rows + [{"file": name, "failure": why} for name, why in run.failed], run.folder)
+            write_encode_report(
+                run.rows + [{"file": name, "failure": why} for name, why in run.failed], run.folder, run.autoencoder
+            )
     known = [run for run in runs if run.shape]
     if known:
         dimensions = "".join(f"{run.name}: {run.kind} shape {run.shape}, C = {run.shape[-1]}\n" for run in known)
@@ -2275,7 +2277,7 @@ def print_results(runs: list[ModelRun], left_out: Iterable[str], num_clips: int,
     """Print what came of each model: a table, what the files do not tell by themselves, and last the failures."""
     table = {}
     for run in runs:
-        count, files = Counter(run.outcomes.values()), find_files(run.folder, (".pt", ".safetensors"))
+        count, files = Counter(run.outcomes.values()), find_latents(run.folder)
         table[run.name] = {
             "written": count["written"],
             "skipped": count["skipped"],
@@ -2316,7 +2318,7 @@ def main() -> int:
         print(describe_models())
         return 0
     with ranks.first_then_others():
-        args.device = open_device(args.device)
+        args.device = ranks.open_device(args.device)
     vfms, left_out = find_models(args)
     clips = ranks.from_first(lambda: list_clips(args))  # a network disk can show other files to other machines
     with ranks.first_then_others():
