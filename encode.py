@@ -42,7 +42,6 @@ from model import (
     ArgumentParser,
     MotionFeatureAutoencoder,
     UserError,
-    add_model_flags,
     describe_motion_embedding,
     file_fingerprint,
     find_features,
@@ -53,14 +52,11 @@ from model import (
     make_folder,
     motion_channels,
     number,
-    open_device,
-    principal_components,
     provenance,
     ranks,
     run_script,
     save_atomically,
     whole_file,
-    write_stats,
 )
 
 if TYPE_CHECKING:
@@ -73,7 +69,8 @@ if TYPE_CHECKING:
 MOVEMENT = ["right", "down", "log speed"]  # of the camera: channels of the motion embedding, whose means are kept
 LEGEND = """What decoding the latents loses. reconstruction: squared error over the clip's variance (0: nothing is lost,
 1: all but the clip's mean is); motion: the same of the changes from step to step (1: as a still
-picture would); cosine: between a token and its reconstruction (1: the same direction)."""
+picture would); cosine: between a token and its reconstruction (1: the same direction).
+How the pictures move, in grid cells a step; log speed: log(1 + (cells / 0.01)^2) / 2."""
 
 
 def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstruction: bool = False) -> dict[str, Any]:
@@ -116,37 +113,28 @@ def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstru
 
 
 def print_summary(rows: list[dict[str, Any]]) -> None:
-    """Each metric's mean over the files that were encoded and its worst file, and how their pictures move."""
-    table = pd.DataFrame(row for row in rows if row["outcome"] != "failed")
-    if table.empty:
-        return
-    table = table.set_index("file")
-    summary = {}
-    for name in METRICS:
-        values = table[name].dropna()
-        if len(values):
-            worst = values.idxmin() if name == "cosine" else values.idxmax()
-            summary[name.removesuffix("_error")] = {"mean": values.mean(), "worst": values[worst], "": worst}
-    if summary:
-        print(pd.DataFrame.from_dict(summary, orient="index").to_string(float_format="%.3f"))
+    """Mean and extremes of each metric and movement over the files that were encoded."""
+    encoded = [row for row in rows if row["outcome"] != "failed"]
+    table = pd.DataFrame(encoded, columns=["file", *METRICS, *MOVEMENT]).set_index("file").dropna(axis=1, how="all")
+    if not table.empty:
+        figures = table.agg(["mean", "min", "idxmin", "max", "idxmax"]).T.infer_objects()
+        figures = figures.rename(index={name: name.removesuffix("_error") for name in METRICS})
+        print(figures.set_axis(["mean", "least", "in", "most", "in"], axis=1).to_string(float_format="%.3f"))
         print(LEGEND)
-    known = table[MOVEMENT].dropna(axis=1, how="all")
-    if not known.empty:
-        print("How the pictures move, in grid cells a step; log speed: log(1 + (cells / 0.01)^2) / 2.")
-        extremes = known.agg(["mean", "min", "idxmin", "max", "idxmax"]).T.infer_objects()
-        print(extremes.set_axis(["mean", "least", "in", "most", "in"], axis=1).to_string(float_format="%.3f"))
-    if unknown := int(table["right"].isna().sum()):
+    if unknown := sum(math.isnan(row["right"]) for row in encoded):
         print(f"grid unknown in {unknown} files [T, N, C]: the embedding's motion channels are 0; give --grid H W")
-    if still := int(table["motion_error"].isna().sum()):
+    if still := sum(math.isnan(row["motion_error"]) for row in encoded):
         print(f"no motion in {still} files: of one time step, or of steps that are all the same")
 
 
-def write_encode_report(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write `encode_report.csv`: of each file its `METRICS` and `MOVEMENT`, or why it failed."""
+def write_encode_report(rows: list[dict[str, Any]], folder: Path, model: MotionFeatureAutoencoder) -> None:
+    """Write into a folder of latents `encode_report.csv`, of each file its `METRICS` and `MOVEMENT`, or why it failed;
+    and stats.pt, `mean` and `var` [D] of the latent's channels over the clips that the model was trained on."""
     table = pd.DataFrame(rows, columns=["file", *METRICS, *MOVEMENT, "failure"]).sort_values("file")
     text = table.to_csv(index=False, float_format="%.6g", na_rep="nan")
     with whole_file(folder / "encode_report.csv") as file:
         file.write(text.encode(errors="backslashreplace"))
+    save_atomically({"mean": model.latent_mean.cpu(), "var": model.latent_var.cpu()}, folder / STATS_NAME)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +166,8 @@ def leading_components(x: Tensor, steps: list[int]) -> tuple[Tensor, float]:
     sample = tokens[evenly(len(tokens), 4096)].float()
     mean = sample.mean(dim=0)
     covariance = (sample - mean).mT @ (sample - mean) / len(sample)
-    basis = nn.functional.pad(principal_components(covariance)[:, :3], (0, max(0, 3 - x.shape[-1])))
+    basis = torch.linalg.eigh(covariance).eigenvectors[:, -3:].flip(1)  # largest eigenvalue first
+    basis = nn.functional.pad(basis, (0, 3 - basis.shape[1]))
     spread = (sample - mean) @ basis  # [K, 3]
     low, high = spread.quantile(0.02, dim=0), spread.quantile(0.98, dim=0)
     noise = noise_floor(sample)
@@ -328,23 +317,15 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="of train.py: motion_ae_best.pt or a motion_ae_epoch*.pt")
     add("--input", type=Path, required=True, help="a feature file, or a folder, searched recursively")
-    add(
-        "--output", type=Path, required=True, help="the file to write: .pt or .safetensors; a folder, if --input is one"
-    )
+    add("--output", type=Path, required=True, help="a .pt or .safetensors to write; a folder, if --input is one")
     add("--output_format", choices=["pt", "safetensors"], default="pt", help="of the files of a folder")
-    add(
-        "--grid",
-        type=number(int, 1),
-        nargs=2,
-        metavar=("H", "W"),
-        help="of features [T, H * W, C] that do not say theirs",
-    )
+    size = {"type": number(int, 1), "nargs": 2, "metavar": ("H", "W")}
+    add("--grid", **size, help="of features [T, H * W, C] that do not say theirs")
     add("--save_reconstruction", action="store_true", help="keep the reconstructed feature too")
     add("--overwrite", action="store_true", help="make outputs of a folder again that are finished")
     add("--preview", action="store_true", help="draw each clip that is encoded: <stem>.png beside the output")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1...")
-    model = parser.add_argument_group("model", "The checkpoint records these; a value given here must agree.")
-    add_model_flags(model, optional=True)
+    parser.add_model_flags("The checkpoint records these; a value given here must agree.")
     return parser.parse_args()
 
 
@@ -379,11 +360,8 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {target} is a file, but --input is a folder; give a folder")
     features: dict[Path, Path] = {}  # output -> feature
-    found = find_features(source)
-    folders = {path.parent for path in found}
-    earlier = {folder for folder in folders if folder.resolve().is_relative_to(target.resolve())}
-    for path in found:
-        if path.parent in earlier:  # latents of an earlier run are no features
+    for path in find_features(source):
+        if path.parent.resolve().is_relative_to(target.resolve()):  # latents of an earlier run are no features
             continue
         output = target / path.relative_to(source).with_suffix(f".{output_format}")
         if output.name == STATS_NAME:
@@ -427,13 +405,11 @@ def encode_file(
             if math.prod(args.grid) != feature.shape[1]:
                 raise UserError(f"{path}: N is {feature.shape[1]}, but --grid is {args.grid[0]} x {args.grid[1]}")
             feature = feature.unflatten(1, args.grid)
-        try:
-            model.check_provenance(provenance(metadata))
-            result = encode_clip(model, feature, args.save_reconstruction)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        model.check_provenance(provenance(metadata))
+        result = encode_clip(model, feature, args.save_reconstruction)
     except (UserError, OSError) as error:
-        return row | {"failure": str(error), "outcome": "failed"}
+        told = str(error) if str(path) in str(error) else f"{path}: {error}"
+        return row | {"failure": told, "outcome": "failed"}
     kept = {name: value for name, value in metadata.items() if name not in result}
     save_atomically({**result, **kept, "settings": settings}, output)
     if args.preview:
@@ -441,9 +417,9 @@ def encode_file(
     return row | {name: result[name] for name in METRICS + MOVEMENT} | {"outcome": "written"}
 
 
-def report(rows: list[dict[str, Any]], planned: int, args: argparse.Namespace) -> None:
-    """Write `encode_report.csv`, and print what came of the files."""
-    write_encode_report(rows, args.output)
+def report(rows: list[dict[str, Any]], planned: int, model: MotionFeatureAutoencoder, args: argparse.Namespace) -> None:
+    """Write `encode_report.csv` and stats.pt, and print what came of the files of a folder."""
+    write_encode_report(rows, args.output, model)
     failures = {str(args.input / row["file"]): row["failure"] for row in rows if row["outcome"] == "failed"}
     for line in group_by_reason(failures):
         print(f"failed: {line}", file=sys.stderr)
@@ -461,14 +437,12 @@ def main() -> int:
     ranks.join()
     args = ranks.from_first(parse_args)
     with ranks.first_then_others():
-        device = open_device(args.device)
+        device = ranks.open_device(args.device)
         model = MotionFeatureAutoencoder.from_checkpoint(args.checkpoint).to(device)
         check_flags(args, model.config)
     made_with = {**model.identity(), "save_reconstruction": args.save_reconstruction, "grid": args.grid}
 
     jobs = ranks.from_first(lambda: plan(args.input, args.output, args.output_format))
-    if ranks.index == 0 and args.input.is_dir():
-        write_stats(model, args.output)
     mine = jobs[ranks.index :: ranks.count]
     rows: list[dict[str, Any]] = []
     try:
@@ -477,17 +451,15 @@ def main() -> int:
         rows = [row for part in ranks.gather(rows) for row in part]
     finally:  # of a run that is stopped too
         if ranks.index == 0 and args.input.is_dir():
-            report(rows, len(jobs), args)
+            report(rows, len(jobs), model, args)
 
-    if ranks.index > 0:
-        return 0
-    if not args.input.is_dir():
+    if ranks.index == 0 and not args.input.is_dir():
         [row] = rows
         if row["outcome"] == "failed":
             raise UserError(row["failure"])
         figures = ", ".join(f"{name.removesuffix('_error')} {row[name]:.3f}" for name in METRICS)
         print(f"written to {args.output}, compression_ratio {model.compression_ratio:g}; {figures}")
-    return 0 if any(row["outcome"] != "failed" for row in rows) else 1
+    return 0 if ranks.index > 0 or any(row["outcome"] != "failed" for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
 import hashlib
 import itertools
@@ -865,27 +864,23 @@ def find_files(folder: Path, suffixes: tuple[str, ...], recursive: bool = True) 
     Linked folders are searched as well, unless what they lead to is searched anyway. A link that leads nowhere is
     listed like a file, so that reading it fails and names it. Raises `UserError` for a folder that cannot be listed.
     """
+    top, found = folder.resolve(), []
 
     def refuse(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename} cannot be searched ({error.strerror})")
 
-    found = []
+    def leads_elsewhere(link: Path) -> bool:
+        target = link.resolve()
+        if target.is_relative_to(top):
+            return any(part.startswith(".") for part in target.relative_to(top).parts)
+        return target not in map(Path.resolve, link.parents)
+
     for here, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
         visible = [Path(here, name) for name in names if not name.startswith(".")]
         found += [path for path in visible if path.suffix.lower() in suffixes and (path.is_file() or not path.exists())]
-        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
-        subfolders[:] = [name for name in subfolders if not is_searched_anyway(Path(here, name), folder.resolve())]
+        below = [Path(here, name) for name in subfolders if recursive and not name.startswith(".")]
+        subfolders[:] = [path.name for path in below if not path.is_symlink() or leads_elsewhere(path)]
     return sorted(found)
-
-
-def is_searched_anyway(subfolder: Path, top: Path) -> bool:
-    """Whether a subfolder is a link to a folder below `top` that is not hidden, or to one that it lies in."""
-    if not subfolder.is_symlink():
-        return False
-    target = subfolder.resolve()
-    if target.is_relative_to(top):
-        return not any(part.startswith(".") for part in target.relative_to(top).parts)
-    return any(target == parent.resolve() for parent in subfolder.parents)
 
 
 def find_features(folder: Path) -> list[Path]:
@@ -915,13 +910,19 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path} is no file" if path.exists() else f"{path} does not exist")
 
 
-def check_crc(path: Path) -> None:
-    """Raise `UserError` that names the first entry of a file of torch.save, a zip archive, whose bytes are not those
-    that were written. torch.load does not look. A checkpoint of 60 MB takes 0.07 s, loading it 0.09 s."""
-    with zipfile.ZipFile(path) as archive:
-        has_crc = any(entry.CRC for entry in archive.infolist())  # torch can be told to write none
-        if has_crc and (entry := archive.testzip()):
-            raise UserError(f"{path} is damaged: {entry.partition('/')[2]} in it; make or download it again")
+def read_torch(path: Path, mmap: bool, check: bool) -> Any:
+    """What `torch.load` makes of a file. With `check`, raises `UserError` that names the first entry of its zip archive
+    whose bytes are not those that were written, where torch.load does not look. A checkpoint of 60 MB takes 0.07 s,
+    loading it 0.09 s."""
+    if check and zipfile.is_zipfile(path):  # files of torch < 1.6 are none
+        with zipfile.ZipFile(path) as archive:
+            has_crc = any(entry.CRC for entry in archive.infolist())  # torch can be told to write none
+            if has_crc and (entry := archive.testzip()):
+                raise UserError(f"{path} is damaged: {entry.partition('/')[2]} in it; make or download it again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception:  # nor can they be mapped, nor files whose names are not UTF-8; others fail again
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_checked(path: Path, mmap: bool = False, check: bool = True) -> Any:
@@ -933,22 +934,16 @@ def load_checked(path: Path, mmap: bool = False, check: bool = True) -> Any:
     memory, or holds more than tensors and plain values.
     """
     check_file(path)
-    suffix = path.suffix.lower()
     try:
-        if suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             array = np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
             return torch.from_numpy(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
-        if suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
                 metadata = file.metadata() or {}
-            return tensors | json.loads(metadata.pop(OTHER_VALUES, "{}")) | metadata
-        if check and zipfile.is_zipfile(path):  # files of torch < 1.6 are none
-            check_crc(path)
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except Exception:  # nor can they be mapped, nor files whose names are not UTF-8; others fail again
-            return torch.load(path, map_location="cpu", weights_only=True)
+                others = json.loads(metadata.pop(OTHER_VALUES, "{}"))
+                return {name: file.get_tensor(name) for name in file.keys()} | others | metadata  # noqa: SIM118
+        return read_torch(path, mmap, check)
     except UserError:
         raise
     except Exception as error:  # damaged files raise almost anything
@@ -958,18 +953,6 @@ def load_checked(path: Path, mmap: bool = False, check: bool = True) -> Any:
         if re.search("weights_only|allow_pickle|Python objects", str(error)):
             raise UserError(f"{path} holds objects that only unsafe loading could read; save plain tensors") from None
         raise UserError(f"{path} is damaged or of another format ({cause}); make or download it again") from None
-
-
-def check_numbers(feature: Tensor, path: Path) -> None:
-    """Raise `UserError` that names `path` for a feature [T, ...] with NaN, infinity, or numbers that overflow float32
-    when they are squared and summed. Of a mapped file no more than a few time steps are in memory at once."""
-    largest = torch.stack([part.abs().amax() for part in feature.split(8)]).amax().item()  # NaN if there is one
-    if not math.isfinite(largest):
-        raise UserError(f"{path} holds NaN or infinity; recompute it in float32, or remove it")
-    if largest > LARGEST:
-        raise UserError(
-            f"{path} holds numbers up to {largest:.0e}, whose squares overflow float32; divide all by a constant"
-        )
 
 
 def how_to_permute(shape: list[int], input_dim: int) -> str:
@@ -999,19 +982,17 @@ def load_feature(
 
     Returns the feature [T, N, C] or [T, H, W, C] in the dtype that it was stored in (float8 as float32). With `mmap`
     its numbers stay on disk. Raises `UserError` that names the file: not readable, wrong rank, `C != input_dim`, not
-    floating point; with `check`, which reads all numbers once, also wrong checksums, nothing but zeros, and what
-    `check_numbers` refuses.
+    floating point; with `check`, which reads all numbers once, a few time steps at a time, also wrong checksums,
+    nothing but zeros, NaN, infinity, and numbers that overflow float32 when they are squared and summed.
     """
     if path.suffix.lower() not in FEATURE_SUFFIXES:
         raise UserError(f"{path} is not a {', '.join(FEATURE_SUFFIXES)} file")
     data = load_checked(path, mmap, check)
-    metadata: dict[str, Any] = {}
-    feature = data
-    if isinstance(data, dict):
-        key = next((key for key in ("feature", "features") if key in data), next(iter(data), None))
-        feature = data.get(key)
-        names = [name for name in data if isinstance(name, str) and name not in (key, "grid")]
-        metadata = {name: data[name] for name in names if is_plain(data[name])}
+    entries = data if isinstance(data, dict) else {"feature": data}
+    key = next((key for key in ("feature", "features") if key in entries), next(iter(entries), None))
+    feature, grid = entries.get(key), entries.get("grid")
+    names = [name for name in entries if isinstance(name, str) and name not in (key, "grid")]
+    metadata = {name: entries[name] for name in names if is_plain(entries[name])}
     if not isinstance(feature, Tensor) or feature.layout != torch.strided or feature.is_meta or feature.is_quantized:
         raise UserError(f"{path} holds no feature tensor; it holds {type(feature).__name__}")
     shape = list(feature.shape)
@@ -1031,15 +1012,19 @@ def load_feature(
     if feature.element_size() == 1:  # few functions take float8
         feature = feature.float()
     if check:
-        check_numbers(feature, path)
-        if not any(step.any() for step in feature):
+        largest = torch.stack([part.abs().amax() for part in feature.split(8)]).amax().item()  # NaN if there is one
+        if not math.isfinite(largest):
+            raise UserError(f"{path} holds NaN or infinity; recompute it in float32, or remove it")
+        if largest > LARGEST:
+            raise UserError(
+                f"{path} holds numbers up to {largest:.0e}, whose squares overflow float32; divide all by a constant"
+            )
+        if not largest:
             raise UserError(f"{path} holds nothing but zeros; make it again, or remove it")
-    if isinstance(data, dict) and len(shape) == 3:
-        grid = data.get("grid")
-        grid = grid.tolist() if isinstance(grid, Tensor) else grid
-        is_size = isinstance(grid, list | tuple) and all(isinstance(size, int) and size > 0 for size in grid)
-        if is_size and len(grid) == 2 and grid[0] * grid[1] == shape[1]:
-            feature = feature.unflatten(1, tuple(grid))
+    grid = grid.tolist() if isinstance(grid, Tensor) else grid
+    is_size = isinstance(grid, list | tuple) and all(isinstance(size, int) and size > 0 for size in grid)
+    if is_size and len(grid) == 2 and len(shape) == 3 and math.prod(grid) == shape[1]:
+        feature = feature.unflatten(1, tuple(grid))
     return feature.detach(), metadata
 
 
@@ -1069,14 +1054,9 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Latents: what encode.py and vfm_feature.py --motion_checkpoint write of a clip, and how trainers read it
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def write_stats(model: MotionFeatureAutoencoder, folder: Path) -> None:
-    """stats.pt in a folder of the model's latents: `mean` and `var` [D] of their channels over its training clips."""
-    save_atomically({"mean": model.latent_mean.cpu(), "var": model.latent_var.cpu()}, folder / STATS_NAME)
+def find_latents(folder: Path) -> list[Path]:
+    """Every output of encode.py or vfm_feature.py below a folder, sorted; the statistics of latents are left out."""
+    return [path for path in find_files(folder, (".pt", ".safetensors")) if path.name != STATS_NAME]
 
 
 class LatentDataset(Dataset):
@@ -1097,18 +1077,16 @@ class LatentDataset(Dataset):
 
     def __init__(self, folder: str | Path, normalise: bool = False) -> None:
         folder = Path(folder)
-        found = find_files(folder, (".pt", ".safetensors")) if folder.is_dir() else []
-        files = [file for file in found if file.name != STATS_NAME]
-        if not files:
+        self.paths: dict[str, Path] = {}
+        for path in find_latents(folder) if folder.is_dir() else []:
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+            if stem in self.paths:
+                raise UserError(f"{self.paths[stem]} and {path} are both {stem}; keep one of them")
+            self.paths[stem] = path
+        if not self.paths:
             raise UserError(
                 f"{folder} holds no latents; make them with encode.py or vfm_feature.py --motion_checkpoint"
             )
-        self.paths: dict[str, Path] = {}
-        for file in files:
-            stem = file.relative_to(folder).with_suffix("").as_posix()
-            if stem in self.paths:
-                raise UserError(f"{self.paths[stem]} and {file} are both {stem}; keep one of them")
-            self.paths[stem] = file
         self.stems = list(self.paths)
         first = self.load(self.stems[0])  # a folder of features is refused here
         self.frame_indices, self.normalise = first.get("frame_indices"), normalise
@@ -1151,16 +1129,6 @@ class UserError(Exception):
     """A mistake that the user can mend. Its text is the one line they read: what is wrong, and what to do about it."""
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` whose errors are one line, as all errors here, and whose help shows every default."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
-
-
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
     """An argparse type: an int or float in [low, high], refused in words otherwise."""
 
@@ -1175,24 +1143,33 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     return parse
 
 
-def add_model_flags(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    """The flags of `Config`. Absent from the parsed arguments unless given: all with `optional`, else `input_dim`."""
+MODEL_FLAGS = {  # fields of `Config`: what they are, and how argparse reads them
+    "input_dim": ("channels C of the features; if not given, the files or the checkpoint say it", number(int, 1)),
+    "model_dim": ("width of encoder and decoder", number(int, 1)),
+    "latent_dim": ("channels of the latent", number(int, 2)),
+    "num_heads": ("attention heads", number(int, 1)),
+    "num_layers": ("transformer layers, each way", number(int, 1)),
+    "dropout": ("dropout while training", number(float, 0, 1)),
+    "use_token": ("the encoder sees [x, delta_x], not delta_x alone", None),
+}
 
-    def add(name: str, help: str, **options: Any) -> None:
-        default = getattr(Config, name)
-        if optional or name == "input_dim":
-            default, help = argparse.SUPPRESS, f"{help} (default: {default})"
-        parser.add_argument(f"--{name}", default=default, help=help, **options)
 
-    add(
-        "input_dim", "channels C of the features; if not given, the files or the checkpoint say it", type=number(int, 1)
-    )
-    add("model_dim", "width of encoder and decoder", type=number(int, 1))
-    add("latent_dim", "channels of the latent", type=number(int, 2))
-    add("num_heads", "attention heads", type=number(int, 1))
-    add("num_layers", "transformer layers, each way", type=number(int, 1))
-    add("dropout", "dropout while training", type=number(float, 0, 1))
-    add("use_token", "the encoder sees [x, delta_x], not delta_x alone", action="store_true")
+class ArgumentParser(argparse.ArgumentParser):
+    """`argparse.ArgumentParser` whose errors are one line, as all errors here, and whose help shows every default."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def add_model_flags(self, about: str) -> None:
+        """A group of `MODEL_FLAGS`, which are absent from the parsed arguments unless given."""
+        group = self.add_argument_group("model", about)
+        for name, (told, kind) in MODEL_FLAGS.items():
+            options = {"type": kind} if kind else {"action": "store_true"}
+            told += f" (default: {getattr(Config, name)})"
+            group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=told, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
 
 
 class Ranks:
@@ -1202,37 +1179,35 @@ class Ranks:
     may wait for a rank 0 that has said what is wrong, are silent.
     """
 
+    index, count = 0, 1
+
     def join(self) -> None:
         """Open torchrun's process group, if `WORLD_SIZE` says that there is one; ranks wait a day for each other.
 
-        Another job can have left variables in the environment: `RANK` alone is ignored, and `WORLD_SIZE` without the
-        others raises `UserError`, as does a group that cannot be opened.
+        Another job can have left variables in the environment: without `WORLD_SIZE` they are ignored. Raises
+        `UserError` for a group that cannot be opened.
         """
         world_size = os.environ.get("WORLD_SIZE") or "1"
         if world_size == "1":
             return
-        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        if missing:
-            raise UserError(
-                f"WORLD_SIZE is {world_size}, but {', '.join(missing)} not set; start with torchrun, or unset "
-                "WORLD_SIZE"
-            )
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(days=1))
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"RANK {os.environ['RANK']} and WORLD_SIZE {world_size} describe no process group ({error}); start "
-                "with torchrun, or unset them"
+                f"WORLD_SIZE is {world_size}, but there is no process group ({error}); start with torchrun, or unset it"
             ) from None
+        self.index, self.count = dist.get_rank(), dist.get_world_size()
 
-    @property
-    def index(self) -> int:
-        return dist.get_rank() if dist.is_initialized() else 0
-
-    @property
-    def count(self) -> int:
-        return dist.get_world_size() if dist.is_initialized() else 1
+    def open_device(self, name: str) -> torch.device:
+        """The torch device of that name; `cuda` is this rank's GPU. Raises `UserError` where the machine lacks it."""
+        try:
+            own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', self.index)}"
+            device = torch.device(own_gpu if name == "cuda" and self.count > 1 else name)
+            torch.ones(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError):
+            raise UserError(f"--device {name} is not on this machine; use cpu, cuda or cuda:N") from None
+        return device
 
     @contextmanager
     def in_touch(self) -> Iterator[None]:
@@ -1241,47 +1216,38 @@ class Ranks:
             yield
         except RuntimeError:  # the connection is closed
             if self.index > 0:
-                sys.exit(1)
+                sys.exit(2)
             raise UserError("another process of this run has ended; what it said says why") from None
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: Any = None) -> Any:
         """Rank 0's `value`, on every rank."""
         values = [value]
-        if dist.is_initialized():
+        if self.count > 1:
             with self.in_touch():
                 dist.broadcast_object_list(values)
         return values[0]
 
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on rank 0, which alone calls it, on every rank. An error there ends all."""
+        return self.broadcast(make() if self.index == 0 else None)
+
     @contextmanager
     def first_then_others(self) -> Iterator[None]:
-        """Rank 0 runs the body of `with`, then the others do: they find what it has downloaded or made. If an error
-        ends it there, they end with the same status and say nothing."""
-        if self.index > 0 and (status := self.broadcast(None)) is not None:
-            sys.exit(status)
-        status = None
-        try:
-            yield
-        except (Exception, SystemExit) as error:
-            status = error.code if isinstance(error, SystemExit) else 1 if isinstance(error, OSError) else 2
-            raise
-        finally:
-            if self.index == 0:
-                self.broadcast(status)
-
-    def from_first(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on rank 0, which alone calls it, on every rank. An error there ends all, as above."""
-        with self.first_then_others():
-            value = make() if self.index == 0 else None
-        return self.broadcast(value)
+        """Rank 0 runs the body of `with`, then the others do: they find what it has downloaded or made. An error there
+        ends all."""
+        if self.index > 0:
+            self.broadcast()
+        yield
+        if self.index == 0:
+            self.broadcast()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in their order, on rank 0; on the others an empty list."""
-        if not dist.is_initialized():
-            return [value]
-        values = [None] * self.count if self.index == 0 else None
-        with self.in_touch():
-            dist.gather_object(value, values)
-        return values or []
+        values = [value] * self.count if self.index == 0 else []
+        if self.count > 1:
+            with self.in_touch():
+                dist.gather_object(value, values or None)
+        return values
 
 
 ranks = Ranks()
@@ -1291,18 +1257,6 @@ def say(message: str) -> None:
     """One line on standard error, above the progress bars; only rank 0 prints it."""
     if ranks.index == 0:
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-
-
-def open_device(name: str) -> torch.device:
-    """The torch device of that name; `cuda` is this rank's GPU. Raises `UserError` where the machine lacks it."""
-    try:
-        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and ranks.count > 1 else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name} is not on this machine; use cpu, cuda or cuda:N") from None
-    if device.type == "meta":
-        raise UserError("--device meta computes nothing; use cpu")
-    return device
 
 
 @contextmanager
@@ -1363,25 +1317,17 @@ def save_atomically(data: dict[str, Any], path: Path) -> None:
 
     A .safetensors holds the tensors; strings are its metadata, and so are, as JSON under one name, all other values.
     """
-    if path.suffix == ".safetensors":
-        tensors = {name: value.contiguous() for name, value in data.items() if isinstance(value, Tensor)}
-        strings = {name: value for name, value in data.items() if isinstance(value, str)}
-        others = {name: value for name, value in data.items() if name not in tensors | strings}
-        encoded = to_safetensors(tensors, {**strings, OTHER_VALUES: json.dumps(others)})
     with whole_file(path) as file:
+        if path.suffix == ".safetensors":
+            tensors = {name: value.contiguous() for name, value in data.items() if isinstance(value, Tensor)}
+            strings = {name: value for name, value in data.items() if isinstance(value, str)}
+            others = {name: value for name, value in data.items() if name not in tensors | strings}
+            file.write(to_safetensors(tensors, {**strings, OTHER_VALUES: json.dumps(others)}))
+            return
         try:
-            file.write(encoded) if path.suffix == ".safetensors" else torch.save(data, file)
+            torch.save(data, file)
         except RuntimeError as error:  # on a full disk; the OSError behind it says so
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
-def reuse_memory() -> None:
-    """Let glibc's allocator keep freed memory instead of returning it to the kernel, which clears every page anew. On
-    the CPU that took a tenth of the time of a forward pass and of decoding."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap too
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -1400,31 +1346,27 @@ def interrupt_again(lost: Any) -> None:
 
 def run_script(main: Callable[[], int]) -> None:
     """Run a script's `main` and exit with its status; a `UserError` becomes one line on standard error and status 2."""
-    name = Path(sys.argv[0]).name
     for number in (signal.SIGTERM, signal.SIGALRM):  # schedulers stop jobs with SIGTERM: end as after Ctrl-C
         signal.signal(number, signal.default_int_handler)
     sys.unraisablehook = interrupt_again
     for stream in (sys.stdout, sys.stderr):  # file names can hold what a terminal cannot show
         stream.reconfigure(errors="backslashreplace")
-    reuse_memory()
     try:
         status = main()
         if dist.is_initialized():
             dist.destroy_process_group()
+        sys.exit(status)
     except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        status = 2
+        status, told = 2, f"error: {error}"
     except OSError as error:  # a full disk, a folder that vanished
-        print(f"{name}: error: {error}; finished files are whole", file=sys.stderr)
-        status = 1
+        status, told = 1, f"error: {error}; finished files are whole"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         hint = "lower --batch_size, of vfm_feature.py also --dinov2_chunk or the input size, or use --device cpu"
         where = "the device's" if isinstance(error, torch.OutOfMemoryError) else "the machine's"
-        print(f"{name}: error: {where} memory is full; {hint}", file=sys.stderr)
-        status = 2
+        status, told = 2, f"error: {where} memory is full; {hint}"
     except KeyboardInterrupt:
-        print(f"{name}: stopped; finished files are whole", file=sys.stderr)
-        status = 130
+        status, told = 130, "stopped; finished files are whole"
+    print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
     sys.exit(status)

@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +38,7 @@ from tqdm import tqdm
 from losses import FeatureErrors, latent_smoothness, motion_autoencoder_loss, relation_error, relation_errors
 from model import (
     LEVELS,
+    MODEL_FLAGS,
     TOP,
     ArgumentParser,
     Config,
@@ -46,9 +46,7 @@ from model import (
     Place,
     SpaceTimeCode,
     UserError,
-    add_model_flags,
     blocks,
-    check_numbers,
     cut,
     file_fingerprint,
     find_features,
@@ -59,7 +57,6 @@ from model import (
     load_feature,
     make_folder,
     number,
-    open_device,
     principal_components,
     provenance,
     ranks,
@@ -85,7 +82,6 @@ STEP_PAIRED = 384  # tokens of a clip, between which a step sees all cosines
 DRAWS = 2  # steps for each batch that is read, of other positions
 SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured
 NOISE = (0.0, 0.1, 0.3)
-MODEL_FLAGS = [field.name for field in fields(Config) if field.name not in ("block", "clip_shape", "version")]
 # With the features and the clips of a step, these flags decide the result; --resume checks that they are the same.
 RUN_FLAGS = [
     *MODEL_FLAGS,
@@ -116,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="go on with an interrupted run, from PATH or else motion_ae_last.pt in --save_dir, if there is one",
     )
     start.add_argument("--overwrite", action="store_true", help="throw away the checkpoints that --save_dir holds")
-    add_model_flags(parser)
+    parser.add_model_flags("What the autoencoder is made of.")
     add("--epochs", type=number(int, 0), default=10, help="passes over the training files; 0: the closed form")
     add("--batch_size", type=number(int, 1), default=2, help="clips a step, of each rank")
     add("--lr", type=number(float, 0), default=2e-4, help="peak learning rate")
@@ -131,7 +127,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="bfloat16: faster steps, by autocast")
     add("--seed", type=number(int, 0), default=0, help="of weights, split and order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1...")
-    return parser.parse_args(argv)
+    defaults = {name: getattr(Config, name) for name in MODEL_FLAGS} | {"input_dim": None}  # that of the files
+    return parser.parse_args(argv, argparse.Namespace(**defaults))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,13 +235,9 @@ class Clips:
     def read(self, index: int, place: Place = (slice(None),)) -> Tensor:
         """A part of a clip [T, N, C] or [T, H, W, C], in the dtype of its file."""
         path = self.files[index].path
-        is_new = index not in self.checked
-        clip, _ = load_feature(path, self.input_dim, mmap=True, check=is_new)
-        part = clip[place].clone()  # the file is not mapped any longer
-        if not is_new:
-            check_numbers(part, path)
+        clip, _ = load_feature(path, self.input_dim, mmap=True, check=index not in self.checked)
         self.checked.add(index)
-        return part
+        return clip[place].clone()  # the file is not mapped any longer
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -861,12 +854,11 @@ def train(
 def main() -> int:
     ranks.join()
     args = ranks.from_first(parse_args)
-    device = open_device(args.device)
+    device = ranks.open_device(args.device)
     args.device = str(device)  # of this rank
     if device.type == "cuda":
         torch.cuda.set_device(device)  # which NCCL and pinned memory go by
-    given = getattr(args, "input_dim", None)
-    all_files, args.input_dim = ranks.from_first(lambda: look_at_files(args.feature_dir, given))
+    all_files, args.input_dim = ranks.from_first(lambda: look_at_files(args.feature_dir, args.input_dim))
     files = split_files(all_files, args.val_fraction, args.seed)
     settings = {name: getattr(args, name) for name in RUN_FLAGS}
     settings["clips_per_step"] = args.batch_size * ranks.count

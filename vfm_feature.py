@@ -75,10 +75,10 @@ from model import (
     check_file,
     file_fingerprint,
     find_files,
+    find_latents,
     load_checked,
     make_folder,
     number,
-    open_device,
     provenance,
     ranks,
     run_script,
@@ -2038,7 +2038,7 @@ def write_reports(runs: list[ModelRun], output_root: Path) -> None:
         else:
             (run.folder / "failed_videos.txt").unlink(missing_ok=True)
         if run.autoencoder is not None:
-            write_encode_report(run.rows, run.folder)
+            write_encode_report(run.rows, run.folder, run.autoencoder)
         if shapes := [row["shape"] for row in run.rows if not row["failure"]]:
             dimensions += f"{run.name}: {run.kind} shape {shapes[0]}, C = {shapes[0][-1]}\n"
     if dimensions:
@@ -2056,7 +2056,7 @@ def print_results(runs: list[ModelRun], left_out: Iterable[str], num_clips: int,
     table = {}
     for run in runs:
         made = [row for row in run.rows if not row["failure"]]
-        files = find_files(run.folder, (".pt", ".safetensors"))
+        files = find_latents(run.folder)
         table[run.name] = {
             **{key: sum(row["outcome"] == key for row in run.rows) for key in ("written", "skipped", "failed")},
             run.kind: str(made[0]["shape"] if made else "-"),
@@ -2096,7 +2096,7 @@ def main() -> int:
         print(describe_models())
         return 0
     with ranks.first_then_others():
-        args.device = open_device(args.device)
+        args.device = ranks.open_device(args.device)
         checkpoint = args.motion_checkpoint
         autoencoder = MotionFeatureAutoencoder.from_checkpoint(checkpoint) if checkpoint else None
     models, left_out = find_models(args, autoencoder)

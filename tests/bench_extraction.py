@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import vfm_feature as vfm  # noqa: E402
-from model import open_device, reuse_memory  # noqa: E402
+from model import ranks  # noqa: E402
 
 HEIGHT, WIDTH, NUM_AVAILABLE = 1080, 1920, 150
 
@@ -97,7 +97,7 @@ def extraction_seconds(folder: Path, models: list[str], num_frames: int, *flags:
     with tempfile.TemporaryDirectory() as out:
         command = ["--video_dir", str(folder), "--models", *models, "--num_frames", str(num_frames), *flags]
         args = vfm.parse_args([*command, "--random_weights", "--output_root", out])
-        args.device = open_device(args.device)
+        args.device = ranks.open_device(args.device)
         models, _ = vfm.find_models(args)
         runs, _ = vfm.load_models(models, args)
         todo = vfm.plan(runs, vfm.list_clips(args), args)
@@ -239,7 +239,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     wanted = parser.parse_args().only
-    reuse_memory()  # as the script does
     folder = Path(tempfile.mkdtemp())
     try:
         draw_hd_clip(folder / "hd.mp4")

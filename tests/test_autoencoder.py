@@ -56,7 +56,7 @@ def test_positions_do_not_mix():
         changed = x.clone()
         changed[(slice(None), slice(None), *place)] += 1.0
         difference = (model(x)["reconstruction"] - model(changed)["reconstruction"]).abs().amax(dim=(0, 1, -1))
-        assert difference[block].min() > 2e-4
+        assert difference[block].max() > 0.1
         difference[block] = 0.0
         assert difference.max() < 1e-5
 

@@ -55,7 +55,7 @@ def test_they_are_what_encode_makes_of_the_features(extract, tmp_path, run_here)
     checkpoint, out = write_checkpoint(tmp_path / "ck.pt"), tmp_path / "out"
     assert counts(extract("--motion_checkpoint", checkpoint)) == [3, 0, 0]
     straight = out / "VideoMAE_motion"
-    names = [*(f"{index}.pt" for index in range(3)), "encode_report.csv"]
+    names = [*(f"{index}.pt" for index in range(3)), "encode_report.csv", "stats.pt"]
     assert sorted(path.name for path in straight.iterdir()) == names
     assert [path.name for path in out.iterdir() if path.is_dir()] == [straight.name]
     assert (out / "vfm_dimensions.txt").read_text() == "VideoMAE: latent shape [2, 2, 3, 8], C = 8\n"
@@ -139,7 +139,7 @@ def test_ranks_write_what_one_process_writes(clips, tmp_path):
         {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
         for out in (tmp_path / "one", tmp_path / "ranks")
     )
-    assert len(one) == 3 + 3 and one.keys() == ranks.keys()
+    assert len(one) == 3 + 4 and one.keys() == ranks.keys()
     assert not [path for path in one if one[path] != ranks[path]]
 
 

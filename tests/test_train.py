@@ -434,7 +434,7 @@ def test_bfloat16_learns_the_same(trained, tmp_path, run_here):
         ({"RANK": "1"}, None),  # left by another job
         ({"RANK": ""}, None),
         ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "1"}, None),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
+        ({"WORLD_SIZE": "2"}, "environment variable RANK expected, but not set); start with torchrun, or unset it"),
     ],
 )
 def test_variables_that_another_job_left_do_no_harm(variables, message, trained, tmp_path, run_here, monkeypatch):
