@@ -206,9 +206,10 @@ def render(world: World, height: int, width: int) -> np.ndarray:
 
 def draw_frame(scene: int, time: float, height: int = 240, width: int = 360) -> np.ndarray:
     """BGR uint8 [height, width, 3] of clip `scene` at `time` in 0..1: even ones in a colonnade, odd ones on a meadow,
-    each with balls of its own colours. Rendered at twice the size, for smooth edges."""
+    each with balls of its own colours. Rendered at 1.5 times the size, for smooth edges."""
     world = (colonnade, meadow)[scene % 2](time, np.random.default_rng(scene))
-    picture = cv2.resize(render(world, 2 * height, 2 * width), (width, height), interpolation=cv2.INTER_AREA)
+    picture = render(world, height * 3 // 2, width * 3 // 2)
+    picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
     return (255 * np.clip(picture, 0, 1)).round().astype(np.uint8)
 
 
@@ -224,13 +225,15 @@ def write_video(path: Path, frames: list[np.ndarray], codec: str = "mp4v", fps: 
 
 
 def draw_clips(folder: Path, num_frames: int = 50, height: int = 240, width: int = 360) -> None:
-    """One clip a caption, 0000.mp4 and on, and captions.csv, whose rows are in their order."""
+    """One clip a caption, 0000.mp4 and on, and captions.csv."""
     folder.mkdir(parents=True, exist_ok=True)
-    for scene in range(len(CAPTIONS)):
+    rows = [("video", "caption")]
+    for scene, caption in enumerate(CAPTIONS):
         frames = [draw_frame(scene, index / (num_frames - 1), height, width) for index in range(num_frames)]
         write_video(folder / f"{scene:04d}.mp4", frames)
+        rows.append((f"{scene:04d}.mp4", caption))
     with open(folder / "captions.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["caption"], *([caption] for caption in CAPTIONS)])
+        csv.writer(file).writerows(rows)
 
 
 if __name__ == "__main__":
