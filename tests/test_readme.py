@@ -111,7 +111,6 @@ def test_commands_and_code_run_in_their_order(folder, run_here, monkeypatch):
     names = {}
     for block in blocks(ENGLISH, "python"):
         exec(block, names)
-    assert torch.equal(names["stored_latent"](Path("0001.mp4")), names["latents"]["0001"]["latent"])
     sys.modules.pop("vfm_encoder", None)
 
     feature, latent = (torch.load(path, weights_only=True) for path in ("features/VideoMAEv2/0000.pt", "0000.pt"))
