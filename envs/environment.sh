@@ -13,7 +13,6 @@ find_python() { # the first Python of 3.10 or newer
 make_environment() { # the folder to make it in
     local python tool
     for tool in micromamba mamba conda venv; do command -v "$tool" >/dev/null && break; done
-    echo "Making the environment $1 with $tool; this downloads several GB the first time."
     if [ "$tool" != venv ]; then
         "$tool" create --yes --quiet --prefix "$1" --channel conda-forge "python=3.11" pip
     else
@@ -27,7 +26,9 @@ PYTHON="$environment/bin/python"
 packages=("pytest>=8" "ruff==0.17.6" "imageio-ffmpeg>=0.6")
 while read -r package; do packages+=("$package"); done < <(sed -n 's/^      - \([^ ]*\).*/\1/p' envs/environment.*.yaml)
 if [ "$(cat "$environment/packages" 2>/dev/null)" != "${packages[*]}" ]; then
+    echo "Installing the packages into .envs/vfm: 7 GB and 5 to 15 minutes the first time, most of it to download torch."
     [ -x "$PYTHON" ] || make_environment "$environment"
-    "$PYTHON" -m pip install --disable-pip-version-check --quiet "${packages[@]}"
+    "$PYTHON" -m pip install --disable-pip-version-check --no-warn-script-location --root-user-action=ignore -qq \
+        "${packages[@]}"
     echo "${packages[*]}" >"$environment/packages"
 fi

@@ -482,7 +482,7 @@ def teach_students(
     """The table of --student."""
     features, frames = [], []
     for files in (train_files, held_out):
-        features.append([load_feature(file.path)[0].half() for file in files])
+        features.append([load_feature(file.path)[0] for file in files])
         frames.append([read_frames(file.path, args.student) for file in files])
     if len({x.shape for part in features for x in part}) > 1:
         raise UserError("--student needs features of one shape")

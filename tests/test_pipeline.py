@@ -11,7 +11,7 @@ from made_up import ROOT, run
 
 
 def test_from_clips_to_motion_embeddings(tmp_path):
-    draw_clips(tmp_path / "videos", num_frames=12)
+    draw_clips(tmp_path / "videos", num_frames=12, height=64, width=96)
     for command in (
         "vfm_feature.py --video_dir videos --csv_path videos/captions.csv --output_root features --models VideoMAE "
         "--random_weights --num_frames 8 --videomae_resize_h 32 --videomae_resize_w 48",
@@ -21,10 +21,8 @@ def test_from_clips_to_motion_embeddings(tmp_path):
     ):
         result = run(*command.split(), cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in (tmp_path / "latents").glob("0*.pt")) == [
-        f"000{index}.pt" for index in range(4)
-    ]
-    for name, caption in [("0000.pt", CAPTIONS[0]), ("0003.pt", CAPTIONS[3])]:
+    assert sorted(path.name for path in (tmp_path / "latents").glob("0*.pt")) == ["0000.pt", "0001.pt"]
+    for name, caption in zip(("0000.pt", "0001.pt"), CAPTIONS, strict=True):
         encoded = torch.load(tmp_path / "latents" / name, weights_only=True)
         assert encoded["latent"].shape == (4, 2, 3, 192)
         assert encoded["motion_embedding"].shape == (4, 192)

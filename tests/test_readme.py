@@ -1,50 +1,139 @@
-"""The README's tables of flags, in both languages, against what the scripts say of themselves."""
+"""The README: its flags exist, its commands and code run, its halves agree, its figures are the benchmark's."""
 
+import json
 import re
+import shlex
+import sys
+from pathlib import Path
 
 import pytest
-from made_up import ROOT
+import torch
+from draw_clips import draw_clips
+from made_up import ROOT, SIZES, SMALL
 
-SCRIPTS = ("vfm_feature.py", "train.py", "encode.py")
+import vfm_feature
 
-
-def flags_of_the_script(script, run_here):
-    """Flag -> default, None where --help shows none."""
-    found = {}
-    for entry in re.split(r"\n  (?=--)", run_here(script, "--help").stdout)[1:]:
-        default = re.search(r"\(default: (.*?)\)", " ".join(entry.split()))
-        found[re.match(r"--\w+", entry)[0]] = default and default[1]
-    return found
-
-
-def flags_of_the_readme(script):
-    """For each table under a heading that names the script: flag -> the cell of its default."""
-    text = (ROOT / "README.md").read_text()
-    sections = re.findall(rf"^###+ .*`{re.escape(script)}`.*\n((?:(?!^#).*\n)*)", text, re.MULTILINE)
-    tables = []
-    for section in sections:
-        rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `--")]
-        if rows:
-            tables.append({flag: row[1].strip() for row in rows for flag in re.findall(r"--\w+", row[0])})
-    return tables
+ENGLISH, CHINESE = (ROOT / "README.md").read_text().split("\n---\n")
+FIGURES = ROOT / "tests" / "assets" / "figures.json"
+VIDEOREPA = {"--precomputing", "--align_dims", "--align_models"}  # flags of its trainer
+# What is put into a command to make it small, behind its own flags.
+TINY = {
+    "vfm_feature.py": SMALL,
+    "train.py": [*SIZES[2:], "--num_workers", "0"],  # without --input_dim, which the features tell
+    "encode.py": [],
+}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_tables_of_flags_are_those_of_the_scripts(script, run_here, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "500")  # argparse wraps no path then
-    ours = flags_of_the_script(script, run_here)
-    tables = flags_of_the_readme(script)
-    assert len(tables) == 2, "one in English, one in Chinese"
-    for table in tables:
-        assert table.keys() == ours.keys()
-        for flag, default in ours.items():
-            shown = re.findall(r"`([^`]*)`", table[flag])
-            if shown and default not in (None, "False"):
-                assert any(same(one, default) for one in shown), (flag, table[flag], default)
+IMAGE_MODELS = dict(vfm_feature.IMAGE_MODELS)  # as they are when no test makes them small
 
 
-def same(shown, default):
-    try:
-        return float(shown) == float(default)
-    except ValueError:
-        return shown.removeprefix("./") == default
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def without_blocks(text):
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(text):
+    """The scripts' command lines in the blocks, without comments: ["vfm_feature.py", "--list_models"], ..."""
+    lines = [shlex.split(line, comments=True) for block in blocks(text, "bash") for line in block.splitlines()]
+    return [words[1:] for words in lines if words[:1] == ["python"]]
+
+
+def code_without_words(text):
+    """The Python blocks without comments and docstrings, which each language has in its own words."""
+    return [re.sub(r"\s*#.*|\"\"\".*?\"\"\"", "", block) for block in blocks(text, "python")]
+
+
+def tables(text):
+    """Of each table the rows of cells."""
+    found = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    return [[[cell.strip() for cell in row.strip("|").split(" | ")] for row in table.splitlines()] for table in found]
+
+
+def test_both_languages_have_the_same_sections_commands_tables_and_figures():
+    assert len(ENGLISH.splitlines()) <= 300
+    english, chinese = (re.findall(r"^(#+) ", without_blocks(half), re.MULTILINE) for half in (ENGLISH, CHINESE))
+    assert english == chinese
+    assert commands(ENGLISH) == commands(CHINESE)
+    assert code_without_words(ENGLISH) == code_without_words(CHINESE)
+    for english, chinese in zip(tables(ENGLISH), tables(CHINESE), strict=True):
+        for ours, theirs in zip(english, chinese, strict=True):
+            assert len(ours) == len(theirs)
+            assert re.findall(r"`[^`]*`", ours[0]) == re.findall(r"`[^`]*`", theirs[0])
+            if len(ours) > 2:  # a table of figures
+                assert [re.findall(r"[\d.]+", cell) for cell in ours] == [
+                    re.findall(r"[\d.]+", cell) for cell in theirs
+                ]
+    for half, other in ((ENGLISH, CHINESE), (CHINESE, ENGLISH)):
+        anchor = re.search(r"\]\(#(\S+)\)", half)[1]
+        heading = re.search(r"^# (.*)", other, re.MULTILINE)[1]
+        assert anchor == re.sub(r"[（）]", "", heading)
+
+
+@pytest.mark.parametrize("half", [ENGLISH, CHINESE], ids=["English", "Chinese"])
+def test_every_flag_that_is_named_exists(half, run_here):
+    known = {script: set(re.findall(r"--\w+", run_here(script, "--help").stdout)) for script in TINY}
+    for script, *arguments in commands(half):
+        assert {word for word in arguments if word.startswith("--")} <= known[script], script
+    spans = re.findall(r"`([^`\n]+)`", without_blocks(half))
+    flags = {flag for span in spans if span.startswith("--") for flag in re.findall(r"--\w+", span)}
+    assert flags <= set.union(*known.values()) | VIDEOREPA
+    for script, rest in re.findall(r"python (tests/bench_\w+\.py)([^`]*)`", half):
+        assert all(flag in (ROOT / script).read_text() for flag in re.findall(r"--\w+", rest)), script
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the README takes as given: clips, `dataset` beside this folder, and the package under its name."""
+    folder = tmp_path_factory.mktemp("readme")
+    for clips in ("clips", "all_clips", "dataset/motion_top100"):
+        draw_clips(folder / clips, num_frames=4, height=32, width=48)
+        (folder / clips / "captions.csv").rename((folder / clips).with_suffix(".csv"))
+    (folder / "vfm_encoder").symlink_to(ROOT)
+    return folder
+
+
+def test_commands_and_code_run_in_their_order(folder, run_here, monkeypatch):
+    """In this process, on tiny clips and models with random weights; the default paths count from `clips`."""
+    monkeypatch.setattr(vfm_feature, "REPOSITORY", folder / "clips")
+    for script, *arguments in commands(ENGLISH):
+        with monkeypatch.context() as patch:
+            if "--list_models" in arguments:
+                patch.setattr(vfm_feature, "IMAGE_MODELS", IMAGE_MODELS)
+            result = run_here(script, *arguments, *TINY[script], cwd=folder)
+        assert result.returncode == 0, (script, arguments, result.stderr)
+
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    names = {}
+    for block in blocks(ENGLISH, "python"):
+        exec(block, names)
+    sys.modules.pop("vfm_encoder", None)
+
+    feature, latent = (torch.load(path, weights_only=True) for path in ("features/VideoMAEv2/0000.pt", "0000.pt"))
+    cells = {row[0]: set(re.findall(r"`(\w+)`", row[1])) for table in tables(ENGLISH) for row in table if len(row) == 2}
+    assert cells["`<output_root>/<model>/<stem>.pt`"] - {"random"} <= feature.keys()
+    assert cells["`encode.py --output`"] - {"reconstruction"} <= latent.keys()
+    assert cells["`<save_dir>/motion_ae_*.pt`"] <= torch.load("checkpoints/motion_ae_best.pt").keys()
+    assert cells["`<output>/stats.pt`"] <= torch.load("latents/stats.pt").keys()
+    for path in ("features/VideoMAEv2/0000.png", "features/VideoMAEv2_motion/0001.pt", "latents/encode_report.csv"):
+        assert Path(path).is_file()
+
+
+def main_table():
+    """The cells of figures of the README's first table, from what the benchmark wrote: ours, and PCA's in brackets."""
+    figures = json.loads(FIGURES.read_text())["sizes"]
+    sizes = dict.fromkeys(name.split(",")[0] for name in figures)
+    rows = []
+    for column in ("reconstruction", "motion", "relations", "of moving"):
+        pairs = [[figures[f"{size}, {code}"][column] for code in ("trained", "PCA")] for size in sizes]
+        rows.append([f"**{ours:.3f}** ({theirs:.3f})" for ours, theirs in pairs])
+    return rows
+
+
+@pytest.mark.parametrize("half", [ENGLISH, CHINESE], ids=["English", "Chinese"])
+def test_the_main_table_is_that_of_the_benchmark(half):
+    assert [row[1:] for row in tables(half)[0][2:]] == main_table()
+    assert "{{" not in half
