@@ -165,7 +165,7 @@ MISTAKES = [
         "train.py --feature_dir features --input_dim 12 --latent_dim 6 --model_dim 30",
         "--model_dim 30 does not divide by --num_heads 8",
     ),
-    ("train.py --feature_dir features --epochs 0", "argument --epochs: 0 must be"),
+    ("train.py --feature_dir features --epochs -1", "argument --epochs: -1 must be"),
     ("train.py --feature_dir features --latent_dim 1", "argument --latent_dim: 1 must be"),
     ("train.py --feature_dir features --lr nan", "argument --lr: nan must be"),
     ("train.py --feature_dir features --device gpu", "--device gpu is not on this machine"),
