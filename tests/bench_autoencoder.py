@@ -302,6 +302,7 @@ def camera_table(
         torch.cat([part[1:] for part, out in zip(parts, held_out, strict=True) if out])
         for parts in ([ours(x)[:, channels] for x in still_features], cameras)
     )
+    read = -read  # the picture moves against the camera
     named = 1 - (read - true).square().sum(dim=0) / (true - true.mean(dim=0)).square().sum(dim=0)
     rows["named channels"] = dict(zip(("right", "down", "turn", "zoom"), named.tolist(), strict=True))
     rows["named channels"] |= motion_in_clips([ours(x) for x in features], [load_checked(f.path) for f in clips], names)
