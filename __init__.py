@@ -13,4 +13,5 @@ from .model import (
     UserError,
     describe_motion_embedding,
     load_feature,
+    resample_latent,
 )

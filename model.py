@@ -852,6 +852,20 @@ class MotionFeatureAutoencoder(nn.Module):
         return {"latent": latent, "reconstruction": self.decode(latent), "motion_embedding": self.embed(latent)}
 
 
+def resample_latent(latent: Tensor, grid: tuple[int, int]) -> Tensor:
+    """latent [B, T, H, W, D] -> [B, T, *grid, D], for a trainer whose tokens lie on another grid. Bilinear, antialiased.
+
+    Token relations come out as near to those of features resized alike as they were on the latent's own grid; to
+    decode, resize and encode again moves them further away. What this gives cannot be decoded: decode first, then
+    resize the features. Raises `UserError` for a latent without a grid.
+    """
+    if latent.ndim != 5:
+        raise UserError(f"a latent of shape {list(latent.shape)} has no grid; give [B, T, H, W, D]")
+    maps = latent.flatten(0, 1).movedim(-1, 1)  # [B * T, D, H, W]
+    maps = nn.functional.interpolate(maps, grid, mode="bilinear", antialias=True)
+    return maps.movedim(1, -1).unflatten(0, latent.shape[:2])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Feature files and checkpoints: what one script writes and the next one reads
 # ---------------------------------------------------------------------------------------------------------------------

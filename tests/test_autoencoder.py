@@ -11,8 +11,8 @@ import torch
 from made_up import ROOT
 
 from encode import encode_clip
-from losses import motion_autoencoder_loss
-from model import MotionFeatureAutoencoder, UserError, blocks, cut, load_feature
+from losses import motion_autoencoder_loss, relation_errors
+from model import MotionFeatureAutoencoder, UserError, blocks, cut, load_feature, resample_latent
 from train import fit_code
 
 SMALL = {"input_dim": 12, "model_dim": 16, "latent_dim": 6, "num_heads": 2, "num_layers": 1}
@@ -554,3 +554,24 @@ def test_a_checkpoint_that_does_not_fit_says_why(tmp_path, change, reason):
     torch.save({"config": model.config, "model": weights}, tmp_path / "ck.pt")
     with pytest.raises(UserError, match=re.escape(reason)):
         MotionFeatureAutoencoder.from_checkpoint(tmp_path / "ck.pt")
+
+
+@pytest.mark.parametrize("grid", [(12, 15), (5, 6)])
+def test_a_latent_on_another_grid_keeps_the_relations(grid):
+    chance = torch.Generator().manual_seed(0)
+    coarse = torch.randn(12 * 8, 48, 4, 5, generator=chance)
+    clips = torch.nn.functional.interpolate(coarse, (8, 10), mode="bicubic")
+    clips = clips.movedim(1, -1).unflatten(0, (12, 8)).cumsum(dim=1) * torch.linspace(2, 0.2, 48)
+    model = fitted(clips, latent_dim=12)
+    x, latent = clips[:1], model.encode(clips[:1])
+    resized = resample_latent(latent, grid)
+    wanted = resample_latent(x, grid)
+    assert resized.shape == (1, 8, *grid, 12)
+    again = model.encode(resample_latent(model.decode(latent), grid))
+    ours, others, before = (
+        relation_errors(features, code)["relations"]
+        for features, code in ((wanted, resized), (wanted, again), (x, latent))
+    )
+    assert ours < others and ours < 1.2 * before
+    with pytest.raises(UserError, match="no grid"):
+        resample_latent(latent.flatten(2, 3), grid)
