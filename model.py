@@ -853,7 +853,7 @@ class MotionFeatureAutoencoder(nn.Module):
 
 
 def resample_latent(latent: Tensor, grid: tuple[int, int]) -> Tensor:
-    """latent [B, T, H, W, D] -> [B, T, *grid, D], for a trainer whose tokens lie on another grid. Bilinear, antialiased.
+    """latent [B, T, H, W, D] -> [B, T, *grid, D], for a trainer whose tokens lie on another grid: bilinear, smoothed.
 
     Token relations come out as near to those of features resized alike as they were on the latent's own grid; to
     decode, resize and encode again moves them further away. What this gives cannot be decoded: decode first, then
