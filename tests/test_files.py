@@ -250,7 +250,10 @@ def test_rank_0_plans_and_a_mistake_is_said_once(trained, tmp_path):
 
     wrong = [*encoding, tmp_path / "none.pt", "--input", source]
     results = two_ranks(29732, wrong, wrong)
-    assert [code for *_, code in results] == [2, 2] and results[1][:2] == ("", "")
+    said = [
+        line for text in results[1][:2] for line in text.splitlines() if not line.startswith("[Gloo]")
+    ]  # torch 2.10
+    assert [code for *_, code in results] == [2, 2] and not said
     assert results[0][1].count("error: ") == 1 and "none.pt does not exist" in results[0][1]
 
 
