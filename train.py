@@ -548,16 +548,14 @@ class TrainingStep(nn.Module):
         return loss + self.weights[1] * terms["smoothness"], {name: term.detach() for name, term in terms.items()}
 
 
-def choose_positions(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of clips [B, T, N, C]: some positions [P], half of them by chance and half from the quarter that moves most in
-    any of the clips, and of all tokens which are of the tenth that moves most, [B, T, N]."""
+def find_moving(x: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Of clips [B, T, N, C]: the quarter of the positions that moves most in any of the clips, or the `least` that are
+    needed, [Q]; and of all tokens which are of the tenth that moves most, [B, T, N]."""
     moves = temporal_difference(x).norm(dim=-1)  # [B, T, N]
-    count = min(x.shape[2], max(2, STEP_PAIRED // x.shape[1]) // 2)
     fast = (moves / moves.mean(dim=(1, 2), keepdim=True).clamp_min(1e-12)).mean(dim=(0, 1)).argsort(descending=True)
-    fast = fast[: max(count, len(fast) // 4)]
-    chosen = [torch.randperm(len(some), device=x.device)[:count] for some in (moves[0, 0], fast)]
     ranks_of = moves.flatten(1).argsort(descending=True).argsort()
-    return torch.cat([chosen[0], fast[chosen[1]]]), (ranks_of < -(-ranks_of.shape[1] // 10)).view_as(moves)
+    moving = (ranks_of < -(-ranks_of.shape[1] // 10)).view_as(moves)
+    return fast[: max(least, len(fast) // 4)], moving
 
 
 def train_epoch(
@@ -578,8 +576,11 @@ def train_epoch(
         with torch.no_grad():
             z = model.encoder(x, linear=True).flatten(2, -2)
             x = (x if args.use_token else x - x.mean(dim=1, keepdim=True)).flatten(2, -2)  # [B, T, N, C]
+            count = min(x.shape[2], max(2, STEP_PAIRED // x.shape[1]) // 2)
+            fast, moving = find_moving(x, count)
         for _ in range(DRAWS):
-            chosen, moving = choose_positions(x)
+            some, some_fast = (torch.randperm(size, device=x.device)[:count] for size in (x.shape[2], len(fast)))
+            chosen = torch.cat([some, fast[some_fast]])
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
                 loss, terms = step(x[:, :, chosen], z[:, :, chosen], moving[:, :, chosen])
             if not loss.isfinite():
@@ -621,10 +622,10 @@ def noise_table(
     chance, errors = torch.Generator().manual_seed(0), {}
     pca_spread = torch.cat([pca.encode(x[None]).flatten(0, -2) for x in sample]).std(dim=0)
     for x in clips:
+        whole, pca_whole = model.encode(x), pca.encode(x)
         for noise in NOISE:
-            latent, other = model.encode(x), pca.encode(x)
-            normal = torch.randn(latent.shape, generator=chance).to(x.device) * noise
-            latent, other = latent + normal * model.latent_var.sqrt(), other + normal * pca_spread
+            normal = torch.randn(whole.shape, generator=chance).to(x.device) * noise
+            latent, other = whole + normal * model.latent_var.sqrt(), pca_whole + normal * pca_spread
             decoded = {"": model.decode(latent), ", told": model.decode(latent, noise), ", PCA": pca.decode(other)}
             for name, reconstruction in decoded.items():
                 errors.setdefault((noise, name), FeatureErrors()).add(x, reconstruction)
@@ -779,10 +780,8 @@ def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | N
 def start_run(
     args: argparse.Namespace, model: MotionFeatureAutoencoder, sample: list[Tensor], val_set: Clips, measured_on: str
 ) -> dict[str, Any]:
-    """Measure the code on `sample`; what checkpoints say of the run beside its epochs: the errors of PCA, and how
-    latents bear noise. Prints them."""
-    fit_code(model.code, sample, args.recon_weight, args.motion_weight, args.smooth_weight)
-    measure_spread(model, sample_latents(model, sample))
+    """What checkpoints say of the run beside its epochs: the errors of PCA, measured on `sample`, and how latents bear
+    noise. Prints them."""
     weights, latent_dim = loss_weights(args), args.latent_dim
     sizes = {"pca_errors": latent_dim, "low_pass_errors": min(LOW_PASS * latent_dim, args.input_dim)}
     codes = {name: PrincipalComponents(model.code, sample, weights, size) for name, size in sizes.items()}
@@ -814,12 +813,15 @@ def train(
     if ranks.index == 0:
         sample = train_set.to_fit(args.seed, args.device)
         if not last:
+            fit_code(model.code, sample, args.recon_weight, args.motion_weight, args.smooth_weight)
+        latents = sample_latents(model, sample)
+        if not last:
+            measure_spread(model, latents)
             last = start_run(args, model, sample, val_set, measured_on)
             last |= {"history": [], "config": model.config, "settings": settings, **describe_run(args)}
             last["trained_on"] = next((file.origin for file in files[0] if file.origin), "")
             if args.overwrite:
                 remove_outputs(args.save_dir)
-        sample = sample_latents(model, sample)
     step = TrainingStep(model, args)
     if ranks.count > 1:
         for tensor in model.state_dict().values():
@@ -835,7 +837,7 @@ def train(
         trained = train_epoch(model, step, optimizer, batches, rates, args) if epoch else {}
         if ranks.index > 0:
             continue
-        measure_spread(model, sample)
+        measure_spread(model, latents)
         measured = measure(model, val_set.to_measure(args.seed, args.device), loss_weights(args))
         ratios = compare(measured, last["pca_errors"], loss_weights(args))
         groups = {"train": trained, "val": measured, "pca": last["pca_errors"], "ratio": ratios}

@@ -11,9 +11,9 @@ epoch). Their columns are those of train.py's `measure`:
   512 tokens, and of 512 of the tenth that moves most
 - noise: the first two with noise on the latent of 0.3 of each channel's spread; where decoding is told of it.
 
-With --camera FOLDER, of features [T, H, W, C] of stills under a camera of known motion, a table of the embedding.
-`camera` [T, 4] in these files is what the camera did since the step before: right, down (cells), turn (radians), zoom
-(log). Columns:
+With --camera FOLDER ..., of features [T, H, W, C] of stills under a camera of known motion, a table of the embedding
+each. `camera` [T, 4] in these files is what the camera did since the step before: right, down (cells), turn (radians),
+zoom (log). Columns:
 - right, down, turn, zoom, and the log of the speed in cells: R2 of a ridge regression from the embedding at t and its
   change, fitted on the stills that --held_out does not match, on the others; in the row of named channels, of the
   channels of these names as they stand
@@ -277,7 +277,6 @@ def camera_table(
 
     embeddings = {
         "motion_embedding": ours,
-        "its motion channels": lambda x: ours(x)[:, motion],
         "mean of features": lambda x: x.mean(dim=(1, 2)),
         "mean of PCA": lambda x: pca.encode(x[None])[0].mean(dim=(1, 2)),
         "moments over time": lambda x: moments_over_time(x.mean(dim=(1, 2))),
@@ -291,21 +290,25 @@ def camera_table(
     features = [load_feature(file.path)[0].float() for file in clips]
     contents = [x[1:].mean(dim=(1, 2)) for x in features]
     changes = [x.diff(dim=0).norm(dim=-1).mean(dim=(1, 2))[:, None] for x in features]
-    rows = {}
-    for name, embed in embeddings.items():
-        rows[name] = camera_probe([embed(x) for x in still_features], cameras, held_out)
-        rows[name]["content"] = probe([embed(x) for x in features], contents)
-        rows[name]["change"] = probe([embed(x) for x in features], changes)
+    of_stills, of_clips = (
+        {name: [embed(x) for x in xs] for name, embed in embeddings.items()} for xs in (still_features, features)
+    )
+    for embedded in (of_stills, of_clips):
+        embedded["its motion channels"] = [embedding[:, motion] for embedding in embedded["motion_embedding"]]
+    rows = {name: camera_probe(embedded, cameras, held_out) for name, embedded in of_stills.items()}
+    for name, embedded in of_clips.items():
+        rows[name] |= {"content": probe(embedded, contents), "change": probe(embedded, changes)}
 
     channels = [names.index(name) for name in ("camera right", "camera down", "turn", "zoom")]
     read, true = (
         torch.cat([part[1:] for part, out in zip(parts, held_out, strict=True) if out])
-        for parts in ([ours(x)[:, channels] for x in still_features], cameras)
+        for parts in ([embedding[:, channels] for embedding in of_stills["motion_embedding"]], cameras)
     )
     read = -read  # the picture moves against the camera
     named = 1 - (read - true).square().sum(dim=0) / (true - true.mean(dim=0)).square().sum(dim=0)
     rows["named channels"] = dict(zip(("right", "down", "turn", "zoom"), named.tolist(), strict=True))
-    rows["named channels"] |= motion_in_clips([ours(x) for x in features], [load_checked(f.path) for f in clips], names)
+    files = [load_checked(file.path) for file in clips]
+    rows["named channels"] |= motion_in_clips(of_clips["motion_embedding"], files, names)
     return rows
 
 
@@ -506,7 +509,7 @@ def main() -> int:
     )
     add("--motion_weight", type=float, default=1.0)
     add("--smooth_weight", type=float, default=0.05)
-    add("--camera", type=Path, help="folder of features of stills under a camera of known motion")
+    add("--camera", type=Path, nargs="+", help="folders of features of stills under a camera of known motion")
     add("--ablation", action="store_true", help="what each part of the closed form is worth")
     add("--front", type=Path, metavar="PICTURE", help="the closed form at several motion weights")
     add("--models", type=Path, metavar="FOLDER", help="where what is trained is kept")
@@ -541,9 +544,9 @@ def main() -> int:
             config = first.all["closed form"].config
             fronts = {f"weight {w:g}": first.closed_form(config, w) for w in FRONT} | first.all
             draw_front({name: first.row(code, clips, args.seed) for name, code in fronts.items()}, args.front)
-        if args.camera:
+        for folder in args.camera or ():
             model, pca = first.all["trained"], first.all["PCA"]
-            tables["embedding"] = camera_table(model, pca, args.camera, held_out, args.held_out)
+            tables[f"embedding, {folder.name}"] = camera_table(model, pca, folder, held_out, args.held_out)
     counts = {"trained on": len(train_files), "held out": len(held_out)}
     counts |= {f"seconds of training, C/{ratio}": code.seconds for ratio, code in codes.items()}
     print(f"\n{args.input_dim} channels; {counts}")
