@@ -46,12 +46,12 @@ from model import (
     file_fingerprint,
     find_features,
     group_by_reason,
-    in_parts,
     load_checked,
     load_feature,
     make_folder,
     motion_channels,
     number,
+    principal_components,
     provenance,
     ranks,
     run_script,
@@ -166,8 +166,7 @@ def leading_components(x: Tensor, steps: list[int]) -> tuple[Tensor, float]:
     sample = tokens[evenly(len(tokens), 4096)].float()
     mean = sample.mean(dim=0)
     covariance = (sample - mean).mT @ (sample - mean) / len(sample)
-    basis = torch.linalg.eigh(covariance).eigenvectors[:, -3:].flip(1)  # largest eigenvalue first
-    basis = nn.functional.pad(basis, (0, 3 - basis.shape[1]))
+    basis = nn.functional.pad(principal_components(covariance)[:, :3], (0, max(0, 3 - x.shape[-1])))
     spread = (sample - mean) @ basis  # [K, 3]
     low, high = spread.quantile(0.02, dim=0), spread.quantile(0.98, dim=0)
     noise = noise_floor(sample)
@@ -193,8 +192,7 @@ def movement(x: Tensor) -> dict[str, np.ndarray]:
     """How far the picture of features [T, H, W, C] moves to the right and down at each step but the first [T - 1], in
     cells: by `motion_channels` of at most 64 channels, which suffice."""
     x = x[..., :: math.ceil(x.shape[-1] / 64)]
-    scale = spread_of(x)
-    moves = in_parts(lambda part: motion_channels(part / scale), x)[1:]
+    moves = motion_channels(x[None] / spread_of(x))[0, 1:].cpu()
     return {name: moves[:, FRAME_MOTION.index(f"camera {name}")].numpy() for name in ("right", "down")}
 
 

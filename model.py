@@ -685,7 +685,22 @@ def smooth_over_time(x: Tensor, radius: int) -> Tensor:
 
 def motion_channels(maps: Tensor) -> Tensor:
     """How the picture moves, from feature maps [B, T, H, W, P] whose channels have a root mean square near 1:
-    [B, T, M], the channels of `FRAME_MOTION`, in float32. Differentiable; 0 at t = 0."""
+    [B, T, M], the channels of `FRAME_MOTION`, in float32. Differentiable; 0 at t = 0.
+
+    In parts of time of `TOKENS` tokens or little more, each with the steps around it that smoothing needs: a long clip
+    takes bounded memory, and has no seams.
+    """
+    length, steps = maps.shape[1], max(16, TOKENS // maps[0, 0, ..., 0].numel())
+    parts = []
+    for start in range(0, length, steps):
+        first, stop = max(0, start - 1 - TURN_ZOOM_OVER), min(length, start + steps)
+        part = motion_of_part(maps[:, first : stop + TURN_ZOOM_OVER])
+        parts.append(part[:, start - first : stop - first])
+    return torch.cat(parts, dim=1)
+
+
+def motion_of_part(maps: Tensor) -> Tensor:
+    """`motion_channels` of all steps at once."""
     with torch.autocast(maps.device.type, enabled=False):
         batch, length, height, width, channels = maps.shape
         if length == 1:
@@ -716,18 +731,6 @@ def motion_channels(maps: Tensor) -> Tensor:
         )
         moving = torch.cat([shift, turn_zoom, length_of_change, speed, apparent, fit, picture, objects], dim=2)
         return nn.functional.pad(moving, (0, 0, 1, 0))
-
-
-def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """What `function`, which ends in `motion_channels`, gives for one clip x [T, ..., C], on the CPU: in parts of time
-    of `TOKENS` tokens or little more, each with the steps around it that smoothing over time needs."""
-    length, steps = len(x), max(16, TOKENS // x[0, ..., 0].numel())
-    parts = []
-    for start in range(0, length, steps):
-        first, stop = max(0, start - 1 - TURN_ZOOM_OVER), min(length, start + steps)
-        part = function(x[None, first : stop + TURN_ZOOM_OVER])[0]
-        parts.append(part[start - first : stop - first].cpu())
-    return torch.cat(parts)
 
 
 class MotionFeatureAutoencoder(nn.Module):
