@@ -131,7 +131,10 @@ def train(files: list[FeatureFile], flags: list[str], save_dir: Path) -> list[Pa
 class Codes:
     """What is compared at one size: PCA, low-pass PCA, the closed form, and the trained model; by name in `all`."""
 
-    def __init__(self, files: list[FeatureFile], latent_dim: int, args: argparse.Namespace, flags: list[str]) -> None:
+    def __init__(
+        self, files: list[FeatureFile], held_out: Clips, latent_dim: int, args: argparse.Namespace, flags: list[str]
+    ) -> None:
+        self.held_out, self.seed = held_out, args.seed
         self.weights = (1.0, args.motion_weight, args.smooth_weight, 0.0)
         self.sample = Clips(files, args.input_dim).to_fit(args.seed, "cpu")
         epochs = train(files, [f"--latent_dim={latent_dim}", "--resume", *flags], args.models / f"latent_{latent_dim}")
@@ -141,25 +144,24 @@ class Codes:
         code = models[0].code
         self.all = {name: PrincipalComponents(code, self.sample, self.weights, size) for name, size in sizes.items()}
         self.all |= {"closed form": models[0], "trained": models[1]}
+        self.pca_errors = self.errors(self.all["PCA"])
 
-    def rows(self, held_out: Clips, seed: int) -> dict[str, Row]:
-        rows = {name: self.row(code, held_out, seed) for name, code in self.all.items()}
-        for name in ("closed form", "trained"):
-            noisy = self.noise(self.all[name], held_out, seed)
-            rows[name] |= {f"noise: {kind}": noisy[f"{kind}, told"] for kind in ("reconstruction", "motion")}
-        rows["PCA"] |= {f"noise: {kind}": noisy[f"{kind}, PCA"] for kind in ("reconstruction", "motion")}
-        return rows
+    def errors(self, code: Any) -> Row:
+        return measure(code, self.held_out.to_measure(self.seed, "cpu"), self.weights)
 
-    def row(self, code: Any, held_out: Clips, seed: int) -> Row:
-        if not hasattr(self, "pca_errors"):
-            self.pca_errors = measure(self.all["PCA"], held_out.to_measure(seed, "cpu"), self.weights)
-        errors = measure(code, held_out.to_measure(seed, "cpu"), self.weights)
+    def row(self, code: Any) -> Row:
+        errors = self.errors(code)
         total = compare(errors, self.pca_errors, self.weights)["total"]
         return {name: errors[column] for name, column in COMPARED.items()} | {"total": total}
 
-    def noise(self, model: MotionFeatureAutoencoder, held_out: Clips, seed: int) -> Row:
-        table = noise_table(model, self.all["PCA"], self.sample, held_out.to_measure(seed, "cpu"))
-        return table.loc[NOISE].to_dict()
+    def rows(self) -> dict[str, Row]:
+        rows = {name: self.row(code) for name, code in self.all.items()}
+        for name in ("closed form", "trained"):
+            clips = self.held_out.to_measure(self.seed, "cpu")
+            noisy = noise_table(self.all[name], self.all["PCA"], self.sample, clips).loc[NOISE]
+            rows[name] |= {f"noise: {kind}": noisy[f"{kind}, told"] for kind in ("reconstruction", "motion")}
+        rows["PCA"] |= {f"noise: {kind}": noisy[f"{kind}, PCA"] for kind in ("reconstruction", "motion")}
+        return rows
 
     def closed_form(self, config: dict[str, Any], motion_weight: float) -> MotionFeatureAutoencoder:
         model = MotionFeatureAutoencoder(**config).eval()
@@ -530,20 +532,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         args.models = args.models or Path(folder)
         ratios = args.ratios or (STUDENT_RATIOS if args.student else (4,))
-        codes = {ratio: Codes(train_files, args.input_dim // ratio, args, flags) for ratio in ratios}
+        clips = Clips(held_out, args.input_dim)
+        codes = {ratio: Codes(train_files, clips, args.input_dim // ratio, args, flags) for ratio in ratios}
     if args.student:
         tables["student"] = teach_students(codes, train_files, held_out, args)
     else:
-        clips, first = Clips(held_out, args.input_dim), codes[ratios[0]]
-        tables["sizes"] = {
-            f"C/{ratio}, {name}": row for ratio in ratios for name, row in codes[ratio].rows(clips, args.seed).items()
-        }
+        first = codes[ratios[0]]
+        tables["sizes"] = {f"C/{ratio}, {name}": row for ratio in ratios for name, row in codes[ratio].rows().items()}
         if args.ablation:
-            tables["ablation"] = {name: first.row(code, clips, args.seed) for name, code in first.ablation().items()}
+            tables["ablation"] = {name: first.row(code) for name, code in first.ablation().items()}
         if args.front:
             config = first.all["closed form"].config
             fronts = {f"weight {w:g}": first.closed_form(config, w) for w in FRONT} | first.all
-            draw_front({name: first.row(code, clips, args.seed) for name, code in fronts.items()}, args.front)
+            draw_front({name: first.row(code) for name, code in fronts.items()}, args.front)
         for folder in args.camera or ():
             model, pca = first.all["trained"], first.all["PCA"]
             tables[f"embedding, {folder.name}"] = camera_table(model, pca, folder, held_out, args.held_out)
