@@ -113,17 +113,22 @@ def relation_error(x: Tensor, latent: Tensor, chosen: Tensor | None = None) -> T
     return (change * pairs).sum() / pairs.sum().clamp_min(1)
 
 
-def relation_errors(x: Tensor, latent: Tensor) -> dict[str, Tensor]:
-    """The `relation_error` of a clip [1, T, ..., C] and its latent: of `RELATION_TOKENS` tokens evenly spread over it,
-    and of as many of the tenth of its tokens that moves most since the step before."""
-    moves = F.pad(x.diff(dim=1).norm(dim=-1).flatten(2), (0, 0, 1, 0)).flatten()
+def compared_tokens(x: Tensor) -> dict[str, Tensor]:
+    """Which tokens of a clip [T, ..., C] are compared, as indices into its T * ... tokens: for `relations`
+    `RELATION_TOKENS` evenly spread over it, for `relations_of_moving` as many of the tenth that moves most since the
+    step before."""
+    moves = F.pad(x.diff(dim=0).norm(dim=-1).flatten(1), (0, 0, 1, 0)).flatten()
     fastest = moves.argsort(descending=True)[: max(2, len(moves) // 10)]
-    tokens = [part.flatten(1, -2) for part in (x, latent)]
-    errors = {}
+    chosen = {}
     for name, some in {"relations": torch.arange(len(moves), device=x.device), "relations_of_moving": fastest}.items():
-        spread = torch.linspace(0, len(some) - 1, min(RELATION_TOKENS, len(some)), device=x.device).long()
-        errors[name] = relation_error(*(part[:, some[spread]] for part in tokens))
-    return errors
+        chosen[name] = some[torch.linspace(0, len(some) - 1, min(RELATION_TOKENS, len(some)), device=x.device).long()]
+    return chosen
+
+
+def relation_errors(x: Tensor, latent: Tensor) -> dict[str, Tensor]:
+    """The `relation_error` of a clip [1, T, ..., C] and its latent, of each of its `compared_tokens`."""
+    tokens = [part.flatten(1, -2) for part in (x, latent)]
+    return {name: relation_error(*(part[:, some] for part in tokens)) for name, some in compared_tokens(x[0]).items()}
 
 
 def token_relation_distillation(align: Tensor, target: Tensor, margin: float = 0.1) -> Tensor:

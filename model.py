@@ -34,10 +34,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy", ".safetensors")
-CODE_VERSION = 3  # of what checkpoints and latents mean; those of another are refused, or made anew
+CODE_VERSION = 4  # of what checkpoints and latents mean; those of another are refused, or made anew
 LEVELS, TOP = 6, 255 - 6 * 22  # of energies, to an octave; and that of 1, the largest being 2 ** 22
 EXTRA_RMS = 0.2  # of an extra, the channels having 1
-MEAN_SHARE = 0.5  # of the features' mean that stays in the latent
+MEAN_SHARE = 0.75  # of the features' mean that stays in the latent
 SLOTS_KEPT = 16  # sizes of blocks, of which the code remembers where coefficients lie
 CELLS = 256  # of features [T, N, C], that are coded at once
 STATS_NAME = "stats.pt"  # in a folder of latents

@@ -35,9 +35,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from losses import FeatureErrors, latent_smoothness, motion_autoencoder_loss, relation_error, relation_errors
+from losses import (
+    FeatureErrors,
+    compared_tokens,
+    latent_smoothness,
+    motion_autoencoder_loss,
+    relation_error,
+    relation_errors,
+    token_relations,
+)
 from model import (
     LEVELS,
+    MEAN_SHARE,
     MODEL_FLAGS,
     TOP,
     ArgumentParser,
@@ -77,6 +86,12 @@ WHOLE_TOKENS = 2**13  # of clips that it is measured on whole; of larger ones it
 OWN_WEIGHT = 0.3  # of the energy of components < D beside its own, in the choice of coefficients
 GAIN_POWER = 0.4  # each channel is divided by its spread to this power
 LOW_PASS = 2  # times as many components as the latent has channels, half of whose frequencies are kept
+TURN_CLIPS, TURN_TOKENS = 128, 256  # whose cosines turn the basis: clips, and tokens of each, all and moving ones
+TURN_STEPS, TURN_PASSES, TURN_RATE = (
+    400,
+    6,
+    3e-3,
+)  # at most; passes over the clips; learning rate, of a token of length 1
 STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
 STEP_PAIRED = 384  # tokens of a clip, between which a step sees all cosines
 DRAWS = 2  # steps for each batch that is read, of other positions
@@ -374,6 +389,42 @@ def block_energy(code: SpaceTimeCode, components: Tensor) -> Tensor:
     return sum(energies) / len(energies)
 
 
+@torch.enable_grad()
+def turn(components: Tensor, seen: Tensor, cosines: Tensor) -> Tensor:
+    """Components [C, D], turned until tokens `seen` in them [n, K, C] have the `cosines` of features [n, K, K].
+
+    PCA's leading components keep the most energy, but not the cosines: what lies beyond belongs to a token's length and
+    to its likeness to others. The best ones have no closed form; AdamW finds them on the mean change of the cosines.
+    """
+    spread = (seen @ components).flatten(0, 1).std(dim=0).clamp_min(1e-6)
+    projection = nn.Parameter(components * (spread / spread.mean()) ** -GAIN_POWER)
+    peak, chance = TURN_RATE * (352 / len(components)) ** 0.5, torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW([projection], lr=peak)
+    steps = min(TURN_STEPS, TURN_PASSES * len(seen))
+    for step in tqdm(range(steps), "turning the basis", leave=False, disable=None, delay=1):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
+        some = torch.randint(len(seen), (12,), generator=chance).to(seen.device)
+        loss = (token_relations(seen[some] @ projection) - cosines[some]).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return projection.detach()
+
+
+def turned_basis(code: SpaceTimeCode, basis: Tensor, moment: Tensor, clips: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """A basis [C, C] whose first D components are those of `basis`, `turn`ed, and the principal ones of `moment` within
+    their span; the others are those of what is left. clips: features [T, ..., C] and what components see of them."""
+    chance, pairs = torch.Generator().manual_seed(0), []
+    for x, seen in clips[:TURN_CLIPS]:
+        for some in compared_tokens(x).values():
+            some = some[torch.randint(len(some), (TURN_TOKENS,), generator=chance).to(some.device)]
+            pairs.append((seen.flatten(0, -2)[some], token_relations(x.flatten(0, -2)[some])))
+    own = turn(basis[:, : code.latent_dim].float(), *map(torch.stack, zip(*pairs, strict=True))).double()
+    whole = torch.linalg.qr(torch.cat([own, torch.eye(len(own), dtype=own.dtype, device=own.device)], dim=1)).Q
+    spans = whole.split([code.latent_dim, code.input_dim - code.latent_dim], dim=1)
+    return torch.cat([span @ principal_components(span.mT @ moment @ span) for span in spans if span.numel()], dim=1)
+
+
 @torch.no_grad()
 def fit_code(
     code: SpaceTimeCode,
@@ -381,11 +432,13 @@ def fit_code(
     recon_weight: float = 1.0,
     motion_weight: float = 1.0,
     smooth_weight: float = 0.05,
+    relation_weight: float = 0.0,
 ) -> None:
     """Write the tables of the linear code, measured on clips [T, N, C] or [T, H, W, C], of any sizes; all of
     `clip_shape`, where the code's config names one. Raises `UserError` for features too large to square.
 
-    Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). Coefficients kept: those of most
+    Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x), with a `relation_weight` those of
+    `turned_basis`. Coefficients kept: those of most
     energy, weighted by what an error in each frequency adds to the loss; components < D count more (`OWN_WEIGHT`), at
     any frequency alike, since the cosines between tokens feel what is lost of a token's own channels alike.
     """
@@ -400,9 +453,16 @@ def fit_code(
     normalised = [x / scale for x in centred]
 
     moment = weighted_moment([to_sequences(x[None]) for x in normalised], recon_weight, motion_weight)
-    basis = principal_components(moment).to(code.basis)
+    basis = principal_components(moment)
+    if relation_weight and code.latent_dim < code.input_dim:
+        share = MEAN_SHARE * code.codes_still_part
+        pairs = [(x if share else own, own + share * mean.to(own)) for x, own in zip(clips, centred, strict=True)]
+        basis = turned_basis(code, basis, moment, pairs)
+    basis = basis.to(code.basis)
     energy = sum(block_energy(code, x @ basis) for x in normalised) / len(clips)
-    energy = energy.sort(dim=-1, descending=True).values  # true energies fall with the rank; another order is noise
+    parts = energy.split([code.latent_dim, code.input_dim - code.latent_dim], dim=-1)
+    # True energies fall with the rank, of own components and of the others; another order is noise.
+    energy = torch.cat([part.sort(dim=-1, descending=True).values for part in parts], dim=-1)
     energy[0] = energy[:2].amax(dim=0)  # a block's constant differs from the clip's, where that is not coded
     weight = frequency_weight(code, recon_weight, motion_weight)
     importance = torch.stack([weight + OWN_WEIGHT * weight.mean(), weight], dim=1)
@@ -813,7 +873,7 @@ def train(
     if ranks.index == 0:
         sample = train_set.to_fit(args.seed, args.device)
         if not last:
-            fit_code(model.code, sample, args.recon_weight, args.motion_weight, args.smooth_weight)
+            fit_code(model.code, sample, *loss_weights(args))
         latents = sample_latents(model, sample)
         if not last:
             measure_spread(model, latents)
