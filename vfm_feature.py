@@ -1336,19 +1336,6 @@ def decode_windows(
         yield replace(window, aspect=shape), stack_frames(window, frames, sampling)
 
 
-def decode_clip(
-    path: str, num_frames: int, sizes: Iterable[tuple[int, int]], backend: str = "pyav", **sampling: Any
-) -> Frames:
-    """A whole video as one clip, decoded in this process: {(height, width): RGB [num_frames, height, width, 3]}.
-
-    `sampling`: `sampling`, `fps`, `fit` of `Sampling`. Raises `ValueError` if the video is to blame, anything else if
-    the decoder is.
-    """
-    found = decode_windows(str(path), [(None, None)], Sampling(num_frames, tuple(sizes), **sampling), backend)
-    ((_, frames),) = filter(None, found)
-    return frames
-
-
 def start_decoder() -> None:
     """What a decoding process does first: it takes one core, and limits its memory.
 

@@ -135,7 +135,7 @@ def read_plainly(clip: str) -> float:
 
 def decoding_seconds(clip: str, sizes: list[tuple[int, int]]) -> float:
     """Processor seconds of decoding and resizing 48 frames, as a decoding process does it."""
-    return seconds(lambda: vfm.decode_clip(clip, 48, sizes), time.process_time)
+    return seconds(lambda: decode_clip(clip, 48, sizes), time.process_time)
 
 
 def in_process(start: Callable[[], None] | None = None) -> multiprocessing.pool.Pool:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from bench_faults import draw, encode, ffmpeg, judge, make_corpus
 from draw_clips import draw_frame, write_video
-from made_up import ROOT, SMALL, counts, pattern_clip
+from made_up import ROOT, SMALL, counts, decode_clip, pattern_clip
 
 import vfm_feature as vfm
 from model import UserError, find_features
@@ -339,7 +339,7 @@ def test_crop_takes_the_centre_and_squash_all(tmp_path):
     tall = np.ascontiguousarray(frame.transpose(1, 0, 2))
     assert np.array_equal(crop(tall, (60, 90), 1), vfm.resize_frame(tall[70:130], (60, 90)))
     write_video(tmp_path / "a.avi", [frame] * 2, "MJPG")
-    whole, centre = (vfm.decode_clip(tmp_path / "a.avi", 2, [(60, 90)], fit=fit)[60, 90] for fit in ("squash", "crop"))
+    whole, centre = (decode_clip(tmp_path / "a.avi", 2, [(60, 90)], fit=fit)[60, 90] for fit in ("squash", "crop"))
     rgb = frame[..., ::-1]
     assert np.abs(whole[0] - vfm.resize_frame(np.ascontiguousarray(rgb), (60, 90)).astype(int)).mean() < 3
     assert np.abs(centre[0] - crop(np.ascontiguousarray(rgb), (60, 90), 1).astype(int)).mean() < 3
@@ -378,14 +378,14 @@ def test_crop_takes_what_players_show_and_squash_what_is_stored(tmp_path):
         count = 80 if file == "changes.mpg" else 40
         turns, size = (1, (64, 48)) if file == "turned.mp4" else (0, (48, 64))
         for fit in ("crop", "squash"):
-            frames = vfm.decode_clip(tmp_path / file, count, [size], fit=fit)[size]
+            frames = decode_clip(tmp_path / file, count, [size], fit=fit)[size]
             for index, frame in enumerate(frames):
                 part = halves[ratios[index % len(ratios)]] if fit == "crop" else np.s_[:, :]
                 cut = np.rot90(stored[index % 40][part], turns)
                 expected = vfm.resize_frame(np.ascontiguousarray(cut), size)
                 assert np.abs(frame.astype(int) - expected).mean() < 4, (file, fit, index)
     with pytest.raises(RuntimeError, match="square pixels"):
-        vfm.decode_clip(tmp_path / "codec.mpg", 4, [(48, 64)], "opencv")
+        decode_clip(tmp_path / "codec.mpg", 4, [(48, 64)], "opencv")
 
 
 def test_the_recipe_from_end_to_end(tmp_path, run_here):
@@ -398,7 +398,7 @@ def test_the_recipe_from_end_to_end(tmp_path, run_here):
     assert video["feature"].shape == (24, 10, 15, 24) and video["frame_indices"] == list(range(1, 49))
     assert image["feature"].shape == (13, 30, 45, 24) and image["frame_indices"] == list(range(49))
     assert (video["settings"]["fit"], video["settings"]["num_frames"]) == ("videorepa", 48)
-    clips = vfm.decode_clip(path, 49, [(160, 240), (420, 630)], sampling="stride", fit="videorepa")
+    clips = decode_clip(path, 49, [(160, 240), (420, 630)], sampling="stride", fit="videorepa")
     for model, size, data in (("VideoMAEv2", (160, 240), video), ("DINOv2", (420, 630), image)):
         frames = torch.from_numpy(clips[size])[-len(data["frame_indices"]) :][None]
         assert frames.dtype == torch.float16
