@@ -1292,10 +1292,11 @@ def decode_windows(
 
     The video is read from its start to the end of its last window, once, unless it shows other frames than its packets
     say: the number counts, and the times too where windows depend on them. Then the rest of the first pass finds the
-    true ones, and the windows are planned anew. Raises `ValueError` if the video is to blame, anything else if the
-    decoder is.
+    true ones, and the windows are planned anew. Raises `ValueError`, `UserError` or `OSError` if the video is to blame,
+    anything else if the decoder is.
     """
     path = os.path.abspath(path)  # without a folder FFmpeg would take a name such as pipe:0 for a protocol
+    check_file(Path(path))
     if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
         raise ValueError("its name is not in UTF-8; rename it")
     planned_times, tick, rate = read_packets(path)
@@ -1370,8 +1371,9 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
                 raise
             except Exception as error:  # decoders raise their own kinds
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
-                connection.send((None, reason) if isinstance(error, ValueError) else reason)
-                if not isinstance(error, ValueError):
+                is_the_video_s = isinstance(error, ValueError | UserError | OSError)
+                connection.send((None, reason) if is_the_video_s else reason)
+                if not is_the_video_s:
                     return
 
 
@@ -1668,8 +1670,7 @@ class Clip:
     video: Path
     name: str  # the video's path in --video_dir
     part: Part
-    fingerprint: str  # of the video
-    fault: str = ""  # why the video cannot be read
+    fingerprint: str  # of the video; empty: it cannot be read
 
 
 @dataclass(eq=False)
@@ -1735,19 +1736,17 @@ def list_clips(args: argparse.Namespace) -> list[Clip]:
             say(f"warning: {without} of {total} clips have no caption in {args.csv_path}")
     clips = []
     for video in tqdm(videos, "looking at videos", leave=False, delay=1):
-        path, fingerprint, fault = args.video_dir / video, "", ""
-        try:
+        path, fingerprint = args.video_dir / video, ""
+        with suppress(UserError, OSError):  # decoding will say why
             fingerprint = file_fingerprint(path)
-        except (UserError, OSError) as error:
-            fault = str(error)
-        clips += [Clip(path, video.as_posix(), part, fingerprint, fault) for part in parts.get(video, [Part()])]
+        clips += [Clip(path, video.as_posix(), part, fingerprint) for part in parts.get(video, [Part()])]
     return clips
 
 
 def try_each(
-    names: Iterable[str], attempt: Callable[[str], Any], args: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """`attempt` for each model: by name what it returns, and why models are left out, for want of a package or file.
+    names: Iterable[str], attempt: Callable[[str], Any], left_out: dict[str, str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """`attempt` for each model: by name what it returns. Those that lack a package or file join the models `left_out`.
 
     Rank 0 goes first, and the others find what it downloads; a model that any of them cannot run is run by none. Each
     reason is a warning. Raises `UserError` without `--allow_skip_missing`.
@@ -1762,26 +1761,25 @@ def try_each(
                 reason = f"the package {package} is missing; {hint}" if package else error
                 lacking[name] = f"{name}: {reason}" + (f" (rank {ranks.index})" if ranks.index else "")
     everyone = ranks.broadcast(ranks.gather(lacking))
-    left_out = {name: reason for others in reversed(everyone) for name, reason in others.items()}
+    lacking = {name: reason for others in reversed(everyone) for name, reason in others.items()}
+    left_out |= lacking
     with ranks.first_then_others():
-        if len(left_out) == 1 and not args.allow_skip_missing:
-            raise UserError(f"{next(iter(left_out.values()))}, or skip such models with --allow_skip_missing")
-        for reason in left_out.values():
+        if len(lacking) == 1 and not args.allow_skip_missing:
+            raise UserError(f"{next(iter(lacking.values()))}, or skip such models with --allow_skip_missing")
+        for reason in lacking.values():
             say(f"warning: {reason}")
-        if left_out and not args.allow_skip_missing:
-            names = ", ".join(left_out)
+        if lacking and not args.allow_skip_missing:
+            names = ", ".join(lacking)
             raise UserError(f"{names} cannot be run; do as said above, or skip such models with --allow_skip_missing")
-    return {name: value for name, value in made.items() if name not in left_out}, left_out
+    return {name: value for name, value in made.items() if name not in lacking}
 
 
-def find_models(
-    args: argparse.Namespace, autoencoder: MotionFeatureAutoencoder | None = None
-) -> tuple[list[ModelRun], dict[str, str]]:
-    """The models before they are loaded, and why some are left out, by name; decides `num_frames`, if it was not given.
+def find_models(args: argparse.Namespace, left_out: dict[str, str]) -> dict[str, ModelRun]:
+    """The models by name, before they are loaded; decides `num_frames`, if it was not given.
 
     Raises `UserError` where the flags or the autoencoder do not fit the models.
     """
-    vfms, left_out = try_each(args.models, find_vfm, args)
+    vfms = try_each(args.models, find_vfm, left_out, args)
     if args.num_frames is None and args.fps and args.window:
         step = math.lcm(*(vfm.tubelet_size for vfm in vfms.values()))
         tokens = math.floor(args.fps * args.window / step + 1e-9)  # 10 * 0.7 is a little less than 7
@@ -1789,10 +1787,10 @@ def find_models(
         say(f"{args.num_frames} frames of each window: {args.window:g} s at {args.fps:g} frames a second")
     args.num_frames = args.num_frames or DEFAULT_FRAMES
     with ranks.first_then_others():
-        return [plan_run(name, vfm, autoencoder, args) for name, vfm in vfms.items()], left_out
+        return {name: plan_run(name, vfm, args) for name, vfm in vfms.items()}
 
 
-def plan_run(name: str, vfm: VFM, autoencoder: MotionFeatureAutoencoder | None, args: argparse.Namespace) -> ModelRun:
+def plan_run(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
     """What model `name` is to do. Sizes that nobody gave are rounded to what its patch divides. Latents do not go among
     the features that they are made of. Raises `UserError` where the flags or the autoencoder do not fit the model."""
     # VideoREPA's video models do without the first frame
@@ -1806,6 +1804,7 @@ def plan_run(name: str, vfm: VFM, autoencoder: MotionFeatureAutoencoder | None, 
             raise UserError(f"--{flag} {value}: {name} needs a multiple of {step}; try --{flag} {taken[-1]}")
     if max(args.layers or [1]) > vfm.depth:
         raise UserError(f"--layers {max(args.layers)}: {name} has {vfm.depth} blocks")
+    autoencoder = args.motion_checkpoint and MotionFeatureAutoencoder.from_checkpoint(args.motion_checkpoint)
     channels = vfm.embed_dim * len(args.layers or [1])
     if autoencoder is not None and autoencoder.config["input_dim"] != channels:
         raise UserError(
@@ -1826,10 +1825,10 @@ def plan_run(name: str, vfm: VFM, autoencoder: MotionFeatureAutoencoder | None, 
     return ModelRun(name, vfm, tuple(taken[1:]), settings, folder, f".{args.output_format}", autoencoder)
 
 
-def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> ModelRun:
-    """Load a model onto the device. `path`: of its weights; None: random ones. Raises `ImportError` if a package is
-    missing, `FileNotFoundError` if a folder holds no weights, `UserError` for an autoencoder of another model's
-    features."""
+def load_model(run: ModelRun, args: argparse.Namespace) -> ModelRun:
+    """Load a model onto the device. Raises `ImportError` if a package is missing, `FileNotFoundError` if weights are,
+    `UserError` for an autoencoder of another model's features."""
+    path = None if args.random_weights else args.weights.get(run.name) or download_weights(run.name, run.vfm)
     weights = None if path is None else read_weights(path, run.vfm)
     try:
         vit = build_vit(run.vfm, run.settings["num_frames"], run.size, weights)
@@ -1843,19 +1842,6 @@ def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> Mo
     if run.autoencoder is not None:
         run.autoencoder.to(args.device).check_provenance(provenance(run.provenance))
     return run
-
-
-def load_models(models: list[ModelRun], args: argparse.Namespace) -> tuple[list[ModelRun], dict[str, str]]:
-    """The models that could be loaded, and why others are left out. All weights are looked for before the first are
-    loaded."""
-    runs = {run.name: run for run in models}
-
-    def find_weights(name: str) -> Path | None:
-        return None if args.random_weights else args.weights.get(name) or download_weights(name, runs[name].vfm)
-
-    paths, without_weights = try_each(runs, find_weights, args)
-    loaded, left_out = try_each(paths, lambda name: load_model(runs[name], paths[name], args), args)
-    return [*loaded.values()], without_weights | left_out
 
 
 def read_finished(run: ModelRun, clip: Clip, window: int, args: argparse.Namespace) -> dict | None:
@@ -1890,9 +1876,6 @@ def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> d
     todo: dict[Path, dict[Clip, list[str]]] = {}
     for clip in tqdm(clips, "looking for finished features", leave=False, delay=1):
         for run in runs:
-            if clip.fault:
-                run.fail(clip, None, clip.fault)
-                continue
             files = [read_finished(run, clip, 0, args)]
             if files[0]:
                 files += [read_finished(run, clip, window, args) for window in range(1, files[0]["windows"])]
@@ -2084,19 +2067,17 @@ def main() -> int:
         return 0
     with ranks.first_then_others():
         args.device = ranks.open_device(args.device)
-        checkpoint = args.motion_checkpoint
-        autoencoder = MotionFeatureAutoencoder.from_checkpoint(checkpoint) if checkpoint else None
-    models, left_out = find_models(args, autoencoder)
+    left_out: dict[str, str] = {}  # models, and why
+    models = find_models(args, left_out)
     clips = ranks.from_first(lambda: list_clips(args))  # a network disk can show other files to other machines
     with ranks.first_then_others():
-        for run in models:
+        for run in models.values():
             make_folder(run.folder, "--output_root", mirrors=True)
     if args.random_weights:
         say("warning: --random_weights: a dry run; the features will mean NOTHING")
     runs: list[ModelRun] = []
     try:
-        runs, without_weights = load_models(models, args)
-        left_out |= without_weights
+        runs = [*try_each(models, lambda name: load_model(models[name], args), left_out, args).values()]
         todo = ranks.from_first(lambda: plan(runs, clips, args))
         extract(runs, dict([*todo.items()][ranks.index :: ranks.count]), args)
         for run in runs:

@@ -10,8 +10,6 @@ import torch
 from bench_faults import decode_corpus, draw, encode, judge, load_mutants, make_corpus
 from made_up import SIZES, SMALL, decode_clip, full_disk, make_features
 
-import vfm_feature as vfm
-
 SMALL = [*SMALL, "--models", "VideoMAE"]
 TRAINING = ["--input_dim", "24", *SIZES[2:], "--epochs", "1"]
 
