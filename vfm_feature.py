@@ -53,7 +53,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
@@ -774,13 +774,16 @@ def list_videos(folder: Path, recursive: bool = False) -> list[Path]:
     return list(by_stem.values())
 
 
-class Part(NamedTuple):
-    """What a CSV says of a video, or of one of its parts."""
+@dataclass(frozen=True)
+class Clip:
+    """What each model makes a feature file of, or with --window a file of each window: a video, or a part of it."""
 
+    video: Path  # in --video_dir
     caption: str | None = None  # None: no CSV names the video
     suffix: str = ""  # of the output's stem: _000, _001, ... where the CSV has parts
     start: float | None = None  # seconds; None: the video's beginning
     end: float | None = None  # None: its end
+    fingerprint: str = ""  # of the video; empty: it cannot be read
 
 
 CAPTION_COLUMNS = ("caption", "start", "end")  # all others can name the videos
@@ -899,9 +902,9 @@ def match_rows(
     return found[best], f"column {header[best]!r} names {num_named} of {len(videos)} videos"
 
 
-def read_part(row: dict[str, str], suffix: str, video: Path, where: str) -> Part:
-    """What a row says of a part, in seconds. Raises `UserError` where a cell is no time, or the end is not after the
-    start."""
+def read_clip(row: dict[str, str], video: Path, suffix: str, where: str) -> Clip:
+    """What a row says of a video or a part of it. Raises `UserError` where a cell is no time in seconds, or the end is
+    not after the start."""
     times: list[float | None] = []
     for column in ("start", "end"):
         text = row.get(column, "")
@@ -915,15 +918,15 @@ def read_part(row: dict[str, str], suffix: str, video: Path, where: str) -> Part
     start, end = times
     if end is not None and end <= (start or 0):
         raise UserError(f"{where}: a part of {video} ends at {end:g} s, but starts at {start or 0:g} s")
-    return Part(row["caption"], suffix, start, end)
+    return Clip(video, row.get("caption"), suffix, start, end)
 
 
-def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> dict[Path, list[Part]]:
-    """What a CSV file says of the `videos` of a folder: their captions, None where it does not name them, and parts.
+def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> list[Clip]:
+    """The clips of the `videos` of a folder: what a CSV file says of them, or that it does not name them.
 
     Rows that say a video's own folders beat those that say others. Without the columns `start` and `end` the first row
     of a video counts; with one of them each row is a part. Raises `UserError` where rows of two other folders can be of
-    one video, and what `read_rows`, `match_rows` and `read_part` raise.
+    one video, and what `read_rows`, `match_rows` and `read_clip` raise.
     """
     where = f"--csv_path {csv_path}"
     header, rows = read_rows(csv_path)
@@ -933,31 +936,27 @@ def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> 
         if match:
             _, video, folders = match
             rows_of[video][folders].append(dict(zip(header, row, strict=True)))
-    own = {}
-    for video, by_folders in rows_of.items():
+    has_parts = "start" in header or "end" in header
+    clips, num_rows = [], 0
+    for video in videos:
+        by_folders = rows_of.get(video, {"": []})
         first, *others = sorted(by_folders)  # "" is the first: the video's own folders
         if first and others:
             raise UserError(
                 f"{where}: {video} can be {first}/{video.name} or {others[0]}/{video.name}; keep the rows of one"
             )
-        own[video] = by_folders[first]
-    has_parts = "start" in header or "end" in header
-    parts = {}
-    for video in videos:
-        if has_parts:
-            read = [read_part(row, f"_{index:03d}", video, where) for index, row in enumerate(own.get(video, []))]
-            parts[video] = read or [Part(suffix="_000")]
-        else:
-            parts[video] = [Part(own[video][0]["caption"] if video in own else None)]
-    num_named = sum(map(len, own.values()))
-    if num_named < len(rows):
-        found += f"; {len(rows) - num_named} of its {len(rows)} rows belong to no video"
+        own = by_folders[first]
+        num_rows += len(own)
+        for index, row in enumerate((own if has_parts else own[:1]) or [{}]):
+            clips.append(read_clip(row, video, f"_{index:03d}" if has_parts else "", where))
+    if num_rows < len(rows):
+        found += f"; {len(rows) - num_rows} of its {len(rows)} rows belong to no video"
     if has_parts:
-        found += f"; start and end cut them into {sum(map(len, parts.values()))} clips, _000, _001 and so on of each"
-    elif num_named > len(own):
-        found += f"; {num_named - len(own)} rows name a video again, and its first counts"
+        found += f"; start and end cut them into {len(clips)} clips, _000, _001 and so on of each"
+    elif num_rows > len(rows_of):
+        found += f"; {num_rows - len(rows_of)} rows name a video again, and its first counts"
     say(f"captions: {csv_path}: {found}")
-    return parts
+    return clips
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1663,16 +1662,6 @@ def folder_name(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Clip:
-    """What each model makes a feature file of, or with --window a file of each window."""
-
-    video: Path
-    name: str  # the video's path in --video_dir
-    part: Part
-    fingerprint: str  # of the video; empty: it cannot be read
-
-
 @dataclass(eq=False)
 class ModelRun:
     """One model's part of a run, and what has come of it."""
@@ -1700,12 +1689,12 @@ class ModelRun:
 
     def path(self, clip: Clip, window: int) -> Path:
         number = f"_{window:03d}" if self.settings["window"] else ""
-        return self.folder / f"{Path(clip.name).with_suffix('')}{clip.part.suffix}{number}{self.suffix}"
+        return self.folder / f"{clip.video.with_suffix('')}{clip.suffix}{number}{self.suffix}"
 
     def clip_settings(self, clip: Clip) -> dict[str, Any]:
         """What the file records; a finished feature is skipped if these are the same."""
-        bounds = {"start": clip.part.start, "end": clip.part.end}
-        return {**self.settings, **bounds, "video": clip.name, "video_fingerprint": clip.fingerprint}
+        about = {"start": clip.start, "end": clip.end, "video": clip.video.as_posix()}
+        return {**self.settings, **about, "video_fingerprint": clip.fingerprint}
 
     def succeed(self, clip: Clip, path: Path, data: dict, outcome: str) -> None:
         """Keep what the reports say of the file `path`, whose entries are `data`. `outcome`: "written" or "skipped"."""
@@ -1716,31 +1705,29 @@ class ModelRun:
 
     def fail(self, clip: Clip, window: Window | None, reason: str) -> None:
         """Keep why a clip, or one of the windows that --window cuts, has no file."""
-        span = window if window and self.settings["window"] else clip.part
+        span = window if window and self.settings["window"] else clip
         bounds = {"from": span.start, "to": span.end}
-        file = " ".join([clip.name, *(f"{word} {bound:g} s" for word, bound in bounds.items() if bound is not None)])
+        file = " ".join(
+            [clip.video.as_posix(), *(f"{word} {bound:g} s" for word, bound in bounds.items() if bound is not None)]
+        )
         self.rows.append({"clip": clip, "file": file, "outcome": "failed", "failure": reason})
 
 
 def list_clips(args: argparse.Namespace) -> list[Clip]:
     """The clips of the videos, with their captions."""
     videos = list_videos(args.video_dir, args.recursive)
-    parts: dict[Path, list[Part]] = {}
     if args.csv_path is None:
         say("warning: no captions: --csv_path names a CSV file that has them")
+        clips = [Clip(video) for video in videos]
     else:
-        parts = read_captions(args.csv_path, videos, args.video_dir)
-        without = sum(not part.caption for group in parts.values() for part in group)
-        if without:
-            total = sum(map(len, parts.values()))
-            say(f"warning: {without} of {total} clips have no caption in {args.csv_path}")
-    clips = []
+        clips = read_captions(args.csv_path, videos, args.video_dir)
+        if without := sum(not clip.caption for clip in clips):
+            say(f"warning: {without} of {len(clips)} clips have no caption in {args.csv_path}")
+    fingerprints = dict.fromkeys(videos, "")
     for video in tqdm(videos, "looking at videos", leave=False, delay=1):
-        path, fingerprint = args.video_dir / video, ""
         with suppress(UserError, OSError):  # decoding will say why
-            fingerprint = file_fingerprint(path)
-        clips += [Clip(path, video.as_posix(), part, fingerprint) for part in parts.get(video, [Part()])]
-    return clips
+            fingerprints[video] = file_fingerprint(args.video_dir / video)
+    return [replace(clip, fingerprint=fingerprints[clip.video]) for clip in clips]
 
 
 def try_each(
@@ -1862,8 +1849,8 @@ def read_finished(run: ModelRun, clip: Clip, window: int, args: argparse.Namespa
 def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
     """Count a finished file as skipped; its caption is renewed where a CSV names the video."""
     path = run.path(clip, window)
-    if clip.part.caption is not None and clip.part.caption != saved.get("caption"):
-        save_atomically({**saved, "caption": clip.part.caption}, path)
+    if clip.caption is not None and clip.caption != saved.get("caption"):
+        save_atomically({**saved, "caption": clip.caption}, path)
     run.succeed(clip, path, saved, "skipped")
 
 
@@ -1892,8 +1879,8 @@ def decode_todo(
 ) -> Iterator[tuple[Clip, Window | None, Frames | str]]:
     """Every window of the clips with its frames, or why it has none; with None for a window, why all that is left of
     the clip has none. A video is decoded once for all of its clips."""
-    clips_of = {str(video): [*clips] for video, clips in todo.items()}
-    spans = {video: [(clip.part.start, clip.part.end) for clip in clips] for video, clips in clips_of.items()}
+    clips_of = {str(args.video_dir / video): [*clips] for video, clips in todo.items()}
+    spans = {video: [(clip.start, clip.end) for clip in clips] for video, clips in clips_of.items()}
     left: dict[Clip, int] = {}  # windows to come
     flags = {entry.name: getattr(args, entry.name) for entry in fields(Sampling) if entry.name != "sizes"}
     sampling = Sampling(sizes=tuple(sorted({run.size for run in runs})), **flags)
@@ -1937,7 +1924,7 @@ def save_feature(
         data[run.kind] = data[run.kind].to(getattr(torch, dtype)).cpu().clone()
         if not torch.isfinite(data[run.kind]).all():
             raise UserError(f"{run.name} gave NaN or infinity in {dtype}")
-        data |= {"caption": clip.part.caption or "", "video": clip.name, **run.provenance}
+        data |= {"caption": clip.caption or "", "video": clip.video.as_posix(), **run.provenance}
         data |= {"settings": run.clip_settings(clip), "frame_indices": list(window.frame_indices[-len(frames) :])}
         data |= {"fps": window.fps, "start": window.start, "end": window.end, "windows": window.count}
         if preview:

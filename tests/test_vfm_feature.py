@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import av
@@ -359,7 +360,10 @@ def read_captions(folder, table, names):
     """The captions of videos of these names in `folder`, by name, None where the table does not name them."""
     (folder / "captions.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
     found = vfm.read_captions(folder / "captions.csv", [Path(name) for name in names], folder)
-    return {video.as_posix(): [part.caption for part in parts] for video, parts in found.items()}
+    captions = defaultdict(list)
+    for clip in found:
+        captions[clip.video.as_posix()].append(clip.caption)
+    return captions
 
 
 @pytest.mark.parametrize(
