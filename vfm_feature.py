@@ -1046,8 +1046,6 @@ FITS = {
 
 TIME_TOLERANCE = 1e-3  # seconds: containers such as Matroska round times to milliseconds
 
-Span = tuple[float | None, float | None]  # of a clip: its start and end in seconds; None: the video's
-
 
 @dataclass(frozen=True)
 class Window:
@@ -1056,9 +1054,9 @@ class Window:
     Two are equal if they show the same frames: decoding can find that a clip has fewer windows than its packets say.
     """
 
-    clip: int  # which of its video's spans
-    index: int  # which of that clip's windows
-    count: int = field(compare=False)  # how many windows that clip has
+    clip: Clip
+    index: int  # which of the clip's windows
+    count: int = field(compare=False)  # how many windows the clip has
     start: float  # seconds from the video's first frame
     end: float = field(compare=False)
     frame_indices: tuple[int, ...]  # of the frames that the video shows; empty if it shows none in this time
@@ -1071,7 +1069,7 @@ class Window:
 def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
     """A video's container, its best track in FFmpeg's opinion, and what FFmpeg logs as errors, (level, source, text).
 
-    Raises `ValueError` for a video that cannot be read.
+    Raises `ValueError` for a video that cannot be read, and what `check_file` does.
     """
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)  # a message can equal the last one of the video before
@@ -1086,6 +1084,7 @@ def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
                 stream.codec_context.thread_count = 1
                 yield container, stream, messages
         except av.error.FFmpegError as error:
+            check_file(Path(path))  # says more of links to nothing, and of what stands in for files
             said = "; ".join([error.strerror, *(text.strip() for *_, text in messages[-2:])])
             raise ValueError(f"cannot be read: {said}") from None
 
@@ -1124,7 +1123,7 @@ def read_packets(path: str) -> tuple[list[int | None], float, float]:
 
 
 def plan_windows(
-    spans: Sequence[Span], ticks: list[int | None], tick: float, rate: float, sampling: Sampling
+    clips: Sequence[Clip], ticks: list[int | None], tick: float, rate: float, sampling: Sampling
 ) -> list[Window]:
     """The windows of a video's clips, in the order in which decoding completes them. `ticks`, `tick` and `rate`: see
     `read_packets`.
@@ -1136,8 +1135,8 @@ def plan_windows(
     times = (np.array(ticks) - ticks[0]) * tick if rises else np.arange(len(ticks)) / rate
     video_end = times[-1] + 1 / rate
     windows = []
-    for clip, (start, end) in enumerate(spans):
-        start, end = start or 0.0, min(end or video_end, video_end)
+    for clip in clips:
+        start, end = clip.start or 0.0, min(clip.end or video_end, video_end)
         length, hop = sampling.window or video_end, sampling.hop or video_end
         count = 1 + max(0, math.floor((end - start - length + TIME_TOLERANCE) / hop)) if sampling.window else 1
         for index in range(count):
@@ -1284,7 +1283,7 @@ def stack_frames(window: Window, frames: list[Frames], sampling: Sampling) -> Fr
 
 
 def decode_windows(
-    path: str, spans: Sequence[Span], sampling: Sampling, backend: str = "pyav", delivered: Iterable[Window] = ()
+    path: str, clips: Sequence[Clip], sampling: Sampling, backend: str = "pyav", delivered: Iterable[Window] = ()
 ) -> Iterator[tuple[Window, Frames | str] | None]:
     """Decode a video: yield the windows of its clips, without those `delivered` before, as they are complete, with
     their frames or why they have none; None now and then: still at work.
@@ -1295,16 +1294,17 @@ def decode_windows(
     anything else if the decoder is.
     """
     path = os.path.abspath(path)  # without a folder FFmpeg would take a name such as pipe:0 for a protocol
-    check_file(Path(path))
     if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
         raise ValueError("its name is not in UTF-8; rename it")
     planned_times, tick, rate = read_packets(path)
     if backend != "pyav":
         check_plain(path, len(planned_times), backend)
-    compare_times = backend == "pyav" and any([sampling.fps, sampling.window, *map(any, spans)])
+    compare_times = backend == "pyav" and any(
+        [sampling.fps, sampling.window, *((clip.start or clip.end) for clip in clips)]
+    )
     done, as_planned, shape = {*delivered}, False, 1.0
     while not as_planned:
-        windows = plan_windows(spans, planned_times, tick, rate, sampling)
+        windows = plan_windows(clips, planned_times, tick, rate, sampling)
         waiting: deque[tuple[Window, list[Frames]]] = deque((window, []) for window in windows if window not in done)
         wanted: dict[int, list[list[Frames]]] = defaultdict(list)  # by frame: where it is to be added, resized
         for window, frames in waiting:
@@ -1362,9 +1362,9 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
     with suppress(EOFError, ConnectionError):  # its parent is gone
         while True:
             connection.send("")
-            path, spans, *others = connection.recv()
+            path, clips, *others = connection.recv()
             try:
-                for item in decode_windows(path, spans, sampling, *others):
+                for item in decode_windows(path, clips, sampling, *others):
                     connection.send(item)
             except ConnectionError:
                 raise
@@ -1376,8 +1376,8 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
                     return
 
 
-# A video to decode: its path, its clips' spans, which of their windows were delivered, and why decoders gave it up.
-Task = tuple[str, Sequence[Span], set[Window], list[str]]
+# A video to decode: its path, its clips, which of their windows were delivered, and why decoders gave it up.
+Task = tuple[str, list[Clip], set[Window], list[str]]
 
 
 def start_process(sampling: Sampling) -> tuple[BaseProcess, Connection]:
@@ -1396,9 +1396,10 @@ def start_process(sampling: Sampling) -> tuple[BaseProcess, Connection]:
 
 def run_decoder(
     todo: deque[Task], sampling: Sampling, timeout: float, stopped: threading.Event
-) -> Iterator[tuple[str, Window | None, Frames | str]]:
-    """Have a process decode what is `todo`, and yield what `decode_ahead` does, until all is done or it fails at a
-    video, which is then left to the next decoder, in a fresh process.
+) -> Iterator[tuple[list[Clip], Window | None, Frames | str]]:
+    """Have a process decode what is `todo`, until all is done or it fails at a video, which is then left to the next
+    decoder, in a fresh process. Yields a video's clips, and of what `decode_windows` yields what is not None; with None
+    for a window, why those that are left are missing.
 
     Raises `OSError` or `EOFError` if no process starts, and once `stopped` is set.
     """
@@ -1423,21 +1424,21 @@ def run_decoder(
             raise EOFError(said)
         while said == "":
             try:
-                path, spans, delivered, failures = todo.popleft()
+                path, clips, delivered, failures = todo.popleft()
             except IndexError:
                 return
             backend = [*BACKENDS][len(failures)]
             with suppress(ConnectionError):  # it has just died, and `hear` will tell
-                connection.send((path, spans, backend, delivered))
+                connection.send((path, clips, backend, delivered))
             while not isinstance(said := hear(timeout), str):
                 if said:  # else it is still at work
                     delivered.add(said[0])
-                    yield path, *said
+                    yield clips, *said
         failures.append(f"{backend}: {said}")
         if len(failures) < len(BACKENDS):
-            todo.appendleft((path, spans, delivered, failures))
+            todo.appendleft((path, clips, delivered, failures))
         else:
-            yield path, None, "; ".join(failures)
+            yield clips, None, "; ".join(failures)
     finally:
         process.kill()
         process.join(5)  # one that waits for a dead network disk cannot be killed
@@ -1445,16 +1446,20 @@ def run_decoder(
 
 
 def decode_ahead(
-    videos: dict[str, Sequence[Span]], sampling: Sampling, num_workers: int, timeout: float
-) -> Iterator[tuple[str, Window | None, Frames | str]]:
-    """Decode videos, each once for all of its clips, in processes. `videos`: by path, the spans of their clips.
+    clips: Iterable[Clip], folder: Path, sampling: Sampling, num_workers: int, timeout: float
+) -> Iterator[tuple[Clip, Window | None, Frames | str]]:
+    """Decode the videos of `folder`, each once for all of its clips, in processes.
 
-    Yields path, window and its frames, or why it has none; with None for a window, why the video's other windows are
-    missing. Threads, one for each process, take what is ready, ahead of the caller by two items each. A video on which
-    a decoder dies, or says nothing for `timeout` seconds, is left to the next one of `BACKENDS`. Raises `UserError` if
-    no process starts.
+    Yields every window of the clips with its frames, or why it has none; with None for a window, why all that is left
+    of the clip has none. Threads, one for each process, take what is ready, ahead of the caller by two items each. A
+    video on which a decoder dies, or says nothing for `timeout` seconds, is left to the next one of `BACKENDS`. Raises
+    `UserError` if no process starts.
     """
-    todo: deque[Task] = deque((path, spans, set(), []) for path, spans in videos.items())
+    clips_of: dict[Path, list[Clip]] = defaultdict(list)
+    for clip in clips:
+        clips_of[clip.video].append(clip)
+    todo: deque[Task] = deque((str(folder / video), own, set(), []) for video, own in clips_of.items())
+    left: dict[Clip, int] = {}  # windows to come
     found: queue.SimpleQueue = queue.SimpleQueue()
     room, stopped = threading.Semaphore(2 * num_workers), threading.Event()
 
@@ -1470,14 +1475,19 @@ def decode_ahead(
             found.put(error)
 
     resource_tracker.ensure_running()  # which a thread would start with Ctrl-C let through again
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(num_workers, len(videos)))]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(num_workers, len(clips_of)))]
     for thread in threads:
         thread.start()
     try:
         for _ in threads:
             while isinstance(item := found.get(), tuple):
                 room.release()
-                yield item
+                own, window, frames = item
+                if window:
+                    left[window.clip] = left.get(window.clip, window.count) - 1
+                    yield window.clip, window, frames
+                else:
+                    yield from ((clip, None, frames) for clip in own if left.get(clip, 1))
             if isinstance(item, OSError | EOFError):
                 hint = "free memory, end other processes, or lower --num_workers"
                 raise UserError(f"videos cannot be decoded: no process starts ({item}); {hint}")
@@ -1854,44 +1864,23 @@ def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
     run.succeed(clip, path, saved, "skipped")
 
 
-def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> dict[Path, dict[Clip, list[str]]]:
-    """What is to be done: of each video the clips, and the models, by name, that still need them. What is finished is
-    kept.
+def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> dict[Clip, list[str]]:
+    """What is to be done: clips, and the models, by name, that still need them. What is finished is kept.
 
     A clip's first file records how many windows it has; where any is missing, each is looked for when it is decoded.
     """
-    todo: dict[Path, dict[Clip, list[str]]] = {}
+    todo: dict[Clip, list[str]] = {}
     for clip in tqdm(clips, "looking for finished features", leave=False, delay=1):
         for run in runs:
             files = [read_finished(run, clip, 0, args)]
             if files[0]:
                 files += [read_finished(run, clip, window, args) for window in range(1, files[0]["windows"])]
             if None in files:
-                todo.setdefault(clip.video, {}).setdefault(clip, []).append(run.name)
+                todo.setdefault(clip, []).append(run.name)
                 continue
             for window, saved in enumerate(files):
                 keep_finished(run, clip, window, saved)
     return todo
-
-
-def decode_todo(
-    todo: dict[Path, dict[Clip, list[str]]], runs: list[ModelRun], args: argparse.Namespace
-) -> Iterator[tuple[Clip, Window | None, Frames | str]]:
-    """Every window of the clips with its frames, or why it has none; with None for a window, why all that is left of
-    the clip has none. A video is decoded once for all of its clips."""
-    clips_of = {str(args.video_dir / video): [*clips] for video, clips in todo.items()}
-    spans = {video: [(clip.start, clip.end) for clip in clips] for video, clips in clips_of.items()}
-    left: dict[Clip, int] = {}  # windows to come
-    flags = {entry.name: getattr(args, entry.name) for entry in fields(Sampling) if entry.name != "sizes"}
-    sampling = Sampling(sizes=tuple(sorted({run.size for run in runs})), **flags)
-    with closing(decode_ahead(spans, sampling, args.num_workers, args.decode_timeout)) as decoded:
-        for video, window, frames in decoded:
-            if window is None:
-                yield from ((clip, None, frames) for clip in clips_of[video] if left.get(clip, 1))
-                continue
-            clip = clips_of[video][window.clip]
-            left[clip] = left.get(clip, window.count) - 1
-            yield clip, window, frames
 
 
 def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) -> torch.Tensor:
@@ -1941,17 +1930,18 @@ def save_feature(
         run.succeed(clip, path, data, "written")
 
 
-def extract(runs: list[ModelRun], todo: dict[Path, dict[Clip, list[str]]], args: argparse.Namespace) -> None:
+def extract(runs: list[ModelRun], todo: dict[Clip, list[str]], args: argparse.Namespace) -> None:
     """Run every model on the clips that it still needs, and record failures.
 
     Decoding runs ahead in processes. Writing runs one batch behind in a thread, so that a GPU need not wait for it.
     """
     tell = functools.cache(say)  # the same once
-    needed_by = {clip: names for clips in todo.values() for clip, names in clips.items()}
+    flags = {entry.name: getattr(args, entry.name) for entry in fields(Sampling) if entry.name != "sizes"}
+    sampling = Sampling(sizes=tuple(sorted({run.size for run in runs})), **flags)
     with (
-        tqdm(total=len(needed_by), unit="clip", disable=ranks.index > 0 or not todo) as bar,
+        tqdm(total=len(todo), unit="clip", disable=ranks.index > 0 or not todo) as bar,
         ThreadPoolExecutor(max_workers=1) as writer,
-        closing(decode_todo(todo, runs, args)) as decoded,
+        closing(decode_ahead(todo, args.video_dir, sampling, args.num_workers, args.decode_timeout)) as decoded,
     ):
         writes: list[Future] = []
         while batch := list(islice(decoded, args.batch_size)):
@@ -1959,7 +1949,7 @@ def extract(runs: list[ModelRun], todo: dict[Path, dict[Clip, list[str]]], args:
             for run in runs:
                 good = []
                 for clip, window, frames in batch:
-                    if run.name not in needed_by[clip]:
+                    if run.name not in todo[clip]:
                         continue
                     if isinstance(frames, str):
                         run.fail(clip, window, frames)
@@ -2066,7 +2056,8 @@ def main() -> int:
     try:
         runs = [*try_each(models, lambda name: load_model(models[name], args), left_out, args).values()]
         todo = ranks.from_first(lambda: plan(runs, clips, args))
-        extract(runs, dict([*todo.items()][ranks.index :: ranks.count]), args)
+        videos = {*[*dict.fromkeys(clip.video for clip in todo)][ranks.index :: ranks.count]}  # each is decoded once
+        extract(runs, {clip: names for clip, names in todo.items() if clip.video in videos}, args)
         for run in runs:
             run.rows = [row for rows in ranks.gather(run.rows) for row in rows]
     finally:

@@ -117,7 +117,7 @@ def decode_clip(path, num_frames, sizes, backend="pyav", **sampling):
     """A whole video as one clip, decoded in this process: {(height, width): RGB [num_frames, height, width, 3]}.
     `sampling`: `sampling`, `fps`, `fit` of `Sampling`."""
     sampling = vfm_feature.Sampling(num_frames, tuple(sizes), **sampling)
-    found = vfm_feature.decode_windows(str(path), [(None, None)], sampling, backend)
+    found = vfm_feature.decode_windows(str(path), [vfm_feature.Clip(Path(path))], sampling, backend)
     ((_, frames),) = filter(None, found)
     return frames
 
