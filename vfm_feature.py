@@ -1464,40 +1464,34 @@ def decode_ahead(
     room, stopped = threading.Semaphore(2 * num_workers), threading.Event()
 
     def work() -> None:
-        try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # for the main thread; processes inherit this
-            while todo:
-                for item in run_decoder(todo, sampling, timeout, stopped):
-                    found.put(item)
-                    room.acquire()
-            found.put(None)
-        except BaseException as error:  # for the caller to see
-            found.put(error)
+        while todo:
+            for item in run_decoder(todo, sampling, timeout, stopped):
+                found.put(item)
+                room.acquire()
 
     resource_tracker.ensure_running()  # which a thread would start with Ctrl-C let through again
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(num_workers, len(clips_of)))]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in threads:
-            while isinstance(item := found.get(), tuple):
-                room.release()
-                own, window, frames = item
-                if window:
-                    left[window.clip] = left.get(window.clip, window.count) - 1
-                    yield window.clip, window, frames
-                else:
-                    yield from ((clip, None, frames) for clip in own if left.get(clip, 1))
-            if isinstance(item, OSError | EOFError):
-                hint = "free memory, end other processes, or lower --num_workers"
-                raise UserError(f"videos cannot be decoded: no process starts ({item}); {hint}")
-            if item:
-                raise item
-    finally:
-        stopped.set()
-        room.release(num_workers)  # one item of each may wait
-        for thread in threads:
-            thread.join(10)  # a process that starts cannot be interrupted
+    block_ctrl_c = (signal.SIG_BLOCK, [signal.SIGINT])  # it is for the main thread; processes inherit this
+    with ThreadPoolExecutor(num_workers, initializer=signal.pthread_sigmask, initargs=block_ctrl_c) as threads:
+        workers = [threads.submit(work) for _ in range(min(num_workers, len(clips_of)))]
+        for worker in workers:
+            worker.add_done_callback(found.put)
+        try:
+            for _ in workers:
+                while isinstance(item := found.get(), tuple):
+                    room.release()
+                    own, window, frames = item
+                    if window:
+                        left[window.clip] = left.get(window.clip, window.count) - 1
+                        yield window.clip, window, frames
+                    else:
+                        yield from ((clip, None, frames) for clip in own if left.get(clip, 1))
+                item.result()
+        except (OSError, EOFError) as error:
+            hint = "free memory, end other processes, or lower --num_workers"
+            raise UserError(f"videos cannot be decoded: no process starts ({error}); {hint}") from error
+        finally:
+            stopped.set()
+            room.release(num_workers)  # one item of each may wait
 
 
 # ---------------------------------------------------------------------------------------------------------------------
