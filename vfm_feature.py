@@ -48,7 +48,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from itertools import combinations, islice
+from itertools import combinations, groupby, islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -1448,17 +1448,15 @@ def run_decoder(
 def decode_ahead(
     clips: Iterable[Clip], folder: Path, sampling: Sampling, num_workers: int, timeout: float
 ) -> Iterator[tuple[Clip, Window | None, Frames | str]]:
-    """Decode the videos of `folder`, each once for all of its clips, in processes.
+    """Decode the videos of `folder`, each once for all of its clips, which follow each other, in processes.
 
     Yields every window of the clips with its frames, or why it has none; with None for a window, why all that is left
     of the clip has none. Threads, one for each process, take what is ready, ahead of the caller by two items each. A
     video on which a decoder dies, or says nothing for `timeout` seconds, is left to the next one of `BACKENDS`. Raises
     `UserError` if no process starts.
     """
-    clips_of: dict[Path, list[Clip]] = defaultdict(list)
-    for clip in clips:
-        clips_of[clip.video].append(clip)
-    todo: deque[Task] = deque((str(folder / video), own, set(), []) for video, own in clips_of.items())
+    videos = groupby(clips, lambda clip: clip.video)
+    todo: deque[Task] = deque((str(folder / video), [*own], set(), []) for video, own in videos)
     left: dict[Clip, int] = {}  # windows to come
     found: queue.SimpleQueue = queue.SimpleQueue()
     room, stopped = threading.Semaphore(2 * num_workers), threading.Event()
@@ -1472,7 +1470,7 @@ def decode_ahead(
     resource_tracker.ensure_running()  # which a thread would start with Ctrl-C let through again
     block_ctrl_c = (signal.SIG_BLOCK, [signal.SIGINT])  # it is for the main thread; processes inherit this
     with ThreadPoolExecutor(num_workers, initializer=signal.pthread_sigmask, initargs=block_ctrl_c) as threads:
-        workers = [threads.submit(work) for _ in range(min(num_workers, len(clips_of)))]
+        workers = [threads.submit(work) for _ in range(min(num_workers, len(todo)))]
         for worker in workers:
             worker.add_done_callback(found.put)
         try:
