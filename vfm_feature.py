@@ -1069,7 +1069,7 @@ class Window:
 def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
     """A video's container, its best track in FFmpeg's opinion, and what FFmpeg logs as errors, (level, source, text).
 
-    Raises `ValueError` for a video that cannot be read, and what `check_file` does.
+    Raises `ValueError` for a video that cannot be read, `UserError` where it is not the file itself.
     """
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)  # a message can equal the last one of the video before
@@ -1084,7 +1084,8 @@ def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
                 stream.codec_context.thread_count = 1
                 yield container, stream, messages
         except av.error.FFmpegError as error:
-            check_file(Path(path))  # says more of links to nothing, and of what stands in for files
+            with suppress(OSError):
+                check_file(Path(path))  # says more of links to nothing, and of what stands in for files
             said = "; ".join([error.strerror, *(text.strip() for *_, text in messages[-2:])])
             raise ValueError(f"cannot be read: {said}") from None
 
@@ -1290,8 +1291,8 @@ def decode_windows(
 
     The video is read from its start to the end of its last window, once, unless it shows other frames than its packets
     say: the number counts, and the times too where windows depend on them. Then the rest of the first pass finds the
-    true ones, and the windows are planned anew. Raises `ValueError`, `UserError` or `OSError` if the video is to blame,
-    anything else if the decoder is.
+    true ones, and the windows are planned anew. Raises `ValueError` or `UserError` if the video is to blame, anything
+    else if the decoder is.
     """
     path = os.path.abspath(path)  # without a folder FFmpeg would take a name such as pipe:0 for a protocol
     if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
@@ -1370,7 +1371,7 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
                 raise
             except Exception as error:  # decoders raise their own kinds
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
-                is_the_video_s = isinstance(error, ValueError | UserError | OSError)
+                is_the_video_s = isinstance(error, ValueError | UserError)
                 connection.send((None, reason) if is_the_video_s else reason)
                 if not is_the_video_s:
                     return
