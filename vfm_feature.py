@@ -796,11 +796,10 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     Raises `UserError` for text that is not UTF-8, quotes that are not closed, a carriage return within a row, rows that
     are longer or shorter than the header, and a header without `caption` or with two columns of the same meaning.
     """
-    where = f"--csv_path {csv_path}"
     try:
         text = csv_path.read_bytes().decode("utf-8-sig").lstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: cannot be read as text in UTF-8 ({error})") from error
+        raise UserError(f"cannot be read as text in UTF-8 ({error})") from error
     csv.field_size_limit(2**31 - 1)  # characters in one caption; 2**17 by default
     line_end = "\n" if "\n" in text else "\r"  # of old Macs; beside line feeds a carriage return is part of a caption
     rows: list[list[str]] = []
@@ -813,13 +812,13 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     except csv.Error as error:
         reason = "a carriage return outside quotes" if "new-line character" in str(error) else error
         hint = "quote captions that hold commas or line breaks"
-        raise UserError(f"{where}: row {len(rows) + 1}: {reason}; {hint}") from None
+        raise UserError(f"row {len(rows) + 1}: {reason}; {hint}") from None
     header = [name.strip(AROUND_NAMES).lower() for name in rows[0]] if rows else []
     if "caption" not in header:
-        raise UserError(f"{where}: no column named caption; it has {', '.join(map(repr, header))[:300] or 'nothing'}")
+        raise UserError(f"no column named caption; it has {', '.join(map(repr, header))[:300] or 'nothing'}")
     for name in CAPTION_COLUMNS:
         if header.count(name) > 1:
-            raise UserError(f"{where}: {header.count(name)} columns are named {name}; rename all but one")
+            raise UserError(f"{header.count(name)} columns are named {name}; rename all but one")
     return header, rows[1:]
 
 
@@ -856,13 +855,13 @@ def find_video(cell: str, named: dict[tuple, list[Path]], folder: Path) -> tuple
 
 
 def match_rows(
-    header: list[str], rows: list[list[str]], videos: list[Path], folder: Path, where: str
+    header: list[str], rows: list[list[str]], videos: list[Path], folder: Path
 ) -> tuple[list[tuple[int, Path, str] | None], str]:
     """What `find_video` finds for each row, and in words how.
 
     The column that names videos best decides: full names before stems, stems before numbers, then the most videos. A
-    table without such a column belongs to the videos by position. Raises `UserError` that begins with `where` for
-    columns that contradict each other, and where videos are neither named nor in order.
+    table without such a column belongs to the videos by position. Raises `UserError` for columns that contradict each
+    other, and where videos are neither named nor in order.
     """
     named = defaultdict(list)
     for video in videos:  # in a folder whose own name can be said too
@@ -875,8 +874,8 @@ def match_rows(
         if rows and left_over:
             caption = rows[0][header.index("caption")][:40]
             raise UserError(
-                f"{where}: no column names videos, so row 0 belongs to 0000, row 1 to 0001, and so on; none of its "
-                f"{len(rows)} rows (the first: {caption!r}) is of {min(left_over)}; add a column of file names"
+                f"no column names videos, so row 0 belongs to 0000, row 1 to 0001, and so on; none of its {len(rows)} "
+                f"rows (the first: {caption!r}) is of {min(left_over)}; add a column of file names"
             )
         return matches, "row 0 belongs to 0000, row 1 to 0001, and so on"
     found = {column: [find_video(row[column], named, folder) for row in rows] for column in columns}
@@ -889,20 +888,20 @@ def match_rows(
     level, num_named = merit(best)
     if rows and not level:
         raise UserError(
-            f"{where}: no column names the videos, which are called {videos[0].name!r} and the like; {header[best]!r} "
-            f"has {rows[0][best][:40]!r}; write file names into it, or keep the column caption alone"
+            f"no column names the videos, which are called {videos[0].name!r} and the like; {header[best]!r} has "
+            f"{rows[0][best][:40]!r}; write file names into it, or keep the column caption alone"
         )
     for column in (column for column in columns if merit(column)[0] == level):
         for row, (match, other) in enumerate(zip(found[best], found[column], strict=True)):
             if other and (not match or match[1] != other[1]):
                 raise UserError(
-                    f"{where}: columns {header[best]!r} and {header[column]!r} contradict each other: row {row + 2} "
-                    f"has {rows[row][best]!r} and {rows[row][column]!r}; remove the one that does not name the video"
+                    f"columns {header[best]!r} and {header[column]!r} contradict each other: row {row + 2} has "
+                    f"{rows[row][best]!r} and {rows[row][column]!r}; remove the one that does not name the video"
                 )
     return found[best], f"column {header[best]!r} names {num_named} of {len(videos)} videos"
 
 
-def read_clip(row: dict[str, str], video: Path, suffix: str, where: str) -> Clip:
+def read_clip(row: dict[str, str], video: Path, suffix: str) -> Clip:
     """What a row says of a video or a part of it. Raises `UserError` where a cell is no time in seconds, or the end is
     not after the start."""
     times: list[float | None] = []
@@ -913,11 +912,10 @@ def read_clip(row: dict[str, str], video: Path, suffix: str, where: str) -> Clip
         except ValueError:
             times.append(math.nan)
         if times[-1] is not None and not 0 <= times[-1] < math.inf:
-            hint = "give seconds from the video's first frame, or nothing"
-            raise UserError(f"{where}: {column} of {video} is {text!r}; {hint}")
+            raise UserError(f"{column} of {video} is {text!r}; give seconds from the video's first frame, or nothing")
     start, end = times
     if end is not None and end <= (start or 0):
-        raise UserError(f"{where}: a part of {video} ends at {end:g} s, but starts at {start or 0:g} s")
+        raise UserError(f"a part of {video} ends at {end:g} s, but starts at {start or 0:g} s")
     return Clip(video, row.get("caption"), suffix, start, end)
 
 
@@ -928,9 +926,8 @@ def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> 
     of a video counts; with one of them each row is a part. Raises `UserError` where rows of two other folders can be of
     one video, and what `read_rows`, `match_rows` and `read_clip` raise.
     """
-    where = f"--csv_path {csv_path}"
     header, rows = read_rows(csv_path)
-    matches, found = match_rows(header, rows, videos, folder, where)
+    matches, found = match_rows(header, rows, videos, folder)
     rows_of: dict[Path, dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
     for row, match in zip(rows, matches, strict=True):
         if match:
@@ -942,13 +939,11 @@ def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> 
         by_folders = rows_of.get(video, {"": []})
         first, *others = sorted(by_folders)  # "" is the first: the video's own folders
         if first and others:
-            raise UserError(
-                f"{where}: {video} can be {first}/{video.name} or {others[0]}/{video.name}; keep the rows of one"
-            )
+            raise UserError(f"{video} can be {first}/{video.name} or {others[0]}/{video.name}; keep the rows of one")
         own = by_folders[first]
         num_rows += len(own)
         for index, row in enumerate((own if has_parts else own[:1]) or [{}]):
-            clips.append(read_clip(row, video, f"_{index:03d}" if has_parts else "", where))
+            clips.append(read_clip(row, video, f"_{index:03d}" if has_parts else ""))
     if num_rows < len(rows):
         found += f"; {len(rows) - num_rows} of its {len(rows)} rows belong to no video"
     if has_parts:
@@ -1723,7 +1718,10 @@ def list_clips(args: argparse.Namespace) -> list[Clip]:
         say("warning: no captions: --csv_path names a CSV file that has them")
         clips = [Clip(video) for video in videos]
     else:
-        clips = read_captions(args.csv_path, videos, args.video_dir)
+        try:
+            clips = read_captions(args.csv_path, videos, args.video_dir)
+        except UserError as error:
+            raise UserError(f"--csv_path {args.csv_path}: {error}") from None
         if without := sum(not clip.caption for clip in clips):
             say(f"warning: {without} of {len(clips)} clips have no caption in {args.csv_path}")
     fingerprints = dict.fromkeys(videos, "")
