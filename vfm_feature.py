@@ -555,16 +555,13 @@ class RotaryPositions(nn.Module):
         axis_dim = head_dim // 3 // 2 * 2
         frequencies = 1.0 / 10000 ** (torch.arange(axis_dim // 2) / (axis_dim / 2))
         frequencies = frequencies.repeat_interleave(2) if is_2_1 else frequencies.repeat(2)  # [axis_dim]
-        angles = torch.zeros(*grid, head_dim)
-        for axis, size in enumerate(grid):
-            position = torch.arange(size, dtype=torch.float32)
-            if is_2_1 and axis > 0:
-                position *= 15 / max(size - 1, 1)
-            shape = [size if i == axis else 1 for i in range(3)]
-            angle = (position[:, None] * frequencies).view(*shape, axis_dim)
-            angles[..., axis * axis_dim : (axis + 1) * axis_dim] = angle
-        self.register_buffer("sin", angles.flatten(0, 2).sin(), persistent=False)  # [N, D]
-        self.register_buffer("cos", angles.flatten(0, 2).cos(), persistent=False)
+        axes = [torch.arange(size, dtype=torch.float32) for size in grid]
+        if is_2_1:
+            axes[1:] = [axis * (15 / max(len(axis) - 1, 1)) for axis in axes[1:]]
+        angles = [positions[..., None] * frequencies for positions in torch.meshgrid(*axes, indexing="ij")]
+        angles = F.pad(torch.cat(angles, dim=-1), (0, head_dim - 3 * axis_dim)).flatten(0, 2)  # [N, D]
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("cos", angles.cos(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         quarter_turn = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)  # [B, heads, N, D]
