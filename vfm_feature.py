@@ -48,12 +48,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from itertools import combinations, islice
+from itertools import combinations, groupby, islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
@@ -555,16 +555,13 @@ class RotaryPositions(nn.Module):
         axis_dim = head_dim // 3 // 2 * 2
         frequencies = 1.0 / 10000 ** (torch.arange(axis_dim // 2) / (axis_dim / 2))
         frequencies = frequencies.repeat_interleave(2) if is_2_1 else frequencies.repeat(2)  # [axis_dim]
-        angles = torch.zeros(*grid, head_dim)
-        for axis, size in enumerate(grid):
-            position = torch.arange(size, dtype=torch.float32)
-            if is_2_1 and axis > 0:
-                position *= 15 / max(size - 1, 1)
-            shape = [size if i == axis else 1 for i in range(3)]
-            angle = (position[:, None] * frequencies).view(*shape, axis_dim)
-            angles[..., axis * axis_dim : (axis + 1) * axis_dim] = angle
-        self.register_buffer("sin", angles.flatten(0, 2).sin(), persistent=False)  # [N, D]
-        self.register_buffer("cos", angles.flatten(0, 2).cos(), persistent=False)
+        axes = [torch.arange(size, dtype=torch.float32) for size in grid]
+        if is_2_1:
+            axes[1:] = [axis * (15 / max(len(axis) - 1, 1)) for axis in axes[1:]]
+        angles = [positions[..., None] * frequencies for positions in torch.meshgrid(*axes, indexing="ij")]
+        angles = F.pad(torch.cat(angles, dim=-1), (0, head_dim - 3 * axis_dim)).flatten(0, 2)  # [N, D]
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("cos", angles.cos(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         quarter_turn = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)  # [B, heads, N, D]
@@ -774,13 +771,16 @@ def list_videos(folder: Path, recursive: bool = False) -> list[Path]:
     return list(by_stem.values())
 
 
-class Part(NamedTuple):
-    """What a CSV says of a video, or of one of its parts."""
+@dataclass(frozen=True)
+class Clip:
+    """What each model makes a feature file of, or with --window a file of each window: a video, or a part of it."""
 
+    video: Path  # in --video_dir
     caption: str | None = None  # None: no CSV names the video
     suffix: str = ""  # of the output's stem: _000, _001, ... where the CSV has parts
     start: float | None = None  # seconds; None: the video's beginning
     end: float | None = None  # None: its end
+    fingerprint: str = ""  # of the video; empty: it cannot be read
 
 
 CAPTION_COLUMNS = ("caption", "start", "end")  # all others can name the videos
@@ -793,11 +793,10 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     Raises `UserError` for text that is not UTF-8, quotes that are not closed, a carriage return within a row, rows that
     are longer or shorter than the header, and a header without `caption` or with two columns of the same meaning.
     """
-    where = f"--csv_path {csv_path}"
     try:
         text = csv_path.read_bytes().decode("utf-8-sig").lstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: cannot be read as text in UTF-8 ({error})") from error
+        raise UserError(f"cannot be read as text in UTF-8 ({error})") from error
     csv.field_size_limit(2**31 - 1)  # characters in one caption; 2**17 by default
     line_end = "\n" if "\n" in text else "\r"  # of old Macs; beside line feeds a carriage return is part of a caption
     rows: list[list[str]] = []
@@ -810,13 +809,13 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     except csv.Error as error:
         reason = "a carriage return outside quotes" if "new-line character" in str(error) else error
         hint = "quote captions that hold commas or line breaks"
-        raise UserError(f"{where}: row {len(rows) + 1}: {reason}; {hint}") from None
+        raise UserError(f"row {len(rows) + 1}: {reason}; {hint}") from None
     header = [name.strip(AROUND_NAMES).lower() for name in rows[0]] if rows else []
     if "caption" not in header:
-        raise UserError(f"{where}: no column named caption; it has {', '.join(map(repr, header))[:300] or 'nothing'}")
+        raise UserError(f"no column named caption; it has {', '.join(map(repr, header))[:300] or 'nothing'}")
     for name in CAPTION_COLUMNS:
         if header.count(name) > 1:
-            raise UserError(f"{where}: {header.count(name)} columns are named {name}; rename all but one")
+            raise UserError(f"{header.count(name)} columns are named {name}; rename all but one")
     return header, rows[1:]
 
 
@@ -853,13 +852,13 @@ def find_video(cell: str, named: dict[tuple, list[Path]], folder: Path) -> tuple
 
 
 def match_rows(
-    header: list[str], rows: list[list[str]], videos: list[Path], folder: Path, where: str
+    header: list[str], rows: list[list[str]], videos: list[Path], folder: Path
 ) -> tuple[list[tuple[int, Path, str] | None], str]:
     """What `find_video` finds for each row, and in words how.
 
     The column that names videos best decides: full names before stems, stems before numbers, then the most videos. A
-    table without such a column belongs to the videos by position. Raises `UserError` that begins with `where` for
-    columns that contradict each other, and where videos are neither named nor in order.
+    table without such a column belongs to the videos by position. Raises `UserError` for columns that contradict each
+    other, and where videos are neither named nor in order.
     """
     named = defaultdict(list)
     for video in videos:  # in a folder whose own name can be said too
@@ -872,8 +871,8 @@ def match_rows(
         if rows and left_over:
             caption = rows[0][header.index("caption")][:40]
             raise UserError(
-                f"{where}: no column names videos, so row 0 belongs to 0000, row 1 to 0001, and so on; none of its "
-                f"{len(rows)} rows (the first: {caption!r}) is of {min(left_over)}; add a column of file names"
+                f"no column names videos, so row 0 belongs to 0000, row 1 to 0001, and so on; none of its {len(rows)} "
+                f"rows (the first: {caption!r}) is of {min(left_over)}; add a column of file names"
             )
         return matches, "row 0 belongs to 0000, row 1 to 0001, and so on"
     found = {column: [find_video(row[column], named, folder) for row in rows] for column in columns}
@@ -886,22 +885,22 @@ def match_rows(
     level, num_named = merit(best)
     if rows and not level:
         raise UserError(
-            f"{where}: no column names the videos, which are called {videos[0].name!r} and the like; {header[best]!r} "
-            f"has {rows[0][best][:40]!r}; write file names into it, or keep the column caption alone"
+            f"no column names the videos, which are called {videos[0].name!r} and the like; {header[best]!r} has "
+            f"{rows[0][best][:40]!r}; write file names into it, or keep the column caption alone"
         )
     for column in (column for column in columns if merit(column)[0] == level):
         for row, (match, other) in enumerate(zip(found[best], found[column], strict=True)):
             if other and (not match or match[1] != other[1]):
                 raise UserError(
-                    f"{where}: columns {header[best]!r} and {header[column]!r} contradict each other: row {row + 2} "
-                    f"has {rows[row][best]!r} and {rows[row][column]!r}; remove the one that does not name the video"
+                    f"columns {header[best]!r} and {header[column]!r} contradict each other: row {row + 2} has "
+                    f"{rows[row][best]!r} and {rows[row][column]!r}; remove the one that does not name the video"
                 )
     return found[best], f"column {header[best]!r} names {num_named} of {len(videos)} videos"
 
 
-def read_part(row: dict[str, str], suffix: str, video: Path, where: str) -> Part:
-    """What a row says of a part, in seconds. Raises `UserError` where a cell is no time, or the end is not after the
-    start."""
+def read_clip(row: dict[str, str], video: Path, suffix: str) -> Clip:
+    """What a row says of a video or a part of it. Raises `UserError` where a cell is no time in seconds, or the end is
+    not after the start."""
     times: list[float | None] = []
     for column in ("start", "end"):
         text = row.get(column, "")
@@ -910,54 +909,46 @@ def read_part(row: dict[str, str], suffix: str, video: Path, where: str) -> Part
         except ValueError:
             times.append(math.nan)
         if times[-1] is not None and not 0 <= times[-1] < math.inf:
-            hint = "give seconds from the video's first frame, or nothing"
-            raise UserError(f"{where}: {column} of {video} is {text!r}; {hint}")
+            raise UserError(f"{column} of {video} is {text!r}; give seconds from the video's first frame, or nothing")
     start, end = times
     if end is not None and end <= (start or 0):
-        raise UserError(f"{where}: a part of {video} ends at {end:g} s, but starts at {start or 0:g} s")
-    return Part(row["caption"], suffix, start, end)
+        raise UserError(f"a part of {video} ends at {end:g} s, but starts at {start or 0:g} s")
+    return Clip(video, row.get("caption"), suffix, start, end)
 
 
-def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> dict[Path, list[Part]]:
-    """What a CSV file says of the `videos` of a folder: their captions, None where it does not name them, and parts.
+def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> list[Clip]:
+    """The clips of the `videos` of a folder: what a CSV file says of them, or that it does not name them.
 
     Rows that say a video's own folders beat those that say others. Without the columns `start` and `end` the first row
     of a video counts; with one of them each row is a part. Raises `UserError` where rows of two other folders can be of
-    one video, and what `read_rows`, `match_rows` and `read_part` raise.
+    one video, and what `read_rows`, `match_rows` and `read_clip` raise.
     """
-    where = f"--csv_path {csv_path}"
     header, rows = read_rows(csv_path)
-    matches, found = match_rows(header, rows, videos, folder, where)
+    matches, found = match_rows(header, rows, videos, folder)
     rows_of: dict[Path, dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
     for row, match in zip(rows, matches, strict=True):
         if match:
             _, video, folders = match
             rows_of[video][folders].append(dict(zip(header, row, strict=True)))
-    own = {}
-    for video, by_folders in rows_of.items():
+    has_parts = "start" in header or "end" in header
+    clips, num_rows = [], 0
+    for video in videos:
+        by_folders = rows_of.get(video, {"": []})
         first, *others = sorted(by_folders)  # "" is the first: the video's own folders
         if first and others:
-            raise UserError(
-                f"{where}: {video} can be {first}/{video.name} or {others[0]}/{video.name}; keep the rows of one"
-            )
-        own[video] = by_folders[first]
-    has_parts = "start" in header or "end" in header
-    parts = {}
-    for video in videos:
-        if has_parts:
-            read = [read_part(row, f"_{index:03d}", video, where) for index, row in enumerate(own.get(video, []))]
-            parts[video] = read or [Part(suffix="_000")]
-        else:
-            parts[video] = [Part(own[video][0]["caption"] if video in own else None)]
-    num_named = sum(map(len, own.values()))
-    if num_named < len(rows):
-        found += f"; {len(rows) - num_named} of its {len(rows)} rows belong to no video"
+            raise UserError(f"{video} can be {first}/{video.name} or {others[0]}/{video.name}; keep the rows of one")
+        own = by_folders[first]
+        num_rows += len(own)
+        for index, row in enumerate((own if has_parts else own[:1]) or [{}]):
+            clips.append(read_clip(row, video, f"_{index:03d}" if has_parts else ""))
+    if num_rows < len(rows):
+        found += f"; {len(rows) - num_rows} of its {len(rows)} rows belong to no video"
     if has_parts:
-        found += f"; start and end cut them into {sum(map(len, parts.values()))} clips, _000, _001 and so on of each"
-    elif num_named > len(own):
-        found += f"; {num_named - len(own)} rows name a video again, and its first counts"
+        found += f"; start and end cut them into {len(clips)} clips, _000, _001 and so on of each"
+    elif num_rows > len(rows_of):
+        found += f"; {num_rows - len(rows_of)} rows name a video again, and its first counts"
     say(f"captions: {csv_path}: {found}")
-    return parts
+    return clips
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1047,8 +1038,6 @@ FITS = {
 
 TIME_TOLERANCE = 1e-3  # seconds: containers such as Matroska round times to milliseconds
 
-Span = tuple[float | None, float | None]  # of a clip: its start and end in seconds; None: the video's
-
 
 @dataclass(frozen=True)
 class Window:
@@ -1057,9 +1046,9 @@ class Window:
     Two are equal if they show the same frames: decoding can find that a clip has fewer windows than its packets say.
     """
 
-    clip: int  # which of its video's spans
-    index: int  # which of that clip's windows
-    count: int = field(compare=False)  # how many windows that clip has
+    clip: Clip
+    index: int  # which of the clip's windows
+    count: int = field(compare=False)  # how many windows the clip has
     start: float  # seconds from the video's first frame
     end: float = field(compare=False)
     frame_indices: tuple[int, ...]  # of the frames that the video shows; empty if it shows none in this time
@@ -1072,7 +1061,7 @@ class Window:
 def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
     """A video's container, its best track in FFmpeg's opinion, and what FFmpeg logs as errors, (level, source, text).
 
-    Raises `ValueError` for a video that cannot be read.
+    Raises `ValueError` for a video that cannot be read, `UserError` where it is not the file itself.
     """
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)  # a message can equal the last one of the video before
@@ -1087,6 +1076,8 @@ def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
                 stream.codec_context.thread_count = 1
                 yield container, stream, messages
         except av.error.FFmpegError as error:
+            with suppress(OSError):
+                check_file(Path(path))  # says more of links to nothing, and of what stands in for files
             said = "; ".join([error.strerror, *(text.strip() for *_, text in messages[-2:])])
             raise ValueError(f"cannot be read: {said}") from None
 
@@ -1125,7 +1116,7 @@ def read_packets(path: str) -> tuple[list[int | None], float, float]:
 
 
 def plan_windows(
-    spans: Sequence[Span], ticks: list[int | None], tick: float, rate: float, sampling: Sampling
+    clips: Sequence[Clip], ticks: list[int | None], tick: float, rate: float, sampling: Sampling
 ) -> list[Window]:
     """The windows of a video's clips, in the order in which decoding completes them. `ticks`, `tick` and `rate`: see
     `read_packets`.
@@ -1137,8 +1128,8 @@ def plan_windows(
     times = (np.array(ticks) - ticks[0]) * tick if rises else np.arange(len(ticks)) / rate
     video_end = times[-1] + 1 / rate
     windows = []
-    for clip, (start, end) in enumerate(spans):
-        start, end = start or 0.0, min(end or video_end, video_end)
+    for clip in clips:
+        start, end = clip.start or 0.0, min(clip.end or video_end, video_end)
         length, hop = sampling.window or video_end, sampling.hop or video_end
         count = 1 + max(0, math.floor((end - start - length + TIME_TOLERANCE) / hop)) if sampling.window else 1
         for index in range(count):
@@ -1285,15 +1276,15 @@ def stack_frames(window: Window, frames: list[Frames], sampling: Sampling) -> Fr
 
 
 def decode_windows(
-    path: str, spans: Sequence[Span], sampling: Sampling, backend: str = "pyav", delivered: Iterable[Window] = ()
+    path: str, clips: Sequence[Clip], sampling: Sampling, backend: str = "pyav", delivered: Iterable[Window] = ()
 ) -> Iterator[tuple[Window, Frames | str] | None]:
     """Decode a video: yield the windows of its clips, without those `delivered` before, as they are complete, with
     their frames or why they have none; None now and then: still at work.
 
     The video is read from its start to the end of its last window, once, unless it shows other frames than its packets
     say: the number counts, and the times too where windows depend on them. Then the rest of the first pass finds the
-    true ones, and the windows are planned anew. Raises `ValueError` if the video is to blame, anything else if the
-    decoder is.
+    true ones, and the windows are planned anew. Raises `ValueError` or `UserError` if the video is to blame, anything
+    else if the decoder is.
     """
     path = os.path.abspath(path)  # without a folder FFmpeg would take a name such as pipe:0 for a protocol
     if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
@@ -1301,10 +1292,12 @@ def decode_windows(
     planned_times, tick, rate = read_packets(path)
     if backend != "pyav":
         check_plain(path, len(planned_times), backend)
-    compare_times = backend == "pyav" and any([sampling.fps, sampling.window, *map(any, spans)])
+    compare_times = backend == "pyav" and any(
+        [sampling.fps, sampling.window, *((clip.start or clip.end) for clip in clips)]
+    )
     done, as_planned, shape = {*delivered}, False, 1.0
     while not as_planned:
-        windows = plan_windows(spans, planned_times, tick, rate, sampling)
+        windows = plan_windows(clips, planned_times, tick, rate, sampling)
         waiting: deque[tuple[Window, list[Frames]]] = deque((window, []) for window in windows if window not in done)
         wanted: dict[int, list[list[Frames]]] = defaultdict(list)  # by frame: where it is to be added, resized
         for window, frames in waiting:
@@ -1336,19 +1329,6 @@ def decode_windows(
         yield replace(window, aspect=shape), stack_frames(window, frames, sampling)
 
 
-def decode_clip(
-    path: str, num_frames: int, sizes: Iterable[tuple[int, int]], backend: str = "pyav", **sampling: Any
-) -> Frames:
-    """A whole video as one clip, decoded in this process: {(height, width): RGB [num_frames, height, width, 3]}.
-
-    `sampling`: `sampling`, `fps`, `fit` of `Sampling`. Raises `ValueError` if the video is to blame, anything else if
-    the decoder is.
-    """
-    found = decode_windows(str(path), [(None, None)], Sampling(num_frames, tuple(sizes), **sampling), backend)
-    ((_, frames),) = filter(None, found)
-    return frames
-
-
 def start_decoder() -> None:
     """What a decoding process does first: it takes one core, and limits its memory.
 
@@ -1375,21 +1355,22 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
     with suppress(EOFError, ConnectionError):  # its parent is gone
         while True:
             connection.send("")
-            path, spans, *others = connection.recv()
+            path, clips, *others = connection.recv()
             try:
-                for item in decode_windows(path, spans, sampling, *others):
+                for item in decode_windows(path, clips, sampling, *others):
                     connection.send(item)
             except ConnectionError:
                 raise
             except Exception as error:  # decoders raise their own kinds
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
-                connection.send((None, reason) if isinstance(error, ValueError) else reason)
-                if not isinstance(error, ValueError):
+                is_the_video_s = isinstance(error, ValueError | UserError)
+                connection.send((None, reason) if is_the_video_s else reason)
+                if not is_the_video_s:
                     return
 
 
-# A video to decode: its path, its clips' spans, which of their windows were delivered, and why decoders gave it up.
-Task = tuple[str, Sequence[Span], set[Window], list[str]]
+# A video to decode: its path, its clips, which of their windows were delivered, and why decoders gave it up.
+Task = tuple[str, list[Clip], set[Window], list[str]]
 
 
 def start_process(sampling: Sampling) -> tuple[BaseProcess, Connection]:
@@ -1408,9 +1389,10 @@ def start_process(sampling: Sampling) -> tuple[BaseProcess, Connection]:
 
 def run_decoder(
     todo: deque[Task], sampling: Sampling, timeout: float, stopped: threading.Event
-) -> Iterator[tuple[str, Window | None, Frames | str]]:
-    """Have a process decode what is `todo`, and yield what `decode_ahead` does, until all is done or it fails at a
-    video, which is then left to the next decoder, in a fresh process.
+) -> Iterator[tuple[list[Clip], Window | None, Frames | str]]:
+    """Have a process decode what is `todo`, until all is done or it fails at a video, which is then left to the next
+    decoder, in a fresh process. Yields a video's clips, and of what `decode_windows` yields what is not None; with None
+    for a window, why those that are left are missing.
 
     Raises `OSError` or `EOFError` if no process starts, and once `stopped` is set.
     """
@@ -1435,21 +1417,21 @@ def run_decoder(
             raise EOFError(said)
         while said == "":
             try:
-                path, spans, delivered, failures = todo.popleft()
+                path, clips, delivered, failures = todo.popleft()
             except IndexError:
                 return
             backend = [*BACKENDS][len(failures)]
             with suppress(ConnectionError):  # it has just died, and `hear` will tell
-                connection.send((path, spans, backend, delivered))
+                connection.send((path, clips, backend, delivered))
             while not isinstance(said := hear(timeout), str):
                 if said:  # else it is still at work
                     delivered.add(said[0])
-                    yield path, *said
+                    yield clips, *said
         failures.append(f"{backend}: {said}")
         if len(failures) < len(BACKENDS):
-            todo.appendleft((path, spans, delivered, failures))
+            todo.appendleft((path, clips, delivered, failures))
         else:
-            yield path, None, "; ".join(failures)
+            yield clips, None, "; ".join(failures)
     finally:
         process.kill()
         process.join(5)  # one that waits for a dead network disk cannot be killed
@@ -1457,49 +1439,50 @@ def run_decoder(
 
 
 def decode_ahead(
-    videos: dict[str, Sequence[Span]], sampling: Sampling, num_workers: int, timeout: float
-) -> Iterator[tuple[str, Window | None, Frames | str]]:
-    """Decode videos, each once for all of its clips, in processes. `videos`: by path, the spans of their clips.
+    clips: Iterable[Clip], folder: Path, sampling: Sampling, num_workers: int, timeout: float
+) -> Iterator[tuple[Clip, Window | None, Frames | str]]:
+    """Decode the videos of `folder`, each once for all of its clips, which follow each other, in processes.
 
-    Yields path, window and its frames, or why it has none; with None for a window, why the video's other windows are
-    missing. Threads, one for each process, take what is ready, ahead of the caller by two items each. A video on which
-    a decoder dies, or says nothing for `timeout` seconds, is left to the next one of `BACKENDS`. Raises `UserError` if
-    no process starts.
+    Yields every window of the clips with its frames, or why it has none; with None for a window, why all that is left
+    of the clip has none. Threads, one for each process, take what is ready, ahead of the caller by two items each. A
+    video on which a decoder dies, or says nothing for `timeout` seconds, is left to the next one of `BACKENDS`. Raises
+    `UserError` if no process starts.
     """
-    todo: deque[Task] = deque((path, spans, set(), []) for path, spans in videos.items())
+    videos = groupby(clips, lambda clip: clip.video)
+    todo: deque[Task] = deque((str(folder / video), [*own], set(), []) for video, own in videos)
+    left: dict[Clip, int] = {}  # windows to come
     found: queue.SimpleQueue = queue.SimpleQueue()
     room, stopped = threading.Semaphore(2 * num_workers), threading.Event()
 
     def work() -> None:
-        try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # for the main thread; processes inherit this
-            while todo:
-                for item in run_decoder(todo, sampling, timeout, stopped):
-                    found.put(item)
-                    room.acquire()
-            found.put(None)
-        except BaseException as error:  # for the caller to see
-            found.put(error)
+        while todo:
+            for item in run_decoder(todo, sampling, timeout, stopped):
+                found.put(item)
+                room.acquire()
 
     resource_tracker.ensure_running()  # which a thread would start with Ctrl-C let through again
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(num_workers, len(videos)))]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in threads:
-            while isinstance(item := found.get(), tuple):
-                room.release()
-                yield item
-            if isinstance(item, OSError | EOFError):
-                hint = "free memory, end other processes, or lower --num_workers"
-                raise UserError(f"videos cannot be decoded: no process starts ({item}); {hint}")
-            if item:
-                raise item
-    finally:
-        stopped.set()
-        room.release(num_workers)  # one item of each may wait
-        for thread in threads:
-            thread.join(10)  # a process that starts cannot be interrupted
+    block_ctrl_c = (signal.SIG_BLOCK, [signal.SIGINT])  # it is for the main thread; processes inherit this
+    with ThreadPoolExecutor(num_workers, initializer=signal.pthread_sigmask, initargs=block_ctrl_c) as threads:
+        workers = [threads.submit(work) for _ in range(min(num_workers, len(todo)))]
+        for worker in workers:
+            worker.add_done_callback(found.put)
+        try:
+            for _ in workers:
+                while isinstance(item := found.get(), tuple):
+                    room.release()
+                    own, window, frames = item
+                    if window:
+                        left[window.clip] = left.get(window.clip, window.count) - 1
+                        yield window.clip, window, frames
+                    else:
+                        yield from ((clip, None, frames) for clip in own if left.get(clip, 1))
+                item.result()
+        except (OSError, EOFError) as error:
+            hint = "free memory, end other processes, or lower --num_workers"
+            raise UserError(f"videos cannot be decoded: no process starts ({error}); {hint}") from error
+        finally:
+            stopped.set()
+            room.release(num_workers)  # one item of each may wait
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1674,17 +1657,6 @@ def folder_name(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Clip:
-    """What each model makes a feature file of, or with --window a file of each window."""
-
-    video: Path
-    name: str  # the video's path in --video_dir
-    part: Part
-    fingerprint: str  # of the video
-    fault: str = ""  # why the video cannot be read
-
-
 @dataclass(eq=False)
 class ModelRun:
     """One model's part of a run, and what has come of it."""
@@ -1712,12 +1684,12 @@ class ModelRun:
 
     def path(self, clip: Clip, window: int) -> Path:
         number = f"_{window:03d}" if self.settings["window"] else ""
-        return self.folder / f"{Path(clip.name).with_suffix('')}{clip.part.suffix}{number}{self.suffix}"
+        return self.folder / f"{clip.video.with_suffix('')}{clip.suffix}{number}{self.suffix}"
 
     def clip_settings(self, clip: Clip) -> dict[str, Any]:
         """What the file records; a finished feature is skipped if these are the same."""
-        bounds = {"start": clip.part.start, "end": clip.part.end}
-        return {**self.settings, **bounds, "video": clip.name, "video_fingerprint": clip.fingerprint}
+        about = {"start": clip.start, "end": clip.end, "video": clip.video.as_posix()}
+        return {**self.settings, **about, "video_fingerprint": clip.fingerprint}
 
     def succeed(self, clip: Clip, path: Path, data: dict, outcome: str) -> None:
         """Keep what the reports say of the file `path`, whose entries are `data`. `outcome`: "written" or "skipped"."""
@@ -1728,39 +1700,38 @@ class ModelRun:
 
     def fail(self, clip: Clip, window: Window | None, reason: str) -> None:
         """Keep why a clip, or one of the windows that --window cuts, has no file."""
-        span = window if window and self.settings["window"] else clip.part
+        span = window if window and self.settings["window"] else clip
         bounds = {"from": span.start, "to": span.end}
-        file = " ".join([clip.name, *(f"{word} {bound:g} s" for word, bound in bounds.items() if bound is not None)])
+        file = " ".join(
+            [clip.video.as_posix(), *(f"{word} {bound:g} s" for word, bound in bounds.items() if bound is not None)]
+        )
         self.rows.append({"clip": clip, "file": file, "outcome": "failed", "failure": reason})
 
 
 def list_clips(args: argparse.Namespace) -> list[Clip]:
     """The clips of the videos, with their captions."""
     videos = list_videos(args.video_dir, args.recursive)
-    parts: dict[Path, list[Part]] = {}
     if args.csv_path is None:
         say("warning: no captions: --csv_path names a CSV file that has them")
+        clips = [Clip(video) for video in videos]
     else:
-        parts = read_captions(args.csv_path, videos, args.video_dir)
-        without = sum(not part.caption for group in parts.values() for part in group)
-        if without:
-            total = sum(map(len, parts.values()))
-            say(f"warning: {without} of {total} clips have no caption in {args.csv_path}")
-    clips = []
-    for video in tqdm(videos, "looking at videos", leave=False, delay=1):
-        path, fingerprint, fault = args.video_dir / video, "", ""
         try:
-            fingerprint = file_fingerprint(path)
-        except (UserError, OSError) as error:
-            fault = str(error)
-        clips += [Clip(path, video.as_posix(), part, fingerprint, fault) for part in parts.get(video, [Part()])]
-    return clips
+            clips = read_captions(args.csv_path, videos, args.video_dir)
+        except UserError as error:
+            raise UserError(f"--csv_path {args.csv_path}: {error}") from None
+        if without := sum(not clip.caption for clip in clips):
+            say(f"warning: {without} of {len(clips)} clips have no caption in {args.csv_path}")
+    fingerprints = dict.fromkeys(videos, "")
+    for video in tqdm(videos, "looking at videos", leave=False, delay=1):
+        with suppress(UserError, OSError):  # decoding will say why
+            fingerprints[video] = file_fingerprint(args.video_dir / video)
+    return [replace(clip, fingerprint=fingerprints[clip.video]) for clip in clips]
 
 
 def try_each(
-    names: Iterable[str], attempt: Callable[[str], Any], args: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """`attempt` for each model: by name what it returns, and why models are left out, for want of a package or file.
+    names: Iterable[str], attempt: Callable[[str], Any], left_out: dict[str, str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """`attempt` for each model: by name what it returns. Those that lack a package or file join the models `left_out`.
 
     Rank 0 goes first, and the others find what it downloads; a model that any of them cannot run is run by none. Each
     reason is a warning. Raises `UserError` without `--allow_skip_missing`.
@@ -1775,26 +1746,25 @@ def try_each(
                 reason = f"the package {package} is missing; {hint}" if package else error
                 lacking[name] = f"{name}: {reason}" + (f" (rank {ranks.index})" if ranks.index else "")
     everyone = ranks.broadcast(ranks.gather(lacking))
-    left_out = {name: reason for others in reversed(everyone) for name, reason in others.items()}
+    lacking = {name: reason for others in reversed(everyone) for name, reason in others.items()}
+    left_out |= lacking
     with ranks.first_then_others():
-        if len(left_out) == 1 and not args.allow_skip_missing:
-            raise UserError(f"{next(iter(left_out.values()))}, or skip such models with --allow_skip_missing")
-        for reason in left_out.values():
+        if len(lacking) == 1 and not args.allow_skip_missing:
+            raise UserError(f"{next(iter(lacking.values()))}, or skip such models with --allow_skip_missing")
+        for reason in lacking.values():
             say(f"warning: {reason}")
-        if left_out and not args.allow_skip_missing:
-            names = ", ".join(left_out)
+        if lacking and not args.allow_skip_missing:
+            names = ", ".join(lacking)
             raise UserError(f"{names} cannot be run; do as said above, or skip such models with --allow_skip_missing")
-    return {name: value for name, value in made.items() if name not in left_out}, left_out
+    return {name: value for name, value in made.items() if name not in lacking}
 
 
-def find_models(
-    args: argparse.Namespace, autoencoder: MotionFeatureAutoencoder | None = None
-) -> tuple[list[ModelRun], dict[str, str]]:
-    """The models before they are loaded, and why some are left out, by name; decides `num_frames`, if it was not given.
+def find_models(args: argparse.Namespace, left_out: dict[str, str]) -> dict[str, ModelRun]:
+    """The models by name, before they are loaded; decides `num_frames`, if it was not given.
 
     Raises `UserError` where the flags or the autoencoder do not fit the models.
     """
-    vfms, left_out = try_each(args.models, find_vfm, args)
+    vfms = try_each(args.models, find_vfm, left_out, args)
     if args.num_frames is None and args.fps and args.window:
         step = math.lcm(*(vfm.tubelet_size for vfm in vfms.values()))
         tokens = math.floor(args.fps * args.window / step + 1e-9)  # 10 * 0.7 is a little less than 7
@@ -1802,10 +1772,10 @@ def find_models(
         say(f"{args.num_frames} frames of each window: {args.window:g} s at {args.fps:g} frames a second")
     args.num_frames = args.num_frames or DEFAULT_FRAMES
     with ranks.first_then_others():
-        return [plan_run(name, vfm, autoencoder, args) for name, vfm in vfms.items()], left_out
+        return {name: plan_run(name, vfm, args) for name, vfm in vfms.items()}
 
 
-def plan_run(name: str, vfm: VFM, autoencoder: MotionFeatureAutoencoder | None, args: argparse.Namespace) -> ModelRun:
+def plan_run(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
     """What model `name` is to do. Sizes that nobody gave are rounded to what its patch divides. Latents do not go among
     the features that they are made of. Raises `UserError` where the flags or the autoencoder do not fit the model."""
     # VideoREPA's video models do without the first frame
@@ -1819,6 +1789,7 @@ def plan_run(name: str, vfm: VFM, autoencoder: MotionFeatureAutoencoder | None, 
             raise UserError(f"--{flag} {value}: {name} needs a multiple of {step}; try --{flag} {taken[-1]}")
     if max(args.layers or [1]) > vfm.depth:
         raise UserError(f"--layers {max(args.layers)}: {name} has {vfm.depth} blocks")
+    autoencoder = args.motion_checkpoint and MotionFeatureAutoencoder.from_checkpoint(args.motion_checkpoint)
     channels = vfm.embed_dim * len(args.layers or [1])
     if autoencoder is not None and autoencoder.config["input_dim"] != channels:
         raise UserError(
@@ -1839,10 +1810,10 @@ def plan_run(name: str, vfm: VFM, autoencoder: MotionFeatureAutoencoder | None, 
     return ModelRun(name, vfm, tuple(taken[1:]), settings, folder, f".{args.output_format}", autoencoder)
 
 
-def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> ModelRun:
-    """Load a model onto the device. `path`: of its weights; None: random ones. Raises `ImportError` if a package is
-    missing, `FileNotFoundError` if a folder holds no weights, `UserError` for an autoencoder of another model's
-    features."""
+def load_model(run: ModelRun, args: argparse.Namespace) -> ModelRun:
+    """Load a model onto the device. Raises `ImportError` if a package is missing, `FileNotFoundError` if weights are,
+    `UserError` for an autoencoder of another model's features."""
+    path = None if args.random_weights else args.weights.get(run.name) or download_weights(run.name, run.vfm)
     weights = None if path is None else read_weights(path, run.vfm)
     try:
         vit = build_vit(run.vfm, run.settings["num_frames"], run.size, weights)
@@ -1856,19 +1827,6 @@ def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> Mo
     if run.autoencoder is not None:
         run.autoencoder.to(args.device).check_provenance(provenance(run.provenance))
     return run
-
-
-def load_models(models: list[ModelRun], args: argparse.Namespace) -> tuple[list[ModelRun], dict[str, str]]:
-    """The models that could be loaded, and why others are left out. All weights are looked for before the first are
-    loaded."""
-    runs = {run.name: run for run in models}
-
-    def find_weights(name: str) -> Path | None:
-        return None if args.random_weights else args.weights.get(name) or download_weights(name, runs[name].vfm)
-
-    paths, without_weights = try_each(runs, find_weights, args)
-    loaded, left_out = try_each(paths, lambda name: load_model(runs[name], paths[name], args), args)
-    return [*loaded.values()], without_weights | left_out
 
 
 def read_finished(run: ModelRun, clip: Clip, window: int, args: argparse.Namespace) -> dict | None:
@@ -1889,52 +1847,28 @@ def read_finished(run: ModelRun, clip: Clip, window: int, args: argparse.Namespa
 def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
     """Count a finished file as skipped; its caption is renewed where a CSV names the video."""
     path = run.path(clip, window)
-    if clip.part.caption is not None and clip.part.caption != saved.get("caption"):
-        save_atomically({**saved, "caption": clip.part.caption}, path)
+    if clip.caption is not None and clip.caption != saved.get("caption"):
+        save_atomically({**saved, "caption": clip.caption}, path)
     run.succeed(clip, path, saved, "skipped")
 
 
-def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> dict[Path, dict[Clip, list[str]]]:
-    """What is to be done: of each video the clips, and the models, by name, that still need them. What is finished is
-    kept.
+def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> dict[Clip, list[str]]:
+    """What is to be done: clips, and the models, by name, that still need them. What is finished is kept.
 
     A clip's first file records how many windows it has; where any is missing, each is looked for when it is decoded.
     """
-    todo: dict[Path, dict[Clip, list[str]]] = {}
+    todo: dict[Clip, list[str]] = {}
     for clip in tqdm(clips, "looking for finished features", leave=False, delay=1):
         for run in runs:
-            if clip.fault:
-                run.fail(clip, None, clip.fault)
-                continue
             files = [read_finished(run, clip, 0, args)]
             if files[0]:
                 files += [read_finished(run, clip, window, args) for window in range(1, files[0]["windows"])]
             if None in files:
-                todo.setdefault(clip.video, {}).setdefault(clip, []).append(run.name)
+                todo.setdefault(clip, []).append(run.name)
                 continue
             for window, saved in enumerate(files):
                 keep_finished(run, clip, window, saved)
     return todo
-
-
-def decode_todo(
-    todo: dict[Path, dict[Clip, list[str]]], runs: list[ModelRun], args: argparse.Namespace
-) -> Iterator[tuple[Clip, Window | None, Frames | str]]:
-    """Every window of the clips with its frames, or why it has none; with None for a window, why all that is left of
-    the clip has none. A video is decoded once for all of its clips."""
-    clips_of = {str(video): [*clips] for video, clips in todo.items()}
-    spans = {video: [(clip.part.start, clip.part.end) for clip in clips] for video, clips in clips_of.items()}
-    left: dict[Clip, int] = {}  # windows to come
-    flags = {entry.name: getattr(args, entry.name) for entry in fields(Sampling) if entry.name != "sizes"}
-    sampling = Sampling(sizes=tuple(sorted({run.size for run in runs})), **flags)
-    with closing(decode_ahead(spans, sampling, args.num_workers, args.decode_timeout)) as decoded:
-        for video, window, frames in decoded:
-            if window is None:
-                yield from ((clip, None, frames) for clip in clips_of[video] if left.get(clip, 1))
-                continue
-            clip = clips_of[video][window.clip]
-            left[clip] = left.get(clip, window.count) - 1
-            yield clip, window, frames
 
 
 def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) -> torch.Tensor:
@@ -1967,7 +1901,7 @@ def save_feature(
         data[run.kind] = data[run.kind].to(getattr(torch, dtype)).cpu().clone()
         if not torch.isfinite(data[run.kind]).all():
             raise UserError(f"{run.name} gave NaN or infinity in {dtype}")
-        data |= {"caption": clip.part.caption or "", "video": clip.name, **run.provenance}
+        data |= {"caption": clip.caption or "", "video": clip.video.as_posix(), **run.provenance}
         data |= {"settings": run.clip_settings(clip), "frame_indices": list(window.frame_indices[-len(frames) :])}
         data |= {"fps": window.fps, "start": window.start, "end": window.end, "windows": window.count}
         if preview:
@@ -1984,17 +1918,18 @@ def save_feature(
         run.succeed(clip, path, data, "written")
 
 
-def extract(runs: list[ModelRun], todo: dict[Path, dict[Clip, list[str]]], args: argparse.Namespace) -> None:
+def extract(runs: list[ModelRun], todo: dict[Clip, list[str]], args: argparse.Namespace) -> None:
     """Run every model on the clips that it still needs, and record failures.
 
     Decoding runs ahead in processes. Writing runs one batch behind in a thread, so that a GPU need not wait for it.
     """
     tell = functools.cache(say)  # the same once
-    needed_by = {clip: names for clips in todo.values() for clip, names in clips.items()}
+    flags = {entry.name: getattr(args, entry.name) for entry in fields(Sampling) if entry.name != "sizes"}
+    sampling = Sampling(sizes=tuple(sorted({run.size for run in runs})), **flags)
     with (
-        tqdm(total=len(needed_by), unit="clip", disable=ranks.index > 0 or not todo) as bar,
+        tqdm(total=len(todo), unit="clip", disable=ranks.index > 0 or not todo) as bar,
         ThreadPoolExecutor(max_workers=1) as writer,
-        closing(decode_todo(todo, runs, args)) as decoded,
+        closing(decode_ahead(todo, args.video_dir, sampling, args.num_workers, args.decode_timeout)) as decoded,
     ):
         writes: list[Future] = []
         while batch := list(islice(decoded, args.batch_size)):
@@ -2002,7 +1937,7 @@ def extract(runs: list[ModelRun], todo: dict[Path, dict[Clip, list[str]]], args:
             for run in runs:
                 good = []
                 for clip, window, frames in batch:
-                    if run.name not in needed_by[clip]:
+                    if run.name not in todo[clip]:
                         continue
                     if isinstance(frames, str):
                         run.fail(clip, window, frames)
@@ -2097,21 +2032,20 @@ def main() -> int:
         return 0
     with ranks.first_then_others():
         args.device = ranks.open_device(args.device)
-        checkpoint = args.motion_checkpoint
-        autoencoder = MotionFeatureAutoencoder.from_checkpoint(checkpoint) if checkpoint else None
-    models, left_out = find_models(args, autoencoder)
+    left_out: dict[str, str] = {}  # models, and why
+    models = find_models(args, left_out)
     clips = ranks.from_first(lambda: list_clips(args))  # a network disk can show other files to other machines
     with ranks.first_then_others():
-        for run in models:
+        for run in models.values():
             make_folder(run.folder, "--output_root", mirrors=True)
     if args.random_weights:
         say("warning: --random_weights: a dry run; the features will mean NOTHING")
     runs: list[ModelRun] = []
     try:
-        runs, without_weights = load_models(models, args)
-        left_out |= without_weights
+        runs = [*try_each(models, lambda name: load_model(models[name], args), left_out, args).values()]
         todo = ranks.from_first(lambda: plan(runs, clips, args))
-        extract(runs, dict([*todo.items()][ranks.index :: ranks.count]), args)
+        videos = {*[*dict.fromkeys(clip.video for clip in todo)][ranks.index :: ranks.count]}  # each is decoded once
+        extract(runs, {clip: names for clip, names in todo.items() if clip.video in videos}, args)
         for run in runs:
             run.rows = [row for rows in ranks.gather(run.rows) for row in rows]
     finally:

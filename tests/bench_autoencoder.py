@@ -91,7 +91,7 @@ from train import (  # noqa: E402
     sample_latents,
     split_files,
 )
-from vfm_feature import Sampling, decode_windows  # noqa: E402
+from vfm_feature import Clip, Sampling, decode_windows  # noqa: E402
 
 FRONT = (1.0, 3.0, 10.0, 30.0)  # motion weights
 NOISE = 0.3  # of a channel's spread
@@ -358,8 +358,8 @@ def read_frames(path: Path, videos: Path) -> Tensor:
     if feature.ndim != 4 or not video.is_file():
         raise UserError(f"{path}: --student needs features [T, H, W, C], and their `video` in {videos}")
     count = len(indices) if indices else 2 * len(feature)
-    spans = [(about.get("start"), about.get("end"))]
-    ((window, frames),) = filter(None, decode_windows(str(video), spans, Sampling(count, (PICTURE,))))
+    clip = Clip(video, start=about.get("start"), end=about.get("end"))
+    ((window, frames),) = filter(None, decode_windows(str(video), [clip], Sampling(count, (PICTURE,))))
     if count % len(feature) or (indices and tuple(indices) != window.frame_indices):
         raise UserError(f"{path}: --student needs features of frames that are spread evenly over the clip")
     pictures = torch.from_numpy(frames[PICTURE][:: count // len(feature)])

@@ -28,6 +28,8 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from made_up import decode_clip  # noqa: E402
+
 import vfm_feature as vfm  # noqa: E402
 from model import ranks  # noqa: E402
 
@@ -98,8 +100,7 @@ def extraction_seconds(folder: Path, models: list[str], num_frames: int, *flags:
         command = ["--video_dir", str(folder), "--models", *models, "--num_frames", str(num_frames), *flags]
         args = vfm.parse_args([*command, "--random_weights", "--output_root", out])
         args.device = ranks.open_device(args.device)
-        models, _ = vfm.find_models(args)
-        runs, _ = vfm.load_models(models, args)
+        runs = [vfm.load_model(run, args) for run in vfm.find_models(args, {}).values()]
         todo = vfm.plan(runs, vfm.list_clips(args), args)
         start = time.perf_counter()
         vfm.extract(runs, todo, args)
@@ -135,7 +136,7 @@ def read_plainly(clip: str) -> float:
 
 def decoding_seconds(clip: str, sizes: list[tuple[int, int]]) -> float:
     """Processor seconds of decoding and resizing 48 frames, as a decoding process does it."""
-    return seconds(lambda: vfm.decode_clip(clip, 48, sizes), time.process_time)
+    return seconds(lambda: decode_clip(clip, 48, sizes), time.process_time)
 
 
 def in_process(start: Callable[[], None] | None = None) -> multiprocessing.pool.Pool:

@@ -253,10 +253,11 @@ def decode_corpus(folder: Path, shows: dict[str, np.ndarray | None]) -> dict[str
     """Decode a corpus and tell what is wrong. Returns how many of each kind of video are right, recorded or wrong."""
     start = time.perf_counter()
     verdicts: dict[str, Counter] = {}
-    videos = {str(folder / file): [(None, None)] for file in shows}
+    clips = [vfm.Clip(Path(file)) for file in shows]
     sampling = vfm.Sampling(NUM_FRAMES, ((96, 128),))
-    for video, _, frames in tqdm(vfm.decode_ahead(videos, sampling, 2, timeout=60), unit="video", total=len(videos)):
-        path = Path(video)
+    decoded = vfm.decode_ahead(clips, folder, sampling, 2, timeout=60)
+    for clip, _, frames in tqdm(decoded, unit="video", total=len(clips)):
+        path = clip.video
         kind = {"cut": "cut", "rot": "bit rot"}.get(path.name.split("_")[0], "whole")
         kind = "not a video" if shows[path.name] is None else kind
         verdict = judge(shows[path.name], frames)

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import vfm_feature
+
 ROOT = Path(__file__).resolve().parents[1]
 # vfm_feature.py without weights, on clips of two tubelets and six patches
 SMALL = ["--random_weights", "--num_frames", "4", "--videomae_resize_h", "32", "--videomae_resize_w", "48"]
@@ -109,6 +111,15 @@ def pattern_clip(frames, height, width):
     """The clip of the reference figures: uint8 [1, frames, height, width, 3] by a formula."""
     t, y, x, c = np.ogrid[:frames, :height, :width, :3]
     return torch.from_numpy(((3 * t + 2 * y + x + 80 * c + (t * y * x) // 97) % 256).astype(np.uint8))[None]
+
+
+def decode_clip(path, num_frames, sizes, backend="pyav", **sampling):
+    """A whole video as one clip, decoded in this process: {(height, width): RGB [num_frames, height, width, 3]}.
+    `sampling`: `sampling`, `fps`, `fit` of `Sampling`."""
+    sampling = vfm_feature.Sampling(num_frames, tuple(sizes), **sampling)
+    found = vfm_feature.decode_windows(str(path), [vfm_feature.Clip(Path(path))], sampling, backend)
+    ((_, frames),) = filter(None, found)
+    return frames
 
 
 def timm_folder(folder, name, **arguments):

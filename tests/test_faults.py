@@ -8,9 +8,7 @@ import time
 import pytest
 import torch
 from bench_faults import decode_corpus, draw, encode, judge, load_mutants, make_corpus
-from made_up import SIZES, SMALL, full_disk, make_features
-
-import vfm_feature as vfm
+from made_up import SIZES, SMALL, decode_clip, full_disk, make_features
 
 SMALL = [*SMALL, "--models", "VideoMAE"]
 TRAINING = ["--input_dim", "24", *SIZES[2:], "--epochs", "1"]
@@ -126,7 +124,7 @@ def test_the_other_decoders_give_right_frames_or_none(corpus, backend):
     read = set()
     for name in plain | lying:
         try:
-            clips = vfm.decode_clip(str(folder / name), 8, [(96, 128)], backend)
+            clips = decode_clip(str(folder / name), 8, [(96, 128)], backend)
         except Exception:  # decord has its own kind
             continue
         assert judge(shows[name], clips) == "right", name

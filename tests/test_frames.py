@@ -16,13 +16,13 @@ import pytest
 import torch
 from bench_faults import draw, encode, ffmpeg, judge, make_corpus
 from draw_clips import draw_frame, write_video
-from made_up import ROOT, SMALL, counts, pattern_clip
+from made_up import ROOT, SMALL, counts, decode_clip, pattern_clip
 
 import vfm_feature as vfm
 from model import UserError, find_features
 
 VIDEOMAE = [*SMALL, "--models", "VideoMAE"]
-WHOLE = [(None, None)]  # the span of a whole video
+WHOLE = [vfm.Clip(Path("of any name"))]  # a whole video
 
 
 @pytest.fixture
@@ -45,11 +45,12 @@ def gray_clip(path, num_frames, times=None, width=64):
     return path
 
 
-def windows_of(path, num_frames=3, spans=((None, None),), **sampling):
+def windows_of(path, num_frames=3, span=(None, None), **sampling):
     """The windows that decoding yields, checked against the levels of the frames that they name."""
     sampling = vfm.Sampling(num_frames, ((48, 64),), **sampling)
     found = []
-    for window, frames in filter(None, vfm.decode_windows(str(path), spans, sampling)):
+    clip = vfm.Clip(path, start=span[0], end=span[1])
+    for window, frames in filter(None, vfm.decode_windows(str(path), [clip], sampling)):
         if isinstance(frames, dict):
             levels = frames[48, 64].mean(axis=(1, 2, 3)) / 4
             assert np.abs(levels - window.frame_indices).max() < 0.5
@@ -84,7 +85,7 @@ def test_stride_takes_the_frames_of_videorepa_s_loader(available):
     ],
 )
 def test_frames_a_second(tmp_path, part, fps, expected):
-    (window,) = windows_of(gray_clip(tmp_path / "a.mkv", 20), 4, [part], fps=fps)
+    (window,) = windows_of(gray_clip(tmp_path / "a.mkv", 20), 4, part, fps=fps)
     assert list(window.frame_indices) == expected
     assert window.fps == pytest.approx(10)
 
@@ -93,9 +94,9 @@ def test_times_are_the_container_s(tmp_path):
     """Frames 0 to 9 are shown for 0.1 s each, the rest for 0.3 s."""
     times = [100 * i if i < 10 else 1000 + 300 * (i - 10) for i in range(20)]
     path = gray_clip(tmp_path / "a.mkv", 20, times)
-    (window,) = windows_of(path, 4, [(0.9, 2.0)], fps=5.0)
+    (window,) = windows_of(path, 4, (0.9, 2.0), fps=5.0)
     assert list(window.frame_indices) == [9, 10, 11, 11]  # at 0.9, 1.1, 1.3 and 1.5 s
-    (window,) = windows_of(path, 5, [(0.9, 2.0)])
+    (window,) = windows_of(path, 5, (0.9, 2.0))
     assert list(window.frame_indices) == [9, 10, 11, 12, 13]
 
 
@@ -177,11 +178,11 @@ def test_packets_without_frames_do_not_make_windows_twice(tmp_path):
                 target.mux(copy)
     sampling = vfm.Sampling(5, ((48, 64),), window=0.2, hop=0.2)
     (tmp_path / "text.mkv").write_text("no video")
-    videos = {str(tmp_path / name): WHOLE for name in ("hidden.mkv", "text.mkv")}
-    *found, (video, window, reason) = vfm.decode_ahead(videos, sampling, 1, 60)
+    clips = [vfm.Clip(Path(name)) for name in ("hidden.mkv", "text.mkv")]
+    *found, (clip, window, reason) = vfm.decode_ahead(clips, tmp_path, sampling, 1, 60)
     assert [window.index for _, window, _ in found] == [0, 1, 2, 3, 4, 5, 6]
     assert all(judge(draw(48, 64)[list(window.frame_indices)], frames) == "right" for _, window, frames in found)
-    assert video == str(tmp_path / "text.mkv") and window is None and reason.startswith("cannot be read: ")
+    assert clip == clips[1] and window is None and reason.startswith("cannot be read: ")
 
 
 def test_a_decoder_that_ends_amid_windows_is_followed_by_the_next(tmp_path):
@@ -205,13 +206,13 @@ def test_a_decoder_that_ends_amid_windows_is_followed_by_the_next(tmp_path):
     )
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys, vfm_feature as vfm\n"
+        "import pathlib, sys, vfm_feature as vfm\n"
         "if __name__ == '__main__':\n"
-        "    videos = sys.argv[1:]\n"
+        "    clips = [vfm.Clip(pathlib.Path(video)) for video in sys.argv[1:]]\n"
         "    sampling = vfm.Sampling(5, ((48, 64),), window=0.5, hop=0.5)\n"
-        "    for video, window, frames in vfm.decode_ahead({v: [(None, None)] for v in videos}, sampling, 1, 3):\n"
+        "    for clip, window, frames in vfm.decode_ahead(clips, pathlib.Path(), sampling, 1, 3):\n"
         "        levels = frames[48, 64].mean(axis=(1, 2, 3)) / 4\n"
-        "        print(videos.index(video), window.index, *levels.round().astype(int))\n"
+        "        print(clips.index(clip), window.index, *levels.round().astype(int))\n"
     )
     clips = [gray_clip(tmp_path / f"{width}.mkv", 30, width=width) for width in (32, 48, 64)]
     command = [sys.executable, script, *clips]
@@ -227,24 +228,26 @@ def test_whichever_process_is_ready_is_served(tmp_path):
     """A pipe into which nobody writes hangs every decoder: the clips behind it do not wait, and no process stays."""
     os.mkfifo(tmp_path / "hangs.mkv")
     clips = [gray_clip(tmp_path / f"{index}.mkv", 4) for index in range(6)]
-    hanging, sampling = {str(tmp_path / "hangs.mkv"): WHOLE}, vfm.Sampling(4, ((48, 64),))
-    with closing(vfm.decode_ahead(hanging | {str(path): WHOLE for path in clips}, sampling, 2, 1000)) as found:
-        assert {next(found)[0] for _ in clips} == {str(path) for path in clips}
+    hanging, *others = [vfm.Clip(Path(name)) for name in ("hangs.mkv", *(path.name for path in clips))]
+    sampling = vfm.Sampling(4, ((48, 64),))
+    with closing(vfm.decode_ahead([hanging, *others], tmp_path, sampling, 2, 1000)) as found:
+        assert {next(found)[0] for _ in others} == {*others}
         assert len(multiprocessing.active_children()) >= 1
     assert multiprocessing.active_children() == []
-    found = vfm.decode_ahead(hanging, sampling, 1, 1)
+    found = vfm.decode_ahead([hanging], tmp_path, sampling, 1, 1)
     reason = "no end after 1 s (--decode_timeout)"
-    assert [*found] == [(*hanging, None, f"pyav: {reason}; decord: {reason}; opencv: {reason}")]
+    assert [*found] == [(hanging, None, f"pyav: {reason}; decord: {reason}; opencv: {reason}")]
 
 
 DECODE_ONE = """
-import multiprocessing, resource, sys
+import multiprocessing, pathlib, resource, sys
 import vfm_feature as vfm
 if __name__ == '__main__':
     limit = int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        for _, window, _ in vfm.decode_ahead({sys.argv[1]: [(None, None)]}, vfm.Sampling(4, ((48, 64),)), 1, 60):
+        clip = vfm.Clip(pathlib.Path(sys.argv[1]))
+        for _, window, _ in vfm.decode_ahead([clip], pathlib.Path(), vfm.Sampling(4, ((48, 64),)), 1, 60):
             child = next(iter(multiprocessing.active_children()))
             print(window.frame_indices, resource.prlimit(child.pid, resource.RLIMIT_AS))
     except vfm.UserError as error:
@@ -339,7 +342,7 @@ def test_crop_takes_the_centre_and_squash_all(tmp_path):
     tall = np.ascontiguousarray(frame.transpose(1, 0, 2))
     assert np.array_equal(crop(tall, (60, 90), 1), vfm.resize_frame(tall[70:130], (60, 90)))
     write_video(tmp_path / "a.avi", [frame] * 2, "MJPG")
-    whole, centre = (vfm.decode_clip(tmp_path / "a.avi", 2, [(60, 90)], fit=fit)[60, 90] for fit in ("squash", "crop"))
+    whole, centre = (decode_clip(tmp_path / "a.avi", 2, [(60, 90)], fit=fit)[60, 90] for fit in ("squash", "crop"))
     rgb = frame[..., ::-1]
     assert np.abs(whole[0] - vfm.resize_frame(np.ascontiguousarray(rgb), (60, 90)).astype(int)).mean() < 3
     assert np.abs(centre[0] - crop(np.ascontiguousarray(rgb), (60, 90), 1).astype(int)).mean() < 3
@@ -378,14 +381,14 @@ def test_crop_takes_what_players_show_and_squash_what_is_stored(tmp_path):
         count = 80 if file == "changes.mpg" else 40
         turns, size = (1, (64, 48)) if file == "turned.mp4" else (0, (48, 64))
         for fit in ("crop", "squash"):
-            frames = vfm.decode_clip(tmp_path / file, count, [size], fit=fit)[size]
+            frames = decode_clip(tmp_path / file, count, [size], fit=fit)[size]
             for index, frame in enumerate(frames):
                 part = halves[ratios[index % len(ratios)]] if fit == "crop" else np.s_[:, :]
                 cut = np.rot90(stored[index % 40][part], turns)
                 expected = vfm.resize_frame(np.ascontiguousarray(cut), size)
                 assert np.abs(frame.astype(int) - expected).mean() < 4, (file, fit, index)
     with pytest.raises(RuntimeError, match="square pixels"):
-        vfm.decode_clip(tmp_path / "codec.mpg", 4, [(48, 64)], "opencv")
+        decode_clip(tmp_path / "codec.mpg", 4, [(48, 64)], "opencv")
 
 
 def test_the_recipe_from_end_to_end(tmp_path, run_here):
@@ -398,7 +401,7 @@ def test_the_recipe_from_end_to_end(tmp_path, run_here):
     assert video["feature"].shape == (24, 10, 15, 24) and video["frame_indices"] == list(range(1, 49))
     assert image["feature"].shape == (13, 30, 45, 24) and image["frame_indices"] == list(range(49))
     assert (video["settings"]["fit"], video["settings"]["num_frames"]) == ("videorepa", 48)
-    clips = vfm.decode_clip(path, 49, [(160, 240), (420, 630)], sampling="stride", fit="videorepa")
+    clips = decode_clip(path, 49, [(160, 240), (420, 630)], sampling="stride", fit="videorepa")
     for model, size, data in (("VideoMAEv2", (160, 240), video), ("DINOv2", (420, 630), image)):
         frames = torch.from_numpy(clips[size])[-len(data["frame_indices"]) :][None]
         assert frames.dtype == torch.float16

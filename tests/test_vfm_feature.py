@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import av
@@ -20,7 +21,7 @@ import pytest
 import torch
 from bench_faults import ffmpeg
 from draw_clips import draw_frame, write_video
-from made_up import ROOT, SMALL, counts, hear_ctrl_c, pattern_clip, published_state
+from made_up import ROOT, SMALL, counts, decode_clip, hear_ctrl_c, pattern_clip, published_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -269,7 +270,7 @@ def test_frame_indices():
 @pytest.mark.parametrize("num_available", [1, 3, 30])
 def test_each_backend_takes_the_frames_of_the_indices(tmp_path, backend, name, codec, num_available):
     path = gray_clip(tmp_path / name, num_available, codec)
-    clips = vfm.decode_clip(str(path), 8, [(48, 64), (32, 48)], backend)
+    clips = decode_clip(str(path), 8, [(48, 64), (32, 48)], backend)
     assert {size: (clip.shape, clip.dtype) for size, clip in clips.items()} == {
         (48, 64): ((8, 48, 64, 3), np.uint8),
         (32, 48): ((8, 32, 48, 3), np.uint8),
@@ -282,7 +283,7 @@ def test_each_backend_takes_the_frames_of_the_indices(tmp_path, backend, name, c
 def test_backends_agree_and_give_rgb(tmp_path):
     frames = [np.full((48, 64, 3), (30, 60, 220), np.uint8)] * 4  # BGR: OpenCV's order
     write_video(tmp_path / "red.avi", frames, "MJPG")
-    clips = [vfm.decode_clip(str(tmp_path / "red.avi"), 4, [(48, 64)], name)[48, 64] for name in vfm.BACKENDS]
+    clips = [decode_clip(str(tmp_path / "red.avi"), 4, [(48, 64)], name)[48, 64] for name in vfm.BACKENDS]
     for clip in clips:
         assert np.abs(clip.astype(int) - clips[0]).mean() <= 3
         assert np.abs(clip.mean(axis=(0, 1, 2)) - [220, 60, 30]).max() < 6
@@ -305,12 +306,12 @@ def test_a_video_that_is_cut_short_fails_with_both_numbers(tmp_path, name):
     path = tmp_path / name
     options = {"movflags": "faststart"} if name.endswith(("mp4", "mov")) else {}
     h264_clip(path, container_options=options)
-    assert vfm.decode_clip(str(path), 8, [(48, 64)], "pyav")[48, 64].shape == (8, 48, 64, 3)
+    assert decode_clip(str(path), 8, [(48, 64)], "pyav")[48, 64].shape == (8, 48, 64, 3)
     whole = path.read_bytes()
     for share in (0.5, 0.7, 0.85):
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(ValueError, match=r"^cut short: \d+ of 40 frames are there$"):
-            vfm.decode_clip(str(path), 8, [(48, 64)], "pyav")
+            decode_clip(str(path), 8, [(48, 64)], "pyav")
 
 
 def test_a_video_with_damaged_frames_fails(tmp_path):
@@ -321,7 +322,7 @@ def test_a_video_with_damaged_frames_fails(tmp_path):
     rotten[middle : middle + 40] = bytes(40)
     path.write_bytes(rotten)
     with pytest.raises(ValueError, match=r"^damaged: \d+ frames are whole, then: "):
-        vfm.decode_clip(str(path), 8, [(48, 64)], "pyav")
+        decode_clip(str(path), 8, [(48, 64)], "pyav")
 
 
 def test_a_refusal_says_what_the_video_is(tmp_path):
@@ -341,7 +342,7 @@ def test_a_refusal_says_what_the_video_is(tmp_path):
     }
     for name, reason in said.items():
         with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
-            vfm.decode_clip(str(tmp_path / name), 8, [(48, 64)], "pyav")
+            decode_clip(str(tmp_path / name), 8, [(48, 64)], "pyav")
 
 
 def test_resizing_is_bicubic_with_antialiasing_and_leaves_a_fitting_frame_alone():
@@ -359,7 +360,10 @@ def read_captions(folder, table, names):
     """The captions of videos of these names in `folder`, by name, None where the table does not name them."""
     (folder / "captions.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
     found = vfm.read_captions(folder / "captions.csv", [Path(name) for name in names], folder)
-    return {video.as_posix(): [part.caption for part in parts] for video, parts in found.items()}
+    captions = defaultdict(list)
+    for clip in found:
+        captions[clip.video.as_posix()].append(clip.caption)
+    return captions
 
 
 @pytest.mark.parametrize(
@@ -531,7 +535,7 @@ def test_two_models_in_one_run(clips, tmp_path, run_here):
         "VideoMAEv2: feature shape [2, 2, 3, 24], C = 24\nDINOv2: feature shape [4, 2, 3, 24], C = 24\n"
     )
     # what the command wrote is what the functions give
-    clip = torch.from_numpy(vfm.decode_clip(str(clips / "ball.mp4"), 4, [(32, 48)], "pyav")[32, 48])[None]
+    clip = torch.from_numpy(decode_clip(str(clips / "ball.mp4"), 4, [(32, 48)], "pyav")[32, 48])[None]
     vit = vfm.build_vit(vfm.find_vfm("VideoMAEv2"), 4, (32, 48))
     torch.testing.assert_close(vfm.extract_features(vit, vfm.find_vfm("VideoMAEv2"), clip)[0].half(), saved["feature"])
 
