@@ -37,7 +37,6 @@ FEATURE_SUFFIXES = (".pt", ".pth", ".npy", ".safetensors")
 CODE_VERSION = 4  # of what checkpoints and latents mean; those of another are refused, or made anew
 LEVELS, TOP = 6, 255 - 6 * 22  # of energies, to an octave; and that of 1, the largest being 2 ** 22
 EXTRA_RMS = 0.2  # of an extra, the channels having 1
-MEAN_SHARE = 0.75  # of the features' mean that stays in the latent
 SLOTS_KEPT = 16  # sizes of blocks, of which the code remembers where coefficients lie
 CELLS = 256  # of features [T, N, C], that are coded at once
 STATS_NAME = "stats.pt"  # in a folder of latents
@@ -224,6 +223,7 @@ class SpaceTimeCode(nn.Module):
         self.register_buffer("mean", torch.zeros(*(self.clip_shape or (1, 1)), config.input_dim))
         self.register_buffer("scale", torch.ones(()))  # one for all channels: one for each would weight them in errors
         self.register_buffer("basis", torch.eye(config.input_dim))  # columns: principal components
+        self.register_buffer("mean_share", torch.ones(()))  # of the mean, that stays in the latent
         self.register_buffer("gain", torch.ones(config.latent_dim))
         self.register_buffer("smoothing", torch.zeros(()))
         self.register_buffer("energy", torch.full((*self.size, config.input_dim), TOP, dtype=torch.uint8))  # levels
@@ -276,8 +276,8 @@ class SpaceTimeCode(nn.Module):
 
     def centre(self, mean: Tensor) -> Tensor:
         """The part of the mean [..., C] that stays in the latent, [..., D]: cosines between features feel it."""
-        share = MEAN_SHARE * self.codes_still_part
-        return (mean / self.scale) @ (share * self.basis[:, : self.latent_dim] * self.gain)
+        share = self.mean_share * self.codes_still_part / self.scale
+        return mean @ (share * self.basis[:, : self.latent_dim] * self.gain)
 
     def energies(self, size: Size, weighted: bool = False) -> Tensor:
         """The mean energy of each coefficient of a block of `size`, or its importance, [l, h, w, C] in float64."""

@@ -46,7 +46,6 @@ from losses import (
 )
 from model import (
     LEVELS,
-    MEAN_SHARE,
     MODEL_FLAGS,
     TOP,
     ArgumentParser,
@@ -94,7 +93,6 @@ TURN_STEPS, TURN_PASSES, TURN_RATE = (
 )  # at most; passes over the clips; learning rate, of a token of length 1
 STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
 STEP_PAIRED = 384  # tokens of a clip, between which a step sees all cosines
-DRAWS = 2  # steps for each batch that is read, of other positions
 SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured
 NOISE = (0.0, 0.1, 0.3)
 # With the features and the clips of a step, these flags decide the result; --resume checks that they are the same.
@@ -454,9 +452,15 @@ def fit_code(
 
     moment = weighted_moment([to_sequences(x[None]) for x in normalised], recon_weight, motion_weight)
     basis = principal_components(moment)
+    kept = sum((x @ basis[:, : code.latent_dim].to(x)).square().sum(dim=-1).mean() for x in normalised) / len(clips)
+    share = (
+        kept / code.input_dim
+    ).sqrt() * code.codes_still_part  # the mean becomes as much shorter as what is left of the rest
     if relation_weight and code.latent_dim < code.input_dim:
-        share = MEAN_SHARE * code.codes_still_part
-        pairs = [(x if share else own, own + share * mean.to(own)) for x, own in zip(clips, centred, strict=True)]
+        pairs = [
+            (x if code.codes_still_part else own, own + share * mean.to(own))
+            for x, own in zip(clips, centred, strict=True)
+        ]
         basis = turned_basis(code, basis, moment, pairs)
     basis = basis.to(code.basis)
     energy = sum(block_energy(code, x @ basis) for x in normalised) / len(clips)
@@ -472,6 +476,7 @@ def fit_code(
         "mean": mean.expand(code.mean.shape),
         "scale": torch.tensor(scale),
         "basis": basis,
+        "mean_share": share,
         "gain": gain / (spread * gain).square().mean().sqrt(),
         # Whittaker's smoother, argmin_y |z - y|^2 + smoothing * |delta y|^2, divides each frequency by a number, which
         # decoding undoes. A fifth of the weight: the default then changes the error of the cosines by 1 %.
@@ -626,7 +631,7 @@ def train_epoch(
     rates: list[float],
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """`DRAWS` steps for each batch [B, T, ..., C], at its learning rate; the mean loss and its terms, on rank 0.
+    """A step for each batch [B, T, ..., C], at its learning rate; the mean loss and its terms, on rank 0.
     `step`: a `TrainingStep` of the model. Raises `UserError` for a loss that is not finite."""
     model.train()
     losses = []
@@ -638,18 +643,17 @@ def train_epoch(
             x = (x if args.use_token else x - x.mean(dim=1, keepdim=True)).flatten(2, -2)  # [B, T, N, C]
             count = min(x.shape[2], max(2, STEP_PAIRED // x.shape[1]) // 2)
             fast, moving = find_moving(x, count)
-        for _ in range(DRAWS):
-            some, some_fast = (torch.randperm(size, device=x.device)[:count] for size in (x.shape[2], len(fast)))
-            chosen = torch.cat([some, fast[some_fast]])
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
-                loss, terms = step(x[:, :, chosen], z[:, :, chosen], moving[:, :, chosen])
-            if not loss.isfinite():
-                raise UserError(f"the loss is {loss.item()}; lower --lr")
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.network.parameters(), 1.0)
-            optimizer.step()
-            losses.append({"loss": loss.item()} | {f"{name}_loss": term.item() for name, term in terms.items()})
+        some, some_fast = (torch.randperm(size, device=x.device)[:count] for size in (x.shape[2], len(fast)))
+        chosen = torch.cat([some, fast[some_fast]])
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+            loss, terms = step(x[:, :, chosen], z[:, :, chosen], moving[:, :, chosen])
+        if not loss.isfinite():
+            raise UserError(f"the loss is {loss.item()}; lower --lr")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.network.parameters(), 1.0)
+        optimizer.step()
+        losses.append({"loss": loss.item()} | {f"{name}_loss": term.item() for name, term in terms.items()})
     model.eval()
     return pd.DataFrame(ranks.gather(pd.DataFrame(losses).mean().to_dict())).mean().to_dict()
 
