@@ -3,8 +3,8 @@
 In: a folder of features, as train.py takes it. The files whose `video` matches --held_out (else a seeded fifth) are
 kept out of training; hold out whole sources where files come from several, or all codes look better than they are.
 Out: tables of what was held out, for latents of C / 4 channels or those of --ratios: of motion-weighted PCA, low-pass
-PCA (see train.py's `PrincipalComponents`), of the closed form (epoch 0 of train.py) and of the trained model (its last
-epoch). Their columns are those of train.py's `measure`:
+PCA (see train.py's `PrincipalComponents`), of the closed form (on PCA's basis), of the code whose basis is turned (epoch
+0 of train.py) and of the trained model (its last epoch). Their columns are those of train.py's `measure`:
 - reconstruction, motion: `FeatureErrors` over all held-out clips; total: the weighted sum of the mean squared errors,
   relative to PCA's
 - relations, of moving: the mean absolute change of the cosine between two tokens of a clip, from features to latent; of
@@ -129,7 +129,8 @@ def train(files: list[FeatureFile], flags: list[str], save_dir: Path) -> list[Pa
 
 
 class Codes:
-    """What is compared at one size: PCA, low-pass PCA, the closed form, and the trained model; by name in `all`."""
+    """What is compared at one size: PCA, low-pass PCA, the closed form, the turned code, and the trained model; by name in
+    `all`."""
 
     def __init__(
         self, files: list[FeatureFile], held_out: Clips, latent_dim: int, args: argparse.Namespace, flags: list[str]
@@ -143,7 +144,8 @@ class Codes:
         sizes = {"PCA": latent_dim, "low-pass PCA": min(LOW_PASS * latent_dim, args.input_dim)}
         code = models[0].code
         self.all = {name: PrincipalComponents(code, self.sample, self.weights, size) for name, size in sizes.items()}
-        self.all |= {"closed form": models[0], "trained": models[1]}
+        self.all |= {"closed form": self.closed_form(models[0].config, args.motion_weight)}
+        self.all |= {"turned": models[0], "trained": models[1]}
         self.pca_errors = self.errors(self.all["PCA"])
 
     def errors(self, code: Any) -> Row:
@@ -156,7 +158,7 @@ class Codes:
 
     def rows(self) -> dict[str, Row]:
         rows = {name: self.row(code) for name, code in self.all.items()}
-        for name in ("closed form", "trained"):
+        for name in ("closed form", "turned", "trained"):
             clips = self.held_out.to_measure(self.seed, "cpu")
             noisy = noise_table(self.all[name], self.all["PCA"], self.sample, clips).loc[NOISE]
             rows[name] |= {f"noise: {kind}": noisy[f"{kind}, told"] for kind in ("reconstruction", "motion")}
