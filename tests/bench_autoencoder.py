@@ -3,8 +3,8 @@
 In: a folder of features, as train.py takes it. The files whose `video` matches --held_out (else a seeded fifth) are
 kept out of training; hold out whole sources where files come from several, or all codes look better than they are.
 Out: tables of what was held out, for latents of C / 4 channels or those of --ratios: of motion-weighted PCA, low-pass
-PCA (see train.py's `PrincipalComponents`), of the closed form (on PCA's basis), of the code whose basis is turned (epoch
-0 of train.py) and of the trained model (its last epoch). Their columns are those of train.py's `measure`:
+PCA (see train.py's `PrincipalComponents`), of the closed form on PCA's basis, of the code on its turned basis (epoch 0
+of train.py) and of the trained model (its last epoch). Their columns are those of train.py's `measure`:
 - reconstruction, motion: `FeatureErrors` over all held-out clips; total: the weighted sum of the mean squared errors,
   relative to PCA's
 - relations, of moving: the mean absolute change of the cosine between two tokens of a clip, from features to latent; of
@@ -129,8 +129,8 @@ def train(files: list[FeatureFile], flags: list[str], save_dir: Path) -> list[Pa
 
 
 class Codes:
-    """What is compared at one size: PCA, low-pass PCA, the closed form, the turned code, and the trained model; by name in
-    `all`."""
+    """What is compared at one size, by name in `all`: PCA, low-pass PCA, the closed form, the turned code, the trained
+    model."""
 
     def __init__(
         self, files: list[FeatureFile], held_out: Clips, latent_dim: int, args: argparse.Namespace, flags: list[str]
@@ -498,7 +498,7 @@ def teach_students(
     with torch.inference_mode():
         for ratio, of_size in codes.items():
             for name, code in of_size.all.items():
-                if name != "low-pass PCA":
+                if name not in ("low-pass PCA", "turned"):
                     targets[f"C/{ratio}, {name}"] = [code.encode(x[None].float())[0].half() for x in features[0]]
     return student_table(targets, frames[0], (frames[1], features[1]), args)
 
