@@ -350,28 +350,6 @@ class SpaceTimeCode(nn.Module):
         return result
 
 
-class TransformerLayer(nn.Module):
-    """A pre-norm transformer layer, [S, T, dim] -> [S, T, dim]; `dropout` acts on what each half adds.
-
-    nn.TransformerEncoderLayer keeps all T x T scores in memory on the CPU, in eval mode as with dropout on them.
-    """
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        dim, self.num_heads = config.model_dim, config.num_heads
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.projection = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # [S, T, 3 * dim] -> [3, S, heads, T, dim / heads]
-        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [S, T, dim]
-        x = x + self.dropout(self.projection(attended))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
-
-
 class TemporalNetwork(nn.Module):
     """Temporal convolution, then a temporal transformer layer: [S, T, in_dim] -> [S, T, out_dim], S independent
     sequences. The last layer starts at zero, so that training starts from a network that adds nothing."""
@@ -379,23 +357,24 @@ class TemporalNetwork(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, config: Config) -> None:
         super().__init__()
         self.conv = nn.Conv1d(in_dim, config.model_dim, kernel_size=3, padding=1, padding_mode="replicate")
-        self.layer = TransformerLayer(config)
+        self.positions = nn.Parameter(torch.zeros(config.block[0], config.model_dim))  # else attention sees no order
+        self.layer = nn.TransformerEncoderLayer(
+            config.model_dim,
+            config.num_heads,
+            2 * config.model_dim,
+            config.dropout,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
         self.norm = nn.LayerNorm(config.model_dim)
         self.head = nn.Linear(config.model_dim, out_dim)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    @staticmethod
-    def positions(length: int, dim: int, like: Tensor) -> Tensor:
-        """Sinusoidal positions [length, dim] ("Attention Is All You Need"): without them attention sees no order."""
-        frequency = torch.exp(torch.arange(0, dim, 2, device=like.device) * (-math.log(10000.0) / dim))
-        angle = torch.arange(length, device=like.device)[:, None] * frequency  # [length, ceil(dim / 2)]
-        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :dim].to(like.dtype)
-
     def forward(self, x: Tensor) -> Tensor:
         h = nn.functional.gelu(self.conv(x.mT)).mT  # [S, T, in_dim] -> [S, T, model_dim]
-        h = h + self.positions(h.shape[1], h.shape[2], h)
-        return self.head(self.norm(self.layer(h)))
+        return self.head(self.norm(self.layer(h + self.positions[: x.shape[1]])))
 
 
 class InvertibleNetwork(nn.Module):
