@@ -357,7 +357,7 @@ class TemporalNetwork(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, config: Config) -> None:
         super().__init__()
         self.conv = nn.Conv1d(in_dim, config.model_dim, kernel_size=3, padding=1, padding_mode="replicate")
-        self.positions = nn.Parameter(torch.zeros(config.block[0], config.model_dim))  # else attention sees no order
+        self.positions = nn.Parameter(0.02 * torch.randn(config.block[0], config.model_dim))  # attention sees no order
         self.layer = nn.TransformerEncoderLayer(
             config.model_dim,
             config.num_heads,
