@@ -1747,15 +1747,17 @@ def try_each(
                 lacking[name] = f"{name}: {reason}" + (f" (rank {ranks.index})" if ranks.index else "")
     everyone = ranks.broadcast(ranks.gather(lacking))
     lacking = {name: reason for others in reversed(everyone) for name, reason in others.items()}
-    left_out |= lacking
     with ranks.first_then_others():
         if len(lacking) == 1 and not args.allow_skip_missing:
             raise UserError(f"{next(iter(lacking.values()))}, or skip such models with --allow_skip_missing")
+        if lacking and not args.allow_skip_missing:
+            hint = (
+                f"{len(lacking)} models cannot be run; do as said here, or skip such models with --allow_skip_missing"
+            )
+            raise UserError("\n  ".join([hint, *lacking.values()]))
         for reason in lacking.values():
             say(f"warning: {reason}")
-        if lacking and not args.allow_skip_missing:
-            names = ", ".join(lacking)
-            raise UserError(f"{names} cannot be run; do as said above, or skip such models with --allow_skip_missing")
+    left_out |= lacking
     return {name: value for name, value in made.items() if name not in lacking}
 
 
