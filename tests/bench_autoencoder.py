@@ -4,7 +4,7 @@ In: a folder of features, as train.py takes it. The files whose `video` matches 
 kept out of training; hold out whole sources where files come from several, or all codes look better than they are.
 Out: tables of what was held out, for latents of C / 4 channels or those of --ratios: of motion-weighted PCA, low-pass
 PCA (see train.py's `PrincipalComponents`), of the closed form on PCA's basis, of the code on its turned basis (epoch 0
-of train.py) and of the trained model (its last epoch). Their columns are those of train.py's `measure`:
+of train.py) and of the trained model (its best epoch). Their columns are those of train.py's `measure`:
 - reconstruction, motion: `FeatureErrors` over all held-out clips; total: the weighted sum of the mean squared errors,
   relative to PCA's
 - relations, of moving: the mean absolute change of the cosine between two tokens of a clip, from features to latent; of
@@ -139,7 +139,8 @@ class Codes:
         self.weights = (1.0, args.motion_weight, args.smooth_weight, 0.0)
         self.sample = Clips(files, args.input_dim).to_fit(args.seed, "cpu")
         epochs = train(files, [f"--latent_dim={latent_dim}", "--resume", *flags], args.models / f"latent_{latent_dim}")
-        models = [MotionFeatureAutoencoder.from_checkpoint(epochs[index]) for index in (0, -1)]
+        paths = epochs[0], epochs[0].with_name("motion_ae_best.pt")
+        models = [MotionFeatureAutoencoder.from_checkpoint(path) for path in paths]
         self.seconds = sum(row["seconds"] for row in load_checked(epochs[-1])["history"])
         sizes = {"PCA": latent_dim, "low-pass PCA": min(LOW_PASS * latent_dim, args.input_dim)}
         code = models[0].code
