@@ -149,28 +149,38 @@ def test_what_else_a_feature_file_says_goes_along(trained, tmp_path, run_here):
     assert (other["license"], other["fps"], other["layers"]) == ("cc-by-4.0", 12.5, [6, 12])
 
 
-def test_the_report_says_how_the_pictures_move(trained, tmp_path, run_here):
-    """Waves that move to the right, on a grid that the feature has, its file says, the flag says, or nobody knows."""
-    x = torch.arange(15.0) - 0.3 * torch.arange(6.0)[:, None]
+def waves_that_move(speed, start=0.0):
+    """[6, 10, 15, 12], to the right by `speed` cells a step, from `start` cells on."""
+    x = torch.arange(15.0) - start - speed * torch.arange(6.0)[:, None]
     waves = torch.stack([(x * k / 9 + phase).sin() for k in (4, 6) for phase in range(6)], dim=-1)  # [T, W, 12]
-    feature = waves[:, None].expand(-1, 10, -1, -1).contiguous()
+    return waves[:, None].expand(-1, 10, -1, -1).contiguous()
+
+
+def test_the_report_says_how_the_pictures_move(tmp_path, run_here):
+    """Waves that move to the right, on a grid that the feature has, its file says, the flag says, or nobody knows."""
+    feature = waves_that_move(0.3)
     source, target = tmp_path / "f", tmp_path / "z"
+    (tmp_path / "seen").mkdir()
+    for index in range(8):
+        torch.save(waves_that_move(0.1 * index - 0.4, start=3.7 * index), tmp_path / "seen" / f"{index}.pt")
+    flags = ["--save_dir", tmp_path / "ck", *SIZES, "--use_token", "--epochs", 0]
+    assert run_here("train.py", "--feature_dir", tmp_path / "seen", *flags).returncode == 0
     source.mkdir()
     flat = feature.flatten(1, 2)
     torch.save({"feature": feature}, source / "whole.pt")
     torch.save({"feature": flat, "grid": torch.tensor([10, 15])}, source / "says.pt")
     torch.save({"feature": flat, "grid": [[-10, -15], "10 x 15"]}, source / "unknown.pt")
-    counts, result = encode_folder(run_here, trained, source, target)
+    counts, result = encode_folder(run_here, [tmp_path], source, target, epoch=0)
     assert counts == [3, 0, 0] and result.stdout.count("grid unknown in 1 files") == 1
     right = {name: row["right"] for name, row in rows(target).items()}
     assert float(right["whole.pt"]) == pytest.approx(0.3, abs=0.1)
     assert right["says.pt"] == right["whole.pt"] and right["unknown.pt"] == "nan"
     unknown = torch.load(target / "unknown.pt", weights_only=True)
     assert not unknown["motion_embedding"][:, unknown["embedding_channels"].index("camera right")].any()
-    assert encode_folder(run_here, trained, source, target)[0] == [0, 3, 0]
+    assert encode_folder(run_here, [tmp_path], source, target, epoch=0)[0] == [0, 3, 0]
     assert rows(target)["whole.pt"]["right"] == right["whole.pt"]
 
-    counts, result = encode_folder(run_here, trained, source, target, "--grid", 10, 15)
+    counts, result = encode_folder(run_here, [tmp_path], source, target, "--grid", 10, 15, epoch=0)
     assert counts == [3, 0, 0] and "grid unknown" not in result.stdout
     told_right = {name: row["right"] for name, row in rows(target).items()}
     assert told_right == right | {"unknown.pt": right["says.pt"]}
