@@ -186,7 +186,7 @@ def test_the_report_says_how_the_pictures_move(tmp_path, run_here):
     assert told_right == right | {"unknown.pt": right["says.pt"]}
     told = torch.load(target / "unknown.pt", weights_only=True)
     assert told["latent"].shape == (6, 10, 15, 6)
-    counts, result = encode_folder(run_here, trained, source, target, "--grid", 9, 15)
+    counts, result = encode_folder(run_here, [tmp_path], source, target, "--grid", 9, 15, epoch=0)
     assert counts == [2, 0, 1] and "unknown.pt: N is 150, but --grid is 9 x 15" in result.stderr
 
 
