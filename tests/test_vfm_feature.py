@@ -944,6 +944,19 @@ def test_a_package_that_is_missing(clips, tmp_path, run_here, monkeypatch):
     assert result.returncode == 1 and "not run: VideoMAE: the package timm" in result.stdout
 
 
+def test_weights_that_are_missing_are_told_once(clips, tmp_path, run_here, monkeypatch):
+    """Of all models in one block: file, where it is published, flag."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = run_here(
+        "--video_dir", clips, "--output_root", tmp_path, "--models", "VideoMAEv2", "VideoMAE", "--num_frames", 4
+    )
+    first, *block = result.stderr[result.stderr.index("error: ") :].splitlines()
+    assert result.returncode == 2 and first.startswith("error: 2 models cannot be run") and not result.stdout
+    assert [line.split(":")[0].strip() for line in block] == ["VideoMAEv2", "VideoMAE"]
+    assert "vit_b_k710_dl_from_giant.pth of OpenGVLab/VideoMAE2" in block[0] and "--videomaev2_ckpt" in block[0]
+    assert result.stderr.count("--videomae_ckpt") == 1
+
+
 def test_a_feature_that_is_not_finite_is_not_written(clips, tmp_path, run_here):
     """The weights are finite, and so are the features in float32; in float16 they are not."""
     path = published_file("VideoMAEv2", tmp_path / "large.pth", **{"blocks.1.mlp.fc2.bias": torch.full((24,), 1e5)})
