@@ -292,7 +292,7 @@ def write_preview(
         told = f"{share:.0%} of the variance" if components.abs().max() > 0.01 else "NOTHING VARIES"
         if name == "features":
             reference = components
-        else:  # rotated towards the features' colours (orthogonal Procrustes)
+        elif reference.abs().max() > 0.01:  # rotated towards the features' colours (orthogonal Procrustes)
             u, _, v = torch.linalg.svd(components.flatten(0, 2).mT @ reference.flatten(0, 2))
             components = components @ (u @ v)
         pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
