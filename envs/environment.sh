@@ -23,7 +23,7 @@ make_environment() { # the folder to make it in
 
 environment="$PWD/.envs/vfm"
 PYTHON="$environment/bin/python"
-packages=("pytest>=8" "ruff==0.17.6" "imageio-ffmpeg>=0.6")
+packages=("pytest>=8" "pytest-xdist>=3.8" "ruff==0.17.6" "imageio-ffmpeg>=0.6")
 while read -r package; do packages+=("$package"); done < <(sed -n 's/^      - \([^ ]*\).*/\1/p' envs/environment.*.yaml)
 if [ "$(cat "$environment/packages" 2>/dev/null)" != "${packages[*]}" ]; then
     echo "Installing the packages into .envs/vfm: 7 GB and 5 to 15 minutes the first time, most of it to download torch."

@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . envs/environment.sh
-exec "$PYTHON" -m pytest "$@"
+export OMP_NUM_THREADS=1 # two processes, each on a core
+exec "$PYTHON" -m pytest --numprocesses 2 "$@"
