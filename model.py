@@ -178,12 +178,6 @@ def transform(x: Tensor, inverse: bool = False) -> Tensor:
     return x
 
 
-def in_frequencies(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """What `function` makes of the cosine coefficients [B, l, h, w, K] of a block x [B, t, h, w, K], or of each cell of
-    [B, t, n, K], transformed back into the layout of x."""
-    return from_grid(transform(function(transform(to_grid(x))), inverse=True), like=x)
-
-
 def principal_components(covariance: Tensor) -> Tensor:
     """Eigenvectors of a symmetric matrix in columns, largest eigenvalue first, each column's largest entry positive."""
     vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1)
@@ -357,6 +351,14 @@ class SpaceTimeCode(nn.Module):
             result[place] = function(x[place].to(self.basis), place).to(result)
         return result
 
+    def in_frequencies(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """x [B, T, ..., K] with `function` applied to the cosine coefficients [B, l, h, w, K] of each block."""
+
+        def change(block: Tensor, _: Place) -> Tensor:
+            return from_grid(transform(function(transform(to_grid(block))), inverse=True), like=block)
+
+        return self.by_block(change, x, x.shape[-1])
+
 
 class TemporalNetwork(nn.Module):
     """Temporal convolution, then a temporal transformer layer: [S, T, in_dim] -> [S, T, out_dim], S independent
@@ -454,18 +456,14 @@ class MotionFeatureEncoder(nn.Module):
         code.check(x.shape, code.input_dim)
         mean = taken = code.mean_at(x.shape)
         if not code.codes_still_part:  # differences do not determine the clip's own mean over time
-            taken = self.mean_over_time(x).expand(x.shape)
+            parts = (x[:, part].to(code.basis) for part in cut(x.shape[1], code.size[0]))
+            taken = (sum(part.sum(dim=1, keepdim=True) for part in parts) / x.shape[1]).expand(x.shape)
 
         def encode(block: Tensor, place: Place) -> Tensor:
             latent = code.encode((block - taken[place]) / code.scale) + code.centre(mean[place])
             return latent if linear else self.network(latent)
 
         return code.by_block(encode, x, code.latent_dim)
-
-    def mean_over_time(self, x: Tensor) -> Tensor:
-        """[B, T, ..., C] -> [B, 1, ..., C], on the model's device."""
-        parts = (x[:, part].to(self.code.basis) for part in cut(x.shape[1], self.code.size[0]))
-        return sum(part.sum(dim=1, keepdim=True) for part in parts) / x.shape[1]
 
 
 class MotionFeatureDecoder(nn.Module):

@@ -57,7 +57,6 @@ from model import (
     file_fingerprint,
     find_features,
     group_by_reason,
-    in_frequencies,
     load_checked,
     load_feature,
     make_folder,
@@ -153,18 +152,16 @@ def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile
     def look(path: Path) -> tuple[FeatureFile, int] | str:
         try:
             feature, metadata = load_feature(path, input_dim, mmap=True, check=False)
-            content = file_fingerprint(path)
+            *shape, channels = feature.shape
+            if input_dim is None and "model" not in metadata and channels < max(shape):
+                raise UserError(
+                    f"{path}: shape {[*shape, channels]} can have its channels on any axis; give --input_dim "
+                    f"{channels} if it is the last"
+                )
+            video = video_of(path.relative_to(folder), metadata)
+            return FeatureFile(path, tuple(shape), file_fingerprint(path), provenance(metadata), video), channels
         except (UserError, OSError) as error:
             return str(error)
-        *shape, channels = feature.shape
-        if input_dim is None and "model" not in metadata and channels < max(shape):
-            return (
-                f"{path}: shape {[*shape, channels]} can have its channels on any axis; give --input_dim {channels} if "
-                "it is the last"
-            )
-        return FeatureFile(
-            path, tuple(shape), content, provenance(metadata), video_of(path.relative_to(folder), metadata)
-        ), channels
 
     paths = find_features(folder)
     with ThreadPoolExecutor() as pool:
@@ -497,7 +494,7 @@ class PrincipalComponents:
     def encode(self, x: Tensor) -> Tensor:
         latent = self.centre(x) @ self.basis
         if self.count > self.code.latent_dim:
-            latent = self.code.by_block(lambda block, _: in_frequencies(self.low_pass, block), latent, self.count)
+            latent = self.code.in_frequencies(self.low_pass, latent)
         return latent + self.mean(x.shape)
 
     def low_pass(self, coefficients: Tensor) -> Tensor:
