@@ -858,11 +858,11 @@ def train(
     for epoch in range(first, args.epochs + 1):
         start = time.perf_counter()
         torch.manual_seed(args.seed + epoch + 1_000_003 * ranks.index)  # all chance of an epoch but the order of clips
-        trained, rate = {}, 0.0
+        trained, rates = {}, [0.0]
         if epoch:
             parts = train_set.batches(args.batch_size, args.seed, epoch)
             steps = range((epoch - 1) * len(parts), epoch * len(parts))
-            *_, rate = rates = [learning_rate(index, args.epochs * len(parts), args.lr) for index in steps]
+            rates = [learning_rate(index, args.epochs * len(parts), args.lr) for index in steps]
             batches = train_set.read_batches(parts, args.num_workers, args.device)
             trained = train_epoch(model, step, optimizer, batches, rates, args)
         if ranks.index > 0:
@@ -871,7 +871,7 @@ def train(
         measured = measure(model, val_set.to_measure(args.seed, args.device), loss_weights(args))
         ratios = compare(measured, last["pca_errors"], loss_weights(args))
         groups = {"train": trained, "val": measured, "pca": last["pca_errors"], "ratio": ratios}
-        row = {"epoch": epoch, "lr": rate, "seconds": time.perf_counter() - start}
+        row = {"epoch": epoch, "lr": rates[-1], "seconds": time.perf_counter() - start}
         row |= {f"{group}_{name}": value for group in groups for name, value in groups[group].items()}
         last["history"].append(row)
         last |= {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
