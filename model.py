@@ -1196,21 +1196,23 @@ class Ranks:
             raise UserError(f"--device {name} is not on this machine; use cpu, cuda or cuda:N") from None
         return device
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in their order, on every rank."""
-        values = [value] * self.count
-        if self.count > 1:
-            try:
-                dist.all_gather_object(values, value)
-            except RuntimeError:  # the connection is closed
-                if self.index > 0:
-                    os._exit(2)  # an orderly exit can abort in the broken process group (torch 2.10)
-                raise UserError("another process of this run has ended; what it said says why") from None
-        return values
+    @contextmanager
+    def in_touch(self) -> Iterator[None]:
+        """For a step in which ranks wait for each other."""
+        try:
+            yield
+        except RuntimeError:  # the connection is closed
+            if self.index > 0:
+                os._exit(2)  # an orderly exit can abort in the broken process group (torch 2.10)
+            raise UserError("another process of this run has ended; what it said says why") from None
 
     def broadcast(self, value: Any = None) -> Any:
         """Rank 0's `value`, on every rank."""
-        return self.gather(value if self.index == 0 else None)[0]
+        values = [value]
+        if self.count > 1:
+            with self.in_touch():
+                dist.broadcast_object_list(values)
+        return values[0]
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """What `make` returns on rank 0, which alone calls it, on every rank. An error there ends all."""
@@ -1225,6 +1227,14 @@ class Ranks:
         yield
         if self.index == 0:
             self.broadcast()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in their order, on rank 0; on the others an empty list."""
+        values = [value] * self.count if self.index == 0 else []
+        if self.count > 1:
+            with self.in_touch():
+                dist.gather_object(value, values or None)
+        return values
 
 
 ranks = Ranks()

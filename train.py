@@ -322,11 +322,11 @@ class Clips:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def weighted_moment(sequences: list[Tensor], recon_weight: float, motion_weight: float) -> Tensor:
-    """recon_weight * E[x x^T] + motion_weight * E[delta_x delta_x^T], [C, C], of centred sequences [S, T, C] each."""
-    total = sequences[0].new_zeros(2, *[sequences[0].shape[-1]] * 2, dtype=torch.float64)
+def weighted_moment(clips: list[Tensor], recon_weight: float, motion_weight: float) -> Tensor:
+    """recon_weight * E[x x^T] + motion_weight * E[delta_x delta_x^T], [C, C], of centred clips [1, T, ..., C]."""
+    total = clips[0].new_zeros(2, *[clips[0].shape[-1]] * 2, dtype=torch.float64)
     counts = [0, 0]
-    for x in sequences:
+    for x in map(to_sequences, clips):
         for index, rows in enumerate((x.flatten(0, 1), x.diff(dim=1).flatten(0, 1))):  # [S * T, C], [S * (T - 1), C]
             total[index] += rows.mT @ rows
             counts[index] += len(rows)
@@ -427,7 +427,7 @@ def fit_code(
     scale = scale or 1.0
     normalised = [x / scale for x in centred]
 
-    moment = weighted_moment([to_sequences(x[None]) for x in normalised], recon_weight, motion_weight)
+    moment = weighted_moment([x[None] for x in normalised], recon_weight, motion_weight)
     basis = principal_components(moment)
     kept = sum((x @ basis[:, : code.latent_dim].to(x)).square().sum(dim=-1).mean() for x in normalised) / len(clips)
     # The mean becomes as much shorter as what is left of the rest.
@@ -482,7 +482,7 @@ class PrincipalComponents:
 
     def __init__(self, code: SpaceTimeCode, clips: list[Tensor], weights: LossWeights, count: int) -> None:
         self.code, self.count = code, count
-        moment = weighted_moment([to_sequences(self.centre(x[None])) for x in clips], *weights[:2])
+        moment = weighted_moment([self.centre(x[None]) for x in clips], *weights[:2])
         self.basis = principal_components(moment)[:, :count].float()
 
     def centre(self, x: Tensor) -> Tensor:
