@@ -806,8 +806,8 @@ class MotionFeatureAutoencoder(nn.Module):
         with torch.autocast(latent.device.type, enabled=False):
             latent = code.by_block(lambda block, _: self.network.inverse(block), latent, dim)
             mean = code.mean_at(latent.shape)
-            means = (latent.float() - code.centre(mean).to(latent.device)).flatten(2, -2).mean(dim=2)
-            content = CONTENT * means[..., : dim - motion_dim]
+            shared = code.centre(mean).to(latent.device)  # by all clips
+            content = CONTENT * (latent.float() - shared).flatten(2, -2).mean(dim=2)[..., : dim - motion_dim]
             if latent.ndim == 4:
                 return nn.functional.pad(content, (0, motion_dim))
             # In components movement shows best; those beyond D are known from extras, and tell zoom.
