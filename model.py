@@ -101,9 +101,8 @@ class Config:
     dropout: float = 0.1
     use_token: bool = False  # the encoder sees [x, delta_x], not delta_x alone: what stands still is coded too
     block: Size = (24, 16, 16)  # the most time steps, rows and columns that are coded together
-    clip_shape: tuple[
-        int, ...
-    ] = ()  # T, N or T, H, W of the clips trained on, 1 where they differ; () if the layouts do
+    # T, N or T, H, W of the clips trained on, ones where they have several; () where some have a grid and some none.
+    clip_shape: tuple[int, ...] = ()
     version: int = CODE_VERSION
 
     def __post_init__(self) -> None:
@@ -122,14 +121,15 @@ class Config:
 
 
 def to_sequences(x: Tensor) -> Tensor:
-    """[B, T, N, C] or [B, T, H, W, C] -> [B * N, T, C]: each spatial position is a sequence of its own."""
-    return x.flatten(2, -2).transpose(1, 2).flatten(0, 1)
+    """[B, T, N, C] or [B, T, H, W, C] -> [B * N, T, C]: each spatial position is a sequence of its own. Of [S, T, C]
+    each is one already."""
+    return x.movedim(1, -2).flatten(0, -3)
 
 
 def from_sequences(sequences: Tensor, like: Tensor) -> Tensor:
-    """[B * N, T, D] -> the layout of `like` ([B, T, N, ...] or [B, T, H, W, ...]) with D channels."""
-    batch, length = like.shape[:2]
-    return sequences.unflatten(0, (batch, -1)).transpose(1, 2).reshape(batch, length, *like.shape[2:-1], -1)
+    """[B * N, T, D] -> the layout of `like` ([B, T, N, ...], [B, T, H, W, ...] or [S, T, ...]) with D channels."""
+    batch, length, *cells, _ = like.shape
+    return sequences.view(batch, *cells, length, -1).movedim(-2, 1)
 
 
 def to_grid(x: Tensor) -> Tensor:
@@ -182,17 +182,6 @@ def principal_components(covariance: Tensor) -> Tensor:
     """Eigenvectors of a symmetric matrix in columns, largest eigenvalue first, each column's largest entry positive."""
     vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1)
     return vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
-
-
-def weighted_moment(sequences: list[Tensor], recon_weight: float, motion_weight: float) -> Tensor:
-    """recon_weight * E[x x^T] + motion_weight * E[delta_x delta_x^T], [C, C], of centred sequences [S, T, C] each."""
-    total = sequences[0].new_zeros(2, *[sequences[0].shape[-1]] * 2, dtype=torch.float64)
-    counts = [0, 0]
-    for x in sequences:
-        for index, rows in enumerate((x.flatten(0, 1), x.diff(dim=1).flatten(0, 1))):  # [S * T, C], [S * (T - 1), C]
-            total[index] += rows.mT @ rows
-            counts[index] += len(rows)
-    return recon_weight * total[0] / counts[0] + motion_weight * total[1] / max(counts[1], 1)
 
 
 def resize_table(table: Tensor, size: Size) -> Tensor:
@@ -279,6 +268,12 @@ class SpaceTimeCode(nn.Module):
         share = self.mean_share * self.codes_still_part / self.scale
         return mean @ (share * self.basis[:, : self.latent_dim] * self.gain)
 
+    def write_tables(self, energy: Tensor, importance: Tensor, **tables: Tensor) -> None:
+        """Set the mean energy of each coefficient of a block [*size, C], the importance of one of energy 1, by
+        frequency over time, of components < D and of the others [l, 2], and the other buffers."""
+        energy, importance = ((x.clamp_min(2.0**-30).log2() * LEVELS).round().int() for x in (energy, importance))
+        self.load_state_dict({**tables, "energy": (energy + TOP).clamp(0, 255), "weight": importance})
+
     def energies(self, size: Size, weighted: bool = False) -> Tensor:
         """The mean energy of each coefficient of a block of `size`, or its importance, [l, h, w, C] in float64."""
         levels = self.energy.int() - TOP
@@ -317,6 +312,13 @@ class SpaceTimeCode(nn.Module):
         gain = gain * damping.to(gain).repeat_interleave(len(slot) // size[0])
         return slot, gain, energy * gain.square()
 
+    def block_energy(self, components: Tensor) -> Tensor:
+        """The mean energy of the coefficients of the blocks of a clip's components [T, ..., C], [*size, C] in
+        float64."""
+        parts = (components[None][place] for place in blocks(components.shape[:-1], self.size))
+        energies = [resize_table(transform(to_grid(part)).square().mean(dim=0), self.size) for part in parts]
+        return sum(energies) / len(energies)
+
     def spread(self) -> Tensor:
         """The root mean square of each component, [C]."""
         return self.energies(self.size).mean(dim=(0, 1, 2)).sqrt().clamp_min(1e-3).to(self.basis)
@@ -349,6 +351,14 @@ class SpaceTimeCode(nn.Module):
             result[place] = function(x[place].to(self.basis), place).to(result)
         return result
 
+    def in_frequencies(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """x [B, T, ..., K] with `function` applied to the cosine coefficients [B, l, h, w, K] of each block."""
+
+        def change(block: Tensor, _: Place) -> Tensor:
+            return from_grid(transform(function(transform(to_grid(block))), inverse=True), like=block)
+
+        return self.by_block(change, x, x.shape[-1])
+
 
 class TemporalNetwork(nn.Module):
     """Temporal convolution, then a temporal transformer layer: [S, T, in_dim] -> [S, T, out_dim], S independent
@@ -378,7 +388,7 @@ class TemporalNetwork(nn.Module):
 
 
 class InvertibleNetwork(nn.Module):
-    """What training adds to the code's latent, [S, T, D] -> [S, T, D] over time for each position, and takes off again.
+    """What training adds to the code's latent [B, T, ..., D], over time for each position, and takes off again.
 
     Additive coupling (NICE, https://arxiv.org/abs/1410.8516; RealNVP, https://arxiv.org/abs/1605.08803): to odd
     channels is added what a `TemporalNetwork` makes of even ones, then the other way round, `num_layers` times; at last
@@ -414,17 +424,18 @@ class InvertibleNetwork(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         if self.at_rest:
             return z
+        latent = to_sequences(z)
         for layer in range(len(self.networks)):
-            z = self.couple(z, layer, 1)
-        return z * self.log_gain.exp() + self.offset
+            latent = self.couple(latent, layer, 1)
+        return from_sequences(latent * self.log_gain.exp() + self.offset, like=z)
 
     def inverse(self, latent: Tensor) -> Tensor:
         if self.at_rest:
             return latent
-        z = (latent - self.offset) / self.log_gain.exp()
+        z = (to_sequences(latent) - self.offset) / self.log_gain.exp()
         for layer in reversed(range(len(self.networks))):
             z = self.couple(z, layer, -1)
-        return z
+        return from_sequences(z, like=latent)
 
 
 class MotionFeatureEncoder(nn.Module):
@@ -445,18 +456,14 @@ class MotionFeatureEncoder(nn.Module):
         code.check(x.shape, code.input_dim)
         mean = taken = code.mean_at(x.shape)
         if not code.codes_still_part:  # differences do not determine the clip's own mean over time
-            taken = self.mean_over_time(x).expand(x.shape)
+            parts = (x[:, part].to(code.basis) for part in cut(x.shape[1], code.size[0]))
+            taken = (sum(part.sum(dim=1, keepdim=True) for part in parts) / x.shape[1]).expand(x.shape)
 
         def encode(block: Tensor, place: Place) -> Tensor:
             latent = code.encode((block - taken[place]) / code.scale) + code.centre(mean[place])
-            return latent if linear else from_sequences(self.network(to_sequences(latent)), like=latent)
+            return latent if linear else self.network(latent)
 
         return code.by_block(encode, x, code.latent_dim)
-
-    def mean_over_time(self, x: Tensor) -> Tensor:
-        """[B, T, ..., C] -> [B, 1, ..., C], on the model's device."""
-        parts = (x[:, part].to(self.code.basis) for part in cut(x.shape[1], self.code.size[0]))
-        return sum(part.sum(dim=1, keepdim=True) for part in parts) / x.shape[1]
 
 
 class MotionFeatureDecoder(nn.Module):
@@ -486,16 +493,9 @@ class MotionFeatureDecoder(nn.Module):
         if noise is not None:
             noise = noise / (2 * self.network.log_gain).exp()  # before its gain; what it adds hardly magnifies noise
         for place in blocks(latent.shape[1:-1], code.size):
-            linear = self.without_network(latent[place].to(code.basis)) - code.centre(mean[place])
+            linear = self.network.inverse(latent[place].to(code.basis)) - code.centre(mean[place])
             components = code.components(linear, code.input_dim, noise)
             yield place, components @ code.basis.mT * code.scale + mean[place]
-
-    def linear(self, latent: Tensor) -> Tensor:
-        """A latent -> the code's, without what the network did to it."""
-        return self.code.by_block(lambda block, _: self.without_network(block), latent, self.code.latent_dim)
-
-    def without_network(self, block: Tensor) -> Tensor:
-        return from_sequences(self.network.inverse(to_sequences(block)), like=block)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -699,12 +699,12 @@ def motion_of_part(maps: Tensor) -> Tensor:
         camera_flow = torch.einsum("nk,kihw->nihw", camera, inner(camera_flows(height, width, a)))
         objects = (flow - camera_flow).square().sum(dim=1).mean(dim=(1, 2))
         length_of_change = (change / channels + STILL**2).sqrt() - STILL
-        steps = [picture, camera, torch.stack([apparent, fit, objects, length_of_change], dim=1)]
-        picture, camera, steps = (x.unflatten(0, (batch, -1)) for x in steps)  # [B, T - 1, ...]
-        picture = smooth_over_time(picture, CELLS_OVER)
-        shift, turn_zoom = camera.split(2, dim=2)
+        shift, turn_zoom, picture, apparent, fit, objects, length_of_change = (
+            x.reshape(batch, length - 1, -1)
+            for x in (camera[:, :2], camera[:, 2:], picture, apparent, fit, objects, length_of_change)
+        )
         shift, turn_zoom = smooth_over_time(shift, CAMERA_OVER), smooth_over_time(turn_zoom, TURN_ZOOM_OVER)
-        apparent, fit, objects, length_of_change = steps.split(1, dim=2)
+        picture = smooth_over_time(picture, CELLS_OVER)
         speed, apparent, objects = (
             (1 + square / REST**2).log() / 2 for square in (shift.square().sum(dim=2, keepdim=True), apparent, objects)
         )
@@ -728,7 +728,6 @@ class MotionFeatureAutoencoder(nn.Module):
         self.config = asdict(config)
         self.trained_on = ""  # `provenance` of the features
         self.frozen = False
-        self.map_dim = min(config.latent_dim * 3 // 2, config.input_dim)  # components that movement is read from
         self.code, self.network = SpaceTimeCode(config), InvertibleNetwork(config)
         # In a tuple, so that the state dict names each weight once.
         self.halves = MotionFeatureEncoder(self.code, self.network), MotionFeatureDecoder(self.code, self.network)
@@ -803,32 +802,23 @@ class MotionFeatureAutoencoder(nn.Module):
         `describe_motion_embedding` says what the channels are. Those of motion are 0 for [B, T, N, D], where it is not
         known which cells are neighbours.
         """
+        code, dim, motion_dim = self.code, latent.shape[-1], len(motion_names(latent.shape[-1]))
         with torch.autocast(latent.device.type, enabled=False):
-            latent = self.decoder.linear(latent)
-            motion = motion_channels(self.maps(latent)) if latent.ndim == 5 else None
-            return self.with_content(latent, motion)
+            latent = code.by_block(lambda block, _: self.network.inverse(block), latent, dim)
+            mean = code.mean_at(latent.shape)
+            shared = code.centre(mean).to(latent.device)  # by all clips
+            content = CONTENT * (latent.float() - shared).flatten(2, -2).mean(dim=2)[..., : dim - motion_dim]
+            if latent.ndim == 4:
+                return nn.functional.pad(content, (0, motion_dim))
+            # In components movement shows best; those beyond D are known from extras, and tell zoom.
+            count = min(dim * 3 // 2, code.input_dim)
+            spread = code.spread()[:count]
 
-    def maps(self, latent: Tensor) -> Tensor:
-        """The code's latent [B, T, H, W, D] -> what `motion_channels` sees, [B, T, H, W, map_dim]: the components, each
-        divided by its spread. In these movement shows best; those beyond D are known from extras, and tell zoom."""
-        mean, spread = self.code.mean_at(latent.shape), self.code.spread()[: self.map_dim]
+            def maps(block: Tensor, place: Place) -> Tensor:
+                return code.components(block - code.centre(mean[place]), count) / spread
 
-        def maps(block: Tensor, place: Place) -> Tensor:
-            return self.code.components(block - self.code.centre(mean[place]), self.map_dim) / spread
-
-        return self.code.by_block(maps, latent, self.map_dim)
-
-    def with_content(self, latent: Tensor, motion: Tensor | None) -> Tensor:
-        """A latent and its `motion_channels`, or None where the grid is unknown -> its motion embedding."""
-        latent_dim = latent.shape[-1]
-        motion_dim = len(motion_names(latent_dim))
-        content_dim = latent_dim - motion_dim
-        shared = self.code.centre(self.code.mean_at(latent.shape)).to(latent.device)  # what all clips share
-        means = (latent.float() - shared).flatten(2, -2).mean(dim=2)
-        content = CONTENT * means[..., :content_dim]
-        if motion is None:
-            return nn.functional.pad(content, (0, motion_dim))
-        return torch.cat([content, motion[..., :motion_dim]], dim=2)
+            motion = motion_channels(code.by_block(maps, latent, count))
+            return torch.cat([content, motion[..., :motion_dim]], dim=2)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         latent = self.encode(x)

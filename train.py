@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -45,21 +46,16 @@ from losses import (
     token_relations,
 )
 from model import (
-    LEVELS,
     MODEL_FLAGS,
-    TOP,
     ArgumentParser,
     Config,
     MotionFeatureAutoencoder,
-    Place,
     SpaceTimeCode,
     UserError,
     blocks,
     cut,
     file_fingerprint,
     find_features,
-    from_grid,
-    from_sequences,
     group_by_reason,
     load_checked,
     load_feature,
@@ -68,15 +64,10 @@ from model import (
     principal_components,
     provenance,
     ranks,
-    resize_table,
     run_script,
     save_atomically,
     say,
-    temporal_difference,
-    to_grid,
     to_sequences,
-    transform,
-    weighted_moment,
     whole_file,
 )
 
@@ -86,11 +77,8 @@ OWN_WEIGHT = 0.3  # of the energy of components < D beside its own, in the choic
 GAIN_POWER = 0.4  # each channel is divided by its spread to this power
 LOW_PASS = 2  # times as many components as the latent has channels, half of whose frequencies are kept
 TURN_CLIPS, TURN_TOKENS = 128, 256  # whose cosines turn the basis: clips, and tokens of each, all and moving ones
-TURN_STEPS, TURN_PASSES, TURN_RATE = (
-    400,
-    6,
-    3e-3,
-)  # at most; passes over the clips; learning rate, of a token of length 1
+TURN_STEPS, TURN_PASSES = 400, 6  # of the optimizer, at most: steps, and passes over the clips
+TURN_RATE = 3e-3  # its learning rate, where features have 352 channels
 STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
 STEP_PAIRED = 384  # tokens of a clip, between which a step sees all cosines
 SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured
@@ -164,18 +152,16 @@ def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile
     def look(path: Path) -> tuple[FeatureFile, int] | str:
         try:
             feature, metadata = load_feature(path, input_dim, mmap=True, check=False)
-            content = file_fingerprint(path)
+            *shape, channels = feature.shape
+            if input_dim is None and "model" not in metadata and channels < max(shape):
+                raise UserError(
+                    f"{path}: shape {[*shape, channels]} can have its channels on any axis; give --input_dim "
+                    f"{channels} if it is the last"
+                )
+            video = video_of(path.relative_to(folder), metadata)
+            return FeatureFile(path, tuple(shape), file_fingerprint(path), provenance(metadata), video), channels
         except (UserError, OSError) as error:
             return str(error)
-        *shape, channels = feature.shape
-        if input_dim is None and "model" not in metadata and channels < max(shape):
-            return (
-                f"{path}: shape {[*shape, channels]} can have its channels on any axis; give --input_dim {channels} if "
-                "it is the last"
-            )
-        return FeatureFile(
-            path, tuple(shape), content, provenance(metadata), video_of(path.relative_to(folder), metadata)
-        ), channels
 
     paths = find_features(folder)
     with ThreadPoolExecutor() as pool:
@@ -230,12 +216,15 @@ def split_files(
     return [file for file in files if file.video not in held_out], [file for file in files if file.video in held_out]
 
 
+Part = tuple[int, slice]  # of a clip: its index, and the time steps
+
+
 class Clips:
     """Clips, of which parts are read: some blocks of time steps of the whole grid."""
 
     def __init__(self, files: list[FeatureFile], input_dim: int) -> None:
         self.files, self.input_dim, self.checked = files, input_dim, set()
-        sizes = [(*file.shape, 1)[:3] if len(file.shape) == 3 else (file.shape[0], 1, 1) for file in files]
+        sizes = [file.shape if len(file.shape) == 3 else (file.shape[0], 1, 1) for file in files]
         # The largest of the blocks that they are cut into.
         self.block = tuple(
             max(cut(length, most)[0].stop for length in lengths)
@@ -245,7 +234,7 @@ class Clips:
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, index: int, place: Place = (slice(None),)) -> Tensor:
+    def read(self, index: int, place: tuple[slice, ...] = (slice(None),)) -> Tensor:
         """A part of a clip [T, N, C] or [T, H, W, C], in the dtype of its file."""
         path = self.files[index].path
         clip, _ = load_feature(path, self.input_dim, mmap=True, check=index not in self.checked)
@@ -289,56 +278,40 @@ class Clips:
                 break
         return sample
 
+    def batches(self, batch_size: int, seed: int, epoch: int) -> list[list[Part]]:
+        """This rank's share of the batches of an epoch, in an order that depends on (seed, epoch): all parts of all
+        clips, in a batch those of one shape.
 
-Key = tuple[int, slice]  # of a part: the clip's index, and its time steps
-
-
-class EqualShapeBatches:
-    """This rank's share of batches of parts of clips, each of one shape, in an order that depends on (seed, epoch). An
-    epoch has all parts of all clips.
-
-    Every rank has as many parts of each batch as the others: those of a shape are filled up from their start, as
-    torch's DistributedSampler does.
-    """
-
-    def __init__(self, clips: Clips, batch_size: int, seed: int) -> None:
-        self.clips, self.size, self.seed = clips, batch_size * ranks.count, seed
-        self.groups: dict[tuple[int, ...], list[Key]] = {}  # by the parts' shape
-        for index, file in enumerate(clips.files):
-            for part in clips.parts(index):
-                self.groups.setdefault((part.stop - part.start, *file.shape[1:]), []).append((index, part))
-
-    def __len__(self) -> int:
-        return sum(math.ceil(len(group) / self.size) for group in self.groups.values())
-
-    def keys(self, epoch: int) -> list[list[Key]]:
-        chance = random.Random(f"{self.seed} {epoch}")
-        batches = []
-        for group in self.groups.values():
+        Every rank has as many parts of each batch as the others: those of a shape are filled up from their start, as
+        torch's DistributedSampler does.
+        """
+        groups: dict[tuple[int, ...], list[Part]] = {}  # by the parts' shape
+        for index, file in enumerate(self.files):
+            for part in self.parts(index):
+                groups.setdefault((part.stop - part.start, *file.shape[1:]), []).append((index, part))
+        chance, batches, size = random.Random(f"{seed} {epoch}"), [], batch_size * ranks.count
+        for group in groups.values():
             order = chance.sample(group, len(group))
             order += [order[i % len(order)] for i in range(-len(order) % ranks.count)]
-            batches += [order[start : start + self.size] for start in range(0, len(order), self.size)]
+            batches += [order[start : start + size] for start in range(0, len(order), size)]
         chance.shuffle(batches)
         return [batch[ranks.index :: ranks.count] for batch in batches]
 
-    def read(self, epoch: int, num_workers: int, device: str) -> Iterator[Tensor]:
-        """The batches of an epoch, [B, T, ..., C] in float32 on `device`. Threads read ahead: tensors copy and convert
-        without Python's lock, and processes would need shared memory, of which containers have little."""
+    def read_batches(self, batches: list[list[Part]], num_workers: int, device: str) -> Iterator[Tensor]:
+        """Batches [B, T, ..., C] in float32 on `device`. Threads read ahead: tensors copy and convert without Python's
+        lock, and processes would need shared memory, of which containers have little."""
 
-        def stack(batch: list[Key]) -> Tensor:
-            clips = torch.stack([self.clips.read(index, (part,)) for index, part in batch])
+        def stack(batch: list[Part]) -> Tensor:
+            clips = torch.stack([self.read(index, (part,)) for index, part in batch])
             return clips.pin_memory() if torch.device(device).type == "cuda" else clips
 
+        to_read, ahead = iter(batches), collections.deque()
         with ThreadPoolExecutor(max(1, num_workers)) as pool:
-            batches = self.keys(epoch)
-            ahead = collections.deque(pool.submit(stack, batch) for batch in batches[: 1 + num_workers])
             try:
-                for index in tqdm(
-                    range(len(batches)), unit="batch", leave=False, disable=True if ranks.index else None
-                ):
+                for _ in tqdm(batches, unit="batch", leave=False, disable=True if ranks.index else None):
+                    more = itertools.islice(to_read, 2 + num_workers - len(ahead))
+                    ahead.extend(pool.submit(stack, batch) for batch in more)
                     clips = ahead.popleft().result()
-                    if index + 1 + num_workers < len(batches):
-                        ahead.append(pool.submit(stack, batches[index + 1 + num_workers]))
                     yield clips.to(device, non_blocking=True).float()  # float16 travels, float32 is computed with
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -347,6 +320,17 @@ class EqualShapeBatches:
 # ---------------------------------------------------------------------------------------------------------------------
 # The linear code, in closed form
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def weighted_moment(clips: list[Tensor], recon_weight: float, motion_weight: float) -> Tensor:
+    """recon_weight * E[x x^T] + motion_weight * E[delta_x delta_x^T], [C, C], of centred clips [1, T, ..., C]."""
+    total = clips[0].new_zeros(2, *[clips[0].shape[-1]] * 2, dtype=torch.float64)
+    counts = [0, 0]
+    for x in map(to_sequences, clips):
+        for index, rows in enumerate((x.flatten(0, 1), x.diff(dim=1).flatten(0, 1))):  # [S * T, C], [S * (T - 1), C]
+            total[index] += rows.mT @ rows
+            counts[index] += len(rows)
+    return recon_weight * total[0] / counts[0] + motion_weight * total[1] / max(counts[1], 1)
 
 
 def position_means(clips: list[Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -378,13 +362,6 @@ def frequency_weight(code: SpaceTimeCode, recon_weight: float, motion_weight: fl
     else:
         jumps = changes[:2].amax() * constant
     return (recon_weight + motion_weight * (changes + jumps)).double()
-
-
-def block_energy(code: SpaceTimeCode, components: Tensor) -> Tensor:
-    """The mean energy of the coefficients of a clip's blocks, [*code.size, C] in float64; components: [T, ..., C]."""
-    parts = [to_grid(components[None][place]) for place in blocks(components.shape[:-1], code.size)]
-    energies = [resize_table(transform(part).square().mean(dim=0), code.size) for part in parts]
-    return sum(energies) / len(energies)
 
 
 @torch.enable_grad()
@@ -436,9 +413,9 @@ def fit_code(
     `clip_shape`, where the code's config names one. Raises `UserError` for features too large to square.
 
     Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x), with a `relation_weight` those of
-    `turned_basis`. Coefficients kept: those of most
-    energy, weighted by what an error in each frequency adds to the loss; components < D count more (`OWN_WEIGHT`), at
-    any frequency alike, since the cosines between tokens feel what is lost of a token's own channels alike.
+    `turned_basis`. Coefficients kept: those of most energy, weighted by what an error in each frequency adds to the
+    loss; components < D count more (`OWN_WEIGHT`), at any frequency alike, since the cosines between tokens feel what
+    is lost of a token's own channels alike.
     """
     if not code.codes_still_part:  # decoding cannot restore it, so no coefficient is spent on it
         recon_weight, motion_weight = 0.0, 1.0
@@ -450,12 +427,11 @@ def fit_code(
     scale = scale or 1.0
     normalised = [x / scale for x in centred]
 
-    moment = weighted_moment([to_sequences(x[None]) for x in normalised], recon_weight, motion_weight)
+    moment = weighted_moment([x[None] for x in normalised], recon_weight, motion_weight)
     basis = principal_components(moment)
     kept = sum((x @ basis[:, : code.latent_dim].to(x)).square().sum(dim=-1).mean() for x in normalised) / len(clips)
-    share = (
-        kept / code.input_dim
-    ).sqrt() * code.codes_still_part  # the mean becomes as much shorter as what is left of the rest
+    # The mean becomes as much shorter as what is left of the rest.
+    share = (kept / code.input_dim).sqrt() * code.codes_still_part
     if relation_weight and code.latent_dim < code.input_dim:
         pairs = [
             (x if code.codes_still_part else own, own + share * mean.to(own))
@@ -463,7 +439,7 @@ def fit_code(
         ]
         basis = turned_basis(code, basis, moment, pairs)
     basis = basis.to(code.basis)
-    energy = sum(block_energy(code, x @ basis) for x in normalised) / len(clips)
+    energy = sum(code.block_energy(x @ basis) for x in normalised) / len(clips)
     parts = energy.split([code.latent_dim, code.input_dim - code.latent_dim], dim=-1)
     # True energies fall with the rank, of own components and of the others; another order is noise.
     energy = torch.cat([part.sort(dim=-1, descending=True).values for part in parts], dim=-1)
@@ -472,24 +448,18 @@ def fit_code(
     importance = torch.stack([weight + OWN_WEIGHT * weight.mean(), weight], dim=1)
     spread = energy[..., : code.latent_dim].mean(dim=(0, 1, 2)).sqrt().clamp_min(1e-3)
     gain = spread**-GAIN_POWER
-    tables = {
-        "mean": mean.expand(code.mean.shape),
-        "scale": torch.tensor(scale),
-        "basis": basis,
-        "mean_share": share,
-        "gain": gain / (spread * gain).square().mean().sqrt(),
+    code.write_tables(
+        energy,
+        importance,
+        mean=mean.expand(code.mean.shape),
+        scale=torch.tensor(scale),
+        basis=basis,
+        mean_share=share,
+        gain=gain / (spread * gain).square().mean().sqrt(),
         # Whittaker's smoother, argmin_y |z - y|^2 + smoothing * |delta y|^2, divides each frequency by a number, which
         # decoding undoes. A fifth of the weight: the default then changes the error of the cosines by 1 %.
-        "smoothing": torch.tensor(smooth_weight / 5),
-        "energy": (to_levels(energy) + TOP).clamp(0, 255),
-        "weight": to_levels(importance),
-    }
-    code.load_state_dict(tables)
-
-
-def to_levels(energy: Tensor) -> Tensor:
-    """Energies as levels of the code's integers: `LEVELS` to an octave, 0 that of 1."""
-    return (energy.clamp_min(2.0**-30).log2() * LEVELS).round().int()
+        smoothing=torch.tensor(smooth_weight / 5),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,7 +482,7 @@ class PrincipalComponents:
 
     def __init__(self, code: SpaceTimeCode, clips: list[Tensor], weights: LossWeights, count: int) -> None:
         self.code, self.count = code, count
-        moment = weighted_moment([to_sequences(self.centre(x[None])) for x in clips], *weights[:2])
+        moment = weighted_moment([self.centre(x[None]) for x in clips], *weights[:2])
         self.basis = principal_components(moment)[:, :count].float()
 
     def centre(self, x: Tensor) -> Tensor:
@@ -524,16 +494,14 @@ class PrincipalComponents:
     def encode(self, x: Tensor) -> Tensor:
         latent = self.centre(x) @ self.basis
         if self.count > self.code.latent_dim:
-            latent = self.code.by_block(self.low_pass, latent, self.count)
+            latent = self.code.in_frequencies(self.low_pass, latent)
         return latent + self.mean(x.shape)
 
-    def low_pass(self, block: Tensor, _: Place) -> Tensor:
-        coefficients = transform(to_grid(block))
-        axes = [torch.arange(size, device=block.device) / size for size in coefficients.shape[1:4]]
+    def low_pass(self, coefficients: Tensor) -> Tensor:
+        axes = [torch.arange(size, device=coefficients.device) / size for size in coefficients.shape[1:4]]
         order = sum(axis.square() for axis in torch.meshgrid(*axes, indexing="ij")).flatten().argsort(stable=True)
         dropped = order[round(len(order) * self.code.latent_dim / self.count) :]
-        coefficients = coefficients.flatten(1, 3).index_fill(1, dropped, 0.0).view_as(coefficients)
-        return from_grid(transform(coefficients, inverse=True), like=block)
+        return coefficients.flatten(1, 3).index_fill(1, dropped, 0.0).view_as(coefficients)
 
     def decode(self, latent: Tensor) -> Tensor:
         return (latent - self.mean(latent.shape)) @ self.basis.mT + self.code.mean_at(latent.shape)
@@ -602,7 +570,7 @@ class TrainingStep(nn.Module):
         """x: features [B, T, P, C] of P positions, the first half of them of all and the others of those that move, z:
         their latents [B, T, P, D], moving: [B, T, P], which of these tokens are of the tenth that moves most."""
         parts = [z[:, part] for part in cut(z.shape[1], self.steps)]
-        latent = torch.cat([from_sequences(self.network(to_sequences(part)), like=part) for part in parts], dim=1)
+        latent = torch.cat([self.network(part) for part in parts], dim=1)
         latent, half = latent.float(), -(-x.shape[2] // 2)
         terms = {
             "relations": relation_error(x[:, :, :half].flatten(1, 2), latent[:, :, :half].flatten(1, 2)),
@@ -616,7 +584,7 @@ class TrainingStep(nn.Module):
 def find_moving(x: Tensor, least: int) -> tuple[Tensor, Tensor]:
     """Of clips [B, T, N, C]: the quarter of the positions that moves most in any of the clips, or the `least` that are
     needed, [Q]; and of all tokens which are of the tenth that moves most, [B, T, N]."""
-    moves = temporal_difference(x).norm(dim=-1)  # [B, T, N]
+    moves = nn.functional.pad(x.diff(dim=1).norm(dim=-1), (0, 0, 1, 0))  # [B, T, N]
     fast = (moves / moves.mean(dim=(1, 2), keepdim=True).clamp_min(1e-12)).mean(dim=(0, 1)).argsort(descending=True)
     ranks_of = moves.flatten(1).argsort(descending=True).argsort()
     moving = (ranks_of < -(-ranks_of.shape[1] // 10)).view_as(moves)
@@ -683,23 +651,23 @@ def noise_table(
     """Reconstruction and motion error with noise on the latent, of `NOISE` times each channel's spread, as a generator
     that predicts latents makes it: ours, ours where decoding is told of it, and PCA's. `sample`: the clips of which
     PCA's spread is measured."""
-    chance, errors = torch.Generator().manual_seed(0), {}
+    chance = torch.Generator().manual_seed(0)
+    errors = {noise: {name: FeatureErrors() for name in ("", ", told", ", PCA")} for noise in NOISE}
     pca_spread = torch.cat([pca.encode(x[None]).flatten(0, -2) for x in sample]).std(dim=0)
     for x in clips:
         whole, pca_whole = model.encode(x), pca.encode(x)
-        for noise in NOISE:
+        for noise, found in errors.items():
             normal = torch.randn(whole.shape, generator=chance).to(x.device) * noise
             latent, other = whole + normal * model.latent_var.sqrt(), pca_whole + normal * pca_spread
-            decoded = {"": model.decode(latent), ", told": model.decode(latent, noise), ", PCA": pca.decode(other)}
-            for name, reconstruction in decoded.items():
-                errors.setdefault((noise, name), FeatureErrors()).add(x, reconstruction)
-    rows: dict[float, dict[str, float]] = {}
-    for (noise, name), found in errors.items():
-        figures = found.figures()
-        rows.setdefault(noise, {}).update(
-            {f"{kind}{name}": figures[f"{kind}_error"] for kind in ("reconstruction", "motion")}
-        )
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("noise")
+            found[""].add(x, model.decode(latent))
+            found[", told"].add(x, model.decode(latent, noise))
+            found[", PCA"].add(x, pca.decode(other))
+    kinds = ("reconstruction", "motion")
+    rows = [
+        {f"{kind}{name}": error.figures()[f"{kind}_error"] for name, error in found.items() for kind in kinds}
+        for found in errors.values()
+    ]
+    return pd.DataFrame(rows, index=pd.Index(NOISE, name="noise"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -729,7 +697,14 @@ def open_save_dir(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
     checkpoint = load_checked(path)
     if not isinstance(checkpoint, dict) or not {"settings", "epoch", "history", "optimizer"} <= checkpoint.keys():
         raise UserError(f"--resume {path}: it holds no training state; give the motion_ae_last.pt of a run")
-    check_settings(settings, checkpoint["settings"], path)
+    begun_with = checkpoint["settings"]
+    for name, ours in settings.items():
+        if ours != begun_with.get(name):
+            told = {"clips_per_step": "--batch_size times ranks", "features": "the content of --feature_dir"}
+            raise UserError(
+                f"{told.get(name, f'--{name}')} {ours} contradicts {path}, begun with {begun_with.get(name)}; resume "
+                "with what it was begun with, or train anew in another --save_dir"
+            )
     if elsewhere:  # so that the run can be resumed from here alone
         best_path = path.with_name("motion_ae_best.pt")
         best = load_checked(best_path) if best_path.is_file() else None
@@ -743,17 +718,6 @@ def open_save_dir(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
         else f"going on after epoch {checkpoint['epoch']} of {args.epochs}, from {path}"
     )
     return checkpoint
-
-
-def check_settings(settings: dict[str, Any], recorded: dict[str, Any], path: Path) -> None:
-    """Raise `UserError` for the first setting that is not what the checkpoint at `path` was begun with."""
-    names = {"clips_per_step": "--batch_size times ranks", "features": "the content of --feature_dir"}
-    for name, ours in settings.items():
-        if ours != recorded.get(name):
-            raise UserError(
-                f"{names.get(name, f'--{name}')} {ours} contradicts {path}, begun with {recorded.get(name)}; resume "
-                "with what it was begun with, or train anew in another --save_dir"
-            )
 
 
 def draw_curves(history: list[dict[str, float]], measured_on: str, path: Path) -> None:
@@ -868,7 +832,6 @@ def train(
     `files`: to train on, held out."""
     train_set, val_set = (Clips(part, args.input_dim) for part in (files[0], files[1] or files[0]))
     measured_on = "held out" if files[1] else "training files"
-    order = EqualShapeBatches(train_set, args.batch_size, args.seed)
     model = start_model(args, train_set, last)
     optimizer = torch.optim.AdamW(model.network.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     first = last["epoch"] + 1 if last else 0
@@ -895,17 +858,20 @@ def train(
     for epoch in range(first, args.epochs + 1):
         start = time.perf_counter()
         torch.manual_seed(args.seed + epoch + 1_000_003 * ranks.index)  # all chance of an epoch but the order of clips
-        steps = range((epoch - 1) * len(order), epoch * len(order)) if epoch else []
-        rates = [learning_rate(index, args.epochs * len(order), args.lr) for index in steps]
-        batches = order.read(epoch, args.num_workers, args.device) if epoch else []
-        trained = train_epoch(model, step, optimizer, batches, rates, args) if epoch else {}
+        trained, rates = {}, [0.0]
+        if epoch:
+            parts = train_set.batches(args.batch_size, args.seed, epoch)
+            steps = range((epoch - 1) * len(parts), epoch * len(parts))
+            rates = [learning_rate(index, args.epochs * len(parts), args.lr) for index in steps]
+            batches = train_set.read_batches(parts, args.num_workers, args.device)
+            trained = train_epoch(model, step, optimizer, batches, rates, args)
         if ranks.index > 0:
             continue
         measure_spread(model, latents)
         measured = measure(model, val_set.to_measure(args.seed, args.device), loss_weights(args))
         ratios = compare(measured, last["pca_errors"], loss_weights(args))
         groups = {"train": trained, "val": measured, "pca": last["pca_errors"], "ratio": ratios}
-        row = {"epoch": epoch, "lr": rates[-1] if rates else 0.0, "seconds": time.perf_counter() - start}
+        row = {"epoch": epoch, "lr": rates[-1], "seconds": time.perf_counter() - start}
         row |= {f"{group}_{name}": value for group in groups for name, value in groups[group].items()}
         last["history"].append(row)
         last |= {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}

@@ -47,17 +47,17 @@ def settings(feature_dir: Path, *flags: str) -> tuple[argparse.Namespace, train.
 def row_loop(feature_dir: Path) -> None:
     """An epoch, which reads each file again, against the same batches at hand."""
     args, clips = settings(feature_dir)
-    order = train.EqualShapeBatches(clips, args.batch_size, args.seed)
+    parts = clips.batches(args.batch_size, args.seed, epoch=1)
     model = train.start_model(args, clips, None)
     step, optimizer = train.TrainingStep(model, args), torch.optim.AdamW(model.network.parameters())
 
     def epoch(batches: Iterable[Tensor], count: int) -> None:
         train.train_epoch(model, step, optimizer, batches, [1e-4] * count, args)
 
-    at_hand = list(order.read(1, args.num_workers, args.device))
+    at_hand = list(clips.read_batches(parts, args.num_workers, args.device))
     epoch(at_hand[:2], 2)  # warms up
     alone = seconds(lambda: epoch(at_hand, len(at_hand)), 1)
-    read = seconds(lambda: epoch(order.read(1, args.num_workers, args.device), len(at_hand)), 1)
+    read = seconds(lambda: epoch(clips.read_batches(parts, args.num_workers, args.device), len(at_hand)), 1)
     show(f"an epoch of batches at hand ({alone:.1f} s) / of files", alone / read, ">= 0.85")
 
 

@@ -178,18 +178,17 @@ def test_an_epoch_sees_every_step_once(tmp_path, monkeypatch):
     make_features(tmp_path / "b", 2, (6, 80, 12))
     monkeypatch.setattr(train, "STEP_TOKENS", 24 * 35)
     clips = train.Clips(*train.look_at_files(tmp_path, 12))
-    order = train.EqualShapeBatches(clips, 2, 0)
     seen = [torch.zeros(file.shape[0]) for file in clips.files]
-    batches = order.keys(1)
-    assert len(batches) == len(order) == 6  # parts of 17, 17 and 16 steps of three clips, and two clips
+    batches = clips.batches(2, seed=0, epoch=1)
+    assert len(batches) == 6  # parts of 17, 17 and 16 steps of three clips, and two clips
     for batch in batches:
         assert len({clips.read(index, (part,)).shape for index, part in batch}) == 1  # they are stacked
         for index, part in batch:
             seen[index][part] += 1
     assert all(count.eq(1).all() for count in seen)
-    assert order.keys(2) != batches
+    assert clips.batches(2, seed=0, epoch=2) != batches
     for workers in (0, 1, 4):
-        read = [x.shape[0] for x in order.read(1, workers, "cpu")]
+        read = [x.shape[0] for x in clips.read_batches(batches, workers, "cpu")]
         assert read == [len(batch) for batch in batches]
 
 
