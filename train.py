@@ -77,8 +77,8 @@ OWN_WEIGHT = 0.3  # of the energy of components < D beside its own, in the choic
 GAIN_POWER = 0.4  # each channel is divided by its spread to this power
 LOW_PASS = 2  # times as many components as the latent has channels, half of whose frequencies are kept
 TURN_CLIPS, TURN_TOKENS = 128, 256  # whose cosines turn the basis: clips, and tokens of each, all and moving ones
-TURN_STEPS, TURN_PASSES = 400, 6  # of the optimizer, at most: steps, and passes over the clips
-TURN_RATE = 3e-3  # its learning rate, where features have 352 channels
+TURN_STEPS, TURN_PASSES = 400, 6  # at most as many steps, and passes over these sets of tokens
+TURN_BATCH, TURN_RATE = 12, 0.056  # sets a step; learning rate times sqrt(C), as entries of components are 1 / sqrt(C)
 STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
 STEP_PAIRED = 384  # tokens of a clip, between which a step sees all cosines
 SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured
@@ -373,12 +373,12 @@ def turn(components: Tensor, seen: Tensor, cosines: Tensor) -> Tensor:
     """
     spread = (seen @ components).flatten(0, 1).std(dim=0).clamp_min(1e-6)
     projection = nn.Parameter(components * (spread / spread.mean()) ** -GAIN_POWER)
-    peak, chance = TURN_RATE * (352 / len(components)) ** 0.5, torch.Generator().manual_seed(0)
+    peak, chance = TURN_RATE / len(components) ** 0.5, torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([projection], lr=peak)
     steps = min(TURN_STEPS, TURN_PASSES * len(seen))
     for step in tqdm(range(steps), "turning the basis", leave=False, disable=None, delay=1):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
-        some = torch.randint(len(seen), (12,), generator=chance).to(seen.device)
+        some = torch.randint(len(seen), (TURN_BATCH,), generator=chance).to(seen.device)
         loss = (token_relations(seen[some] @ projection) - cosines[some]).abs().mean()
         optimizer.zero_grad()
         loss.backward()
