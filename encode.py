@@ -226,8 +226,8 @@ def draw_clip(
             left = MARGIN + column * (width + GAP)
             smoothing = "antialiased" if name == "frames" else "nearest"  # a token stays a block
             page.imshow(picture, extent=(left, left + width, top + height, top), aspect="auto", interpolation=smoothing)
-            if row == 0:
-                page.text(left + width, top - 5, f"step {step}", fontsize=8, ha="right")
+            if row == len(pictures) - 1:
+                page.text(left + width, top + height + 12, f"step {step}", fontsize=8, ha="right")
         page.text(MARGIN, top - 5, name, fontsize=8)
 
     colours = iter(COLOURS)
@@ -297,8 +297,13 @@ def write_preview(
             components = components @ (u @ v)
         pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
 
-    plots = {"change a step\n(1: the clip's spread)": changes} | ({"movement\n(cells a step)": moves} if moves else {})
-    title = "  |  ".join(str(about[name]) for name in ("video", "model", "caption") if about and about.get(name))
+    plots = {"change a step\n(1: the clip's spread)": changes}
+    plots |= {f"camera, by {name}\n(cells a step)": moves} if moves else {}
+    about = about or {}
+    marks = {"random": "RANDOM WEIGHTS"}.get(about.get("weights"))
+    title = "  |  ".join(
+        str(told) for told in (about.get("video"), about.get("model"), marks, about.get("caption")) if told
+    )
     figure = draw_clip(title, pictures, plots, steps)
     with whole_file(path) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a caption; a box stands for it

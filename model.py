@@ -754,6 +754,8 @@ class MotionFeatureAutoencoder(nn.Module):
 
         Raises `UserError` when the file is absent, unreadable or does not fit, with the reason.
         """
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder; give the motion_ae_best.pt in it")
         checkpoint = load_checked(Path(path))
         if not isinstance(checkpoint, dict) or not all(
             isinstance(checkpoint.get(k), dict) for k in ("config", "model")
@@ -1089,6 +1091,8 @@ class LatentDataset(Dataset):
 
     def load(self, stem: str) -> dict[str, Any]:
         """All that the file of a clip holds, its tensors on disk."""
+        if stem not in self.paths:
+            raise UserError(f"no latent is named {stem}; the first of {len(self.stems)} is {self.stems[0]}")
         saved = load_checked(self.paths[stem], mmap=True, check=False)
         if not isinstance(saved, dict) or not {"latent", "motion_embedding"} <= saved.keys():
             raise UserError(f"{self.paths[stem]} holds no latent; give a folder of encode.py's outputs alone")
@@ -1354,6 +1358,6 @@ def run_script(main: Callable[[], int]) -> None:
         where = "the device's" if isinstance(error, torch.OutOfMemoryError) else "the machine's"
         status, told = 2, f"error: {where} memory is full; {hint}"
     except KeyboardInterrupt:
-        status, told = 130, "stopped; finished files are whole"
+        status, told = 130, "stopped; finished files are whole, and the same command goes on (train.py's with --resume)"
     print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
     sys.exit(status)

@@ -687,7 +687,7 @@ def open_save_dir(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
     elsewhere = path is not None and path.parent.resolve() != args.save_dir.resolve()
     if there and not args.overwrite and (path is None or elsewhere):
         raise UserError(
-            f"--save_dir {args.save_dir} holds {there[0].name} of another run; go on with that run by --resume, give "
+            f"--save_dir {args.save_dir} holds {there[0].name} of an earlier run; go on with it by --resume, give "
             "another --save_dir, or delete it with --overwrite"
         )
     if path is None:
@@ -729,7 +729,7 @@ def draw_curves(history: list[dict[str, float]], measured_on: str, path: Path) -
             if f"{group}_{column}" in table:
                 axes.plot(table[f"{group}_{column}"], ".-", color=style, label=told)
         axes.plot(table[f"pca_{column}"], "--", color="gray", label=f"{measured_on}, PCA")
-        axes.set(title=name, xlabel="epoch", ylim=(0, None))
+        axes.set(title=name, xlabel="epoch", ylim=(0, 1.1 * axes.dataLim.ymax or None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)

@@ -758,7 +758,7 @@ def list_videos(folder: Path, recursive: bool = False) -> list[Path]:
     Raises `UserError` if there is none, or if two of them would write the same file.
     """
     if not folder.is_dir():
-        raise UserError(f"--video_dir {folder}: no such folder")
+        raise UserError(f"--video_dir {folder}: no such folder; give the one that holds your clips")
     by_stem: dict[Path, Path] = {}
     for path in find_files(folder, VIDEO_SUFFIXES, recursive):
         video = path.relative_to(folder)

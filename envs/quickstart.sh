@@ -2,6 +2,10 @@
 # From clips to motion embeddings in one command: bash envs/quickstart.sh [VIDEO_DIR]
 # Makes an environment in .envs/, draws two clips if no folder is given, runs the three scripts, says what to open.
 set -euo pipefail
+if [ $# -gt 0 ] && [ ! -d "$1" ]; then
+    echo "quickstart.sh: $1 is no folder; give the folder of your clips, or nothing for two drawn ones" >&2
+    exit 2
+fi
 [ $# -eq 0 ] || videos=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
@@ -12,6 +16,7 @@ else
     out=".quickstart/${videos//\//_}" # one for each folder of videos, or their features would mix
     next="section 1 of README.md: the three stages, one by one, with the flags that you need"
 fi
+failed="$out/features/VideoMAEv2/failed_videos.txt"
 published=VideoREPA/ckpt/VideoMAEv2/vit_b_k710_dl_from_giant.pth
 
 state() { # changes when the videos, the scripts or the weights do
@@ -60,6 +65,7 @@ step encode.py --checkpoint "$out/checkpoints/motion_ae_best.pt" --input "$out/f
 
 say_what_is_there() {
     local pictures=("$out"/features/VideoMAEv2/*.png)
+    [ ! -f "$failed" ] || echo "Failed: $(wc -l <"$failed") of the videos; $failed says why"
     if [ -n "$weights" ]; then
         "$PYTHON" - "$out/checkpoints/metrics.csv" <<'END'
 import sys
@@ -80,6 +86,6 @@ END
     echo "Next:   $next"
 }
 { echo "$made_of" && say_what_is_there; } >"$out/done.part"
-mv "$out/done.part" "$out/done"
 echo
-tail -n +2 "$out/done"
+tail -n +2 "$out/done.part"
+[ -f "$failed" ] || mv "$out/done.part" "$out/done" # else the next run tries again

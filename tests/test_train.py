@@ -342,7 +342,7 @@ def test_checkpoints_are_neither_lost_nor_mixed(tmp_path, run_here):
     refused(f"--lr 0.5 contradicts {newest}, begun with 0.0002", "--epochs", 2, "--lr", 0.5, "--resume")
     refused("--batch_size times ranks 3 contradicts", "--epochs", 2, "--batch_size", 3, "--resume")
     refused("nowhere.pt does not exist", "--resume", tmp_path / "ck" / "nowhere.pt")
-    refused("holds motion_ae_best.pt of another run", "--resume", save(tmp_path / "elsewhere.pt", {}))
+    refused("holds motion_ae_best.pt of an earlier run", "--resume", save(tmp_path / "elsewhere.pt", {}))
     refused("it holds no training state", "--epochs", 2, "--resume", tmp_path / "ck" / "motion_ae_epoch1.pt")
     refused("not allowed with argument", "--resume", "--overwrite")
     features = tmp_path / "f" / "0000.pt"
