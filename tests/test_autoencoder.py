@@ -169,7 +169,7 @@ def clips_of_things(count, seed):
 
 
 def test_a_turned_basis_keeps_relations_and_what_is_reconstructed():
-    """Of clips that it was not turned on; by PCA's basis they lose half as much again."""
+    """Of clips that it was not turned on; by PCA's basis they lose a quarter more."""
     x, held_out = clips_of_things(40, 0), clips_of_things(10, 1)
     found = {}
     for weight in (0.0, 1.0):
@@ -180,7 +180,7 @@ def test_a_turned_basis_keeps_relations_and_what_is_reconstructed():
         related = [torch.stack([*relation_errors(clip[None], z[None]).values()]) for clip, z in clips]
         found[weight] = torch.stack(related).mean(dim=0), errors(held_out, model.decode(latent))[0]
         assert (model.code.basis.mT @ model.code.basis - torch.eye(48)).abs().max() < 1e-5
-    assert (found[1.0][0] < 0.65 * found[0.0][0]).all()  # of all tokens, and of those that move most
+    assert (found[1.0][0] < 0.8 * found[0.0][0]).all()  # of all tokens, and of those that move most
     assert found[1.0][1] < 1.05 * found[0.0][1]
 
 
