@@ -28,7 +28,7 @@ if [ "$(head -n 1 "$out/done" 2>/dev/null)" = "$(state)" ]; then
     exit
 fi
 
-echo "This takes 2 minutes on 2 cores, 10 seconds for each clip of yours without a GPU, and 0.5 GB in .quickstart/."
+echo "This takes 2 minutes on 2 cores, 25 seconds for each clip of yours without a GPU, and 0.5 GB in .quickstart/."
 . envs/environment.sh
 mkdir -p "$out"
 
