@@ -300,10 +300,9 @@ def write_preview(
     plots = {"change a step\n(1: the clip's spread)": changes}
     plots |= {f"camera, by {name}\n(cells a step)": moves} if moves else {}
     about = about or {}
-    marks = {"random": "RANDOM WEIGHTS"}.get(about.get("weights"))
-    title = "  |  ".join(
-        str(told) for told in (about.get("video"), about.get("model"), marks, about.get("caption")) if told
-    )
+    mark = "RANDOM WEIGHTS" if about.get("weights") == "random" else ""
+    told = (about.get("video"), about.get("model"), mark, about.get("caption"))
+    title = "  |  ".join(str(part) for part in told if part)
     figure = draw_clip(title, pictures, plots, steps)
     with whole_file(path) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a caption; a box stands for it

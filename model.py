@@ -63,7 +63,7 @@ FINGERPRINT_BYTES = 2**16
 #
 # A clip is a row of blocks, of at most 24 time steps x 16 x 16 cells: features [24, 10, 15, 768] are one, [48, 30, 45]
 # are 2 x 2 x 3 of [24, 15, 15], and of [T, N, C], which have no grid, each cell is one. Blocks are coded one by one.
-# C = 768 channels become D = 192 by a linear code (`SpaceTimeCode`), which train.py measures in closed form. On top of
+# C = 768 channels become D = 192 by a linear code (`SpaceTimeCode`), which train.py's `fit_code` measures. On top of
 # it an invertible network is trained that brings the cosines between tokens nearer to the features'.
 #
 #   x [B, T, H, W, 768] --> z = (x - mean) / scale; the mean is that of each position, if all clips have the same

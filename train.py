@@ -78,7 +78,7 @@ GAIN_POWER = 0.4  # each channel is divided by its spread to this power
 LOW_PASS = 2  # times as many components as the latent has channels, half of whose frequencies are kept
 TURN_CLIPS, TURN_TOKENS = 128, 256  # whose cosines turn the basis: clips, and tokens of each, all and moving ones
 TURN_STEPS, TURN_PASSES = 400, 6  # at most as many steps, and passes over these sets of tokens
-TURN_BATCH, TURN_RATE = 12, 0.056  # sets a step; learning rate times sqrt(C), as entries of components are 1 / sqrt(C)
+TURN_BATCH, TURN_RATE = 12, 3e-3  # sets a step; learning rate at C = 352: it goes with 1 / sqrt(C), as components do
 STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
 STEP_PAIRED = 384  # tokens of a clip, between which a step sees all cosines
 SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured
@@ -114,7 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     start.add_argument("--overwrite", action="store_true", help="throw away the checkpoints that --save_dir holds")
     parser.add_model_flags("What the autoencoder is made of.")
-    add("--epochs", type=number(int, 0), default=10, help="passes over the training files; 0: the closed form")
+    add("--epochs", type=number(int, 0), default=10, help="passes over the training files; 0: the linear code alone")
     add("--batch_size", type=number(int, 1), default=2, help="clips a step, of each rank")
     add("--lr", type=number(float, 0), default=2e-4, help="peak learning rate")
     add("--weight_decay", type=number(float, 0), default=1e-4, help="AdamW's weight decay")
@@ -318,7 +318,7 @@ class Clips:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The linear code, in closed form
+# The linear code
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -373,7 +373,7 @@ def turn(components: Tensor, seen: Tensor, cosines: Tensor) -> Tensor:
     """
     spread = (seen @ components).flatten(0, 1).std(dim=0).clamp_min(1e-6)
     projection = nn.Parameter(components * (spread / spread.mean()) ** -GAIN_POWER)
-    peak, chance = TURN_RATE / len(components) ** 0.5, torch.Generator().manual_seed(0)
+    peak, chance = TURN_RATE * (352 / len(components)) ** 0.5, torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([projection], lr=peak)
     steps = min(TURN_STEPS, TURN_PASSES * len(seen))
     for step in tqdm(range(steps), "turning the basis", leave=False, disable=None, delay=1):
@@ -386,11 +386,11 @@ def turn(components: Tensor, seen: Tensor, cosines: Tensor) -> Tensor:
     return projection.detach()
 
 
-def turned_basis(code: SpaceTimeCode, basis: Tensor, moment: Tensor, clips: list[tuple[Tensor, Tensor]]) -> Tensor:
+def turned_basis(code: SpaceTimeCode, basis: Tensor, moment: Tensor, clips: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """A basis [C, C] whose first D components are those of `basis`, `turn`ed, and the principal ones of `moment` within
     their span; the others are those of what is left. clips: features [T, ..., C] and what components see of them."""
     chance, pairs = torch.Generator().manual_seed(0), []
-    for x, seen in clips[:TURN_CLIPS]:
+    for x, seen in itertools.islice(clips, TURN_CLIPS):
         for some in compared_tokens(x).values():
             some = some[torch.randint(len(some), (TURN_TOKENS,), generator=chance).to(some.device)]
             pairs.append((seen.flatten(0, -2)[some], token_relations(x.flatten(0, -2)[some])))
@@ -433,10 +433,10 @@ def fit_code(
     # The mean becomes as much shorter as what is left of the rest.
     share = (kept / code.input_dim).sqrt() * code.codes_still_part
     if relation_weight and code.latent_dim < code.input_dim:
-        pairs = [
+        pairs = (  # one by one: together they would take as much memory as the sample
             (x if code.codes_still_part else own, own + share * mean.to(own))
             for x, own in zip(clips, centred, strict=True)
-        ]
+        )
         basis = turned_basis(code, basis, moment, pairs)
     basis = basis.to(code.basis)
     energy = sum(code.block_energy(x @ basis) for x in normalised) / len(clips)

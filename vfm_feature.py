@@ -1812,10 +1812,14 @@ def plan_run(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
     return ModelRun(name, vfm, tuple(taken[1:]), settings, folder, f".{args.output_format}", autoencoder)
 
 
-def load_model(run: ModelRun, args: argparse.Namespace) -> ModelRun:
-    """Load a model onto the device. Raises `ImportError` if a package is missing, `FileNotFoundError` if weights are,
-    `UserError` for an autoencoder of another model's features."""
-    path = None if args.random_weights else args.weights.get(run.name) or download_weights(run.name, run.vfm)
+def find_weights(run: ModelRun, args: argparse.Namespace) -> Path | None:
+    """Of a model; None for random ones. Raises `FileNotFoundError` where they cannot be had."""
+    return None if args.random_weights else args.weights.get(run.name) or download_weights(run.name, run.vfm)
+
+
+def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> ModelRun:
+    """Load a model onto the device. `path`: what `find_weights` found. Raises `ImportError` if a package is missing,
+    `FileNotFoundError` if a folder holds no weights, `UserError` for an autoencoder of another model's features."""
     weights = None if path is None else read_weights(path, run.vfm)
     try:
         vit = build_vit(run.vfm, run.settings["num_frames"], run.size, weights)
@@ -2044,7 +2048,9 @@ def main() -> int:
         say("warning: --random_weights: a dry run; the features will mean NOTHING")
     runs: list[ModelRun] = []
     try:
-        runs = [*try_each(models, lambda name: load_model(models[name], args), left_out, args).values()]
+        # all are looked for before the first is loaded, which can take minutes
+        paths = try_each(models, lambda name: find_weights(models[name], args), left_out, args)
+        runs = [*try_each(paths, lambda name: load_model(models[name], paths[name], args), left_out, args).values()]
         todo = ranks.from_first(lambda: plan(runs, clips, args))
         videos = {*[*dict.fromkeys(clip.video for clip in todo)][ranks.index :: ranks.count]}  # each is decoded once
         extract(runs, {clip: names for clip, names in todo.items() if clip.video in videos}, args)

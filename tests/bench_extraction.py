@@ -100,7 +100,7 @@ def extraction_seconds(folder: Path, models: list[str], num_frames: int, *flags:
         command = ["--video_dir", str(folder), "--models", *models, "--num_frames", str(num_frames), *flags]
         args = vfm.parse_args([*command, "--random_weights", "--output_root", out])
         args.device = ranks.open_device(args.device)
-        runs = [vfm.load_model(run, args) for run in vfm.find_models(args, {}).values()]
+        runs = [vfm.load_model(run, vfm.find_weights(run, args), args) for run in vfm.find_models(args, {}).values()]
         todo = vfm.plan(runs, vfm.list_clips(args), args)
         start = time.perf_counter()
         vfm.extract(runs, todo, args)

@@ -35,13 +35,12 @@ def seconds(function: Callable[[], object], times: int = 5) -> float:
     return min(spent)
 
 
-def settings(feature_dir: Path, *flags: str) -> tuple[argparse.Namespace, train.Clips]:
+def settings(feature_dir: Path) -> tuple[argparse.Namespace, train.Clips]:
     """train.py's flags for the features in `feature_dir`, and its clips."""
     files, channels = train.look_at_files(feature_dir, None)
     sizes = ["--input_dim", str(channels), "--latent_dim", str(channels // 4)]
-    return train.parse_args(["--feature_dir", str(feature_dir), "--use_token", *sizes, *flags]), train.Clips(
-        files, channels
-    )
+    args = train.parse_args(["--feature_dir", str(feature_dir), "--use_token", *sizes])
+    return args, train.Clips(files, channels)
 
 
 def row_loop(feature_dir: Path) -> None:
@@ -66,12 +65,12 @@ def run_train(feature_dir: Path, *flags: str) -> tuple[dict, float, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "train.py"), "--feature_dir", str(feature_dir), "--use_token"]
         start, peak = time.perf_counter(), 0
-        process = subprocess.Popen(
-            [*command, "--save_dir", folder, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen([*command, "--save_dir", folder, *flags], stdout=subprocess.DEVNULL)
         while process.poll() is None:
             peak = max(peak, sum(proportional_size(pid) for pid in family(process.pid)))
             time.sleep(0.2)
+        if process.returncode:  # train.py has said why
+            raise SystemExit(process.returncode)
         return load_checked(Path(folder) / "motion_ae_last.pt"), time.perf_counter() - start, peak / 1e6
 
 
