@@ -22,7 +22,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,9 +76,9 @@ WHOLE_TOKENS = 2**13  # of clips that it is measured on whole; of larger ones it
 OWN_WEIGHT = 0.3  # of the energy of components < D beside its own, in the choice of coefficients
 GAIN_POWER = 0.4  # each channel is divided by its spread to this power
 LOW_PASS = 2  # times as many components as the latent has channels, half of whose frequencies are kept
-TURN_CLIPS, TURN_TOKENS = 128, 256  # whose cosines turn the basis: clips, and tokens of each, all and moving ones
-TURN_STEPS, TURN_PASSES = 400, 6  # at most as many steps, and passes over these sets of tokens
-TURN_BATCH, TURN_RATE = 12, 3e-3  # sets a step; learning rate at C = 352: it goes with 1 / sqrt(C), as components do
+RELATED_CLIPS, RELATED_TOKENS = 256, 256  # whose cosines the code learns: clips, and tokens of each, all and moving
+RELATED_STEPS, RELATED_PASSES = 400, 6  # at most as many steps, and passes over these sets of tokens
+RELATED_BATCH, RELATED_RATE = 12, 3e-3  # sets a step; peak learning rate
 STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
 STEP_PAIRED = 384  # tokens of a clip, between which a step sees all cosines
 SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured
@@ -264,16 +264,21 @@ class Clips:
             part = random.Random(f"{seed} {index}").choice(self.parts(index))
             yield self.read(index, (part,))[None].to(device).float()
 
-    def to_fit(self, seed: int, device: str) -> list[Tensor]:
-        """Clips in random order, of large ones a random block each, until they have `FIT_TOKENS`: [T, ..., C] in
-        float32, what the linear code is measured on."""
-        chance, sample, tokens = random.Random(f"{seed} fit"), [], 0
+    def shuffled(self, seed: int, device: str) -> Iterator[Tensor]:
+        """Clips in random order, of large ones a random block each: [T, ..., C] in float32."""
+        chance = random.Random(f"{seed} fit")
         for index in tqdm(chance.sample(range(len(self)), len(self)), "clips", leave=False, disable=None, delay=1):
             shape = self.files[index].shape
             is_small = math.prod(shape) <= WHOLE_TOKENS
             place = (slice(None),) if is_small else chance.choice(blocks(shape, self.block))[1:]
-            sample.append(self.read(index, place).to(device).float())
-            tokens += sample[-1][..., 0].numel()
+            yield self.read(index, place).to(device).float()
+
+    def to_fit(self, seed: int, device: str) -> list[Tensor]:
+        """The first of these that have `FIT_TOKENS`: what the linear code is measured on."""
+        sample, tokens = [], 0
+        for clip in self.shuffled(seed, device):
+            sample.append(clip)
+            tokens += clip[..., 0].numel()
             if tokens >= FIT_TOKENS:
                 break
         return sample
@@ -364,40 +369,68 @@ def frequency_weight(code: SpaceTimeCode, recon_weight: float, motion_weight: fl
     return (recon_weight + motion_weight * (changes + jumps)).double()
 
 
-@torch.enable_grad()
-def turn(components: Tensor, seen: Tensor, cosines: Tensor) -> Tensor:
-    """Components [C, D], turned until tokens `seen` in them [n, K, C] have the `cosines` of features [n, K, K].
+def choose_related(clips: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Of clips x [T, ..., C], and what is `seen` of them [T, ..., P]: of `RELATED_TOKENS` of each clip, and of as many
+    of those that move most, what is seen [K, P], and their cosines [K, K]."""
+    chance, sets = torch.Generator().manual_seed(0), []
+    for x, seen in itertools.islice(clips, RELATED_CLIPS):
+        for some in compared_tokens(x).values():
+            some = some[torch.randint(len(some), (RELATED_TOKENS,), generator=chance).to(some.device)]
+            sets.append((seen.flatten(0, -2)[some], token_relations(x.flatten(0, -2)[some])))
+    return sets
 
-    PCA's leading components keep the most energy, but not the cosines: what lies beyond belongs to a token's length and
-    to its likeness to others. The best ones have no closed form; AdamW finds them on the mean change of the cosines.
+
+@torch.enable_grad()
+def learn_relations(
+    matrix: Tensor, make: Callable[[Tensor, Tensor], Tensor], sets: list[tuple[Tensor, Tensor]], rate: float, told: str
+) -> Tensor:
+    """The `matrix`, trained by AdamW until what `make` makes of tokens and it has the cosines that `sets` have.
+
+    No closed form knows them: PCA's leading components keep the most energy, but what lies beyond belongs to a token's
+    length and to its likeness to others.
     """
-    spread = (seen @ components).flatten(0, 1).std(dim=0).clamp_min(1e-6)
-    projection = nn.Parameter(components * (spread / spread.mean()) ** -GAIN_POWER)
-    peak, chance = TURN_RATE * (352 / len(components)) ** 0.5, torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW([projection], lr=peak)
-    steps = min(TURN_STEPS, TURN_PASSES * len(seen))
-    for step in tqdm(range(steps), "turning the basis", leave=False, disable=None, delay=1):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
-        some = torch.randint(len(seen), (TURN_BATCH,), generator=chance).to(seen.device)
-        loss = (token_relations(seen[some] @ projection) - cosines[some]).abs().mean()
+    seen, cosines = map(torch.stack, zip(*sets, strict=True))
+    matrix, chance = nn.Parameter(matrix.float()), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW([matrix], lr=rate)
+    steps = min(RELATED_STEPS, RELATED_PASSES * len(sets))
+    for step in tqdm(range(steps), told, leave=False, disable=None, delay=1):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, rate)
+        some = torch.randint(len(sets), (RELATED_BATCH,), generator=chance).to(seen.device)
+        loss = (token_relations(make(seen[some], matrix)) - cosines[some]).abs().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return projection.detach()
+    return matrix.detach()
 
 
 def turned_basis(code: SpaceTimeCode, basis: Tensor, moment: Tensor, clips: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """A basis [C, C] whose first D components are those of `basis`, `turn`ed, and the principal ones of `moment` within
-    their span; the others are those of what is left. clips: features [T, ..., C] and what components see of them."""
-    chance, pairs = torch.Generator().manual_seed(0), []
-    for x, seen in itertools.islice(clips, TURN_CLIPS):
-        for some in compared_tokens(x).values():
-            some = some[torch.randint(len(some), (TURN_TOKENS,), generator=chance).to(some.device)]
-            pairs.append((seen.flatten(0, -2)[some], token_relations(x.flatten(0, -2)[some])))
-    own = turn(basis[:, : code.latent_dim].float(), *map(torch.stack, zip(*pairs, strict=True))).double()
+    """A basis [C, C] whose first D components are those of `basis`, turned until they keep the cosines of clips, and
+    the principal ones of `moment` within their span; the others are those of what is left. clips: features [T, ..., C]
+    and what components see of them."""
+    sets, own = choose_related(clips), basis[:, : code.latent_dim].float()
+    spread = torch.cat([seen @ own for seen, _ in sets]).std(dim=0).clamp_min(1e-6)
+    own = own * (spread / spread.mean()) ** -GAIN_POWER
+    rate = RELATED_RATE * (352 / len(own)) ** 0.5  # as entries of unit vectors
+    own = learn_relations(own, torch.matmul, sets, rate, "turning the basis").double()
     whole = torch.linalg.qr(torch.cat([own, torch.eye(len(own), dtype=own.dtype, device=own.device)], dim=1)).Q
     spans = whole.split([code.latent_dim, code.input_dim - code.latent_dim], dim=1)
-    return torch.cat([span @ principal_components(span.mT @ moment @ span) for span in spans if span.numel()], dim=1)
+    return torch.cat([span @ principal_components(span.mT @ moment @ span) for span in spans], dim=1)
+
+
+def coupling_of_extras(code: SpaceTimeCode, clips: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The code's `coupling` [C - D, D] that brings the cosines of its latent nearer to those of clips. clips: features
+    [T, ..., C], and normalised ones."""
+
+    def look(x: Tensor) -> Tensor:  # normalised features [T, ..., C] -> their latent and its extras, [T, ..., C]
+        z = code.by_block(lambda block, _: code.encode(block), x[None], code.latent_dim)
+        components = code.by_block(lambda block, _: code.components(block, code.input_dim), z, code.input_dim)
+        return torch.cat([z + code.centre(code.mean_at(components.shape)), components[..., code.latent_dim :]], -1)[0]
+
+    def make(seen: Tensor, coupling: Tensor) -> Tensor:
+        return seen[..., : code.latent_dim] + seen[..., code.latent_dim :] @ coupling
+
+    sets = choose_related((x, look(normalised)) for x, normalised in clips)
+    return learn_relations(code.coupling, make, sets, RELATED_RATE, "coupling the extras")
 
 
 @torch.no_grad()
@@ -408,14 +441,18 @@ def fit_code(
     motion_weight: float = 1.0,
     smooth_weight: float = 0.05,
     relation_weight: float = 0.0,
+    related: Callable[[], Iterable[Tensor]] | None = None,
 ) -> None:
     """Write the tables of the linear code, measured on clips [T, N, C] or [T, H, W, C], of any sizes; all of
     `clip_shape`, where the code's config names one. Raises `UserError` for features too large to square.
 
-    Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x), with a `relation_weight` those of
-    `turned_basis`. Coefficients kept: those of most energy, weighted by what an error in each frequency adds to the
-    loss; components < D count more (`OWN_WEIGHT`), at any frequency alike, since the cosines between tokens feel what
-    is lost of a token's own channels alike.
+    Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). With a `relation_weight`, that is
+    `turned_basis`, and there is a `coupling_of_extras`: for the cosines of the clips that `related` gives, twice, since
+    more have more to teach; without it, of those measured on.
+
+    Coefficients kept: those of most energy, weighted by what an error in each frequency adds to the loss; components
+    < D count more (`OWN_WEIGHT`), at any frequency alike, since the cosines between tokens feel what is lost of a
+    token's own channels alike.
     """
     if not code.codes_still_part:  # decoding cannot restore it, so no coefficient is spent on it
         recon_weight, motion_weight = 0.0, 1.0
@@ -432,12 +469,15 @@ def fit_code(
     kept = sum((x @ basis[:, : code.latent_dim].to(x)).square().sum(dim=-1).mean() for x in normalised) / len(clips)
     # The mean becomes as much shorter as what is left of the rest.
     share = (kept / code.input_dim).sqrt() * code.codes_still_part
-    if relation_weight and code.latent_dim < code.input_dim:
-        pairs = (  # one by one: together they would take as much memory as the sample
-            (x if code.codes_still_part else own, own + share * mean.to(own))
-            for x, own in zip(clips, centred, strict=True)
-        )
-        basis = turned_basis(code, basis, moment, pairs)
+
+    def to_relate(mean_share: float | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for x in related() if related else clips:  # one by one: they are many
+            own = x - (mean.to(x) if code.codes_still_part else x.mean(dim=0))
+            yield (x if code.codes_still_part else own), (own + mean_share * mean.to(x)) / scale
+
+    learns = relation_weight and code.latent_dim < code.input_dim
+    if learns:
+        basis = turned_basis(code, basis, moment, to_relate(share))
     basis = basis.to(code.basis)
     energy = sum(code.block_energy(x @ basis) for x in normalised) / len(clips)
     parts = energy.split([code.latent_dim, code.input_dim - code.latent_dim], dim=-1)
@@ -455,11 +495,14 @@ def fit_code(
         scale=torch.tensor(scale),
         basis=basis,
         mean_share=share,
+        coupling=torch.zeros_like(code.coupling),
         gain=gain / (spread * gain).square().mean().sqrt(),
         # Whittaker's smoother, argmin_y |z - y|^2 + smoothing * |delta y|^2, divides each frequency by a number, which
         # decoding undoes. A fifth of the weight: the default then changes the error of the cosines by 1 %.
         smoothing=torch.tensor(smooth_weight / 5),
     )
+    if learns:
+        code.coupling.copy_(coupling_of_extras(code, to_relate(0.0)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -840,7 +883,7 @@ def train(
     if ranks.index == 0:
         sample = train_set.to_fit(args.seed, args.device)
         if not last:
-            fit_code(model.code, sample, *loss_weights(args))
+            fit_code(model.code, sample, *loss_weights(args), lambda: train_set.shuffled(args.seed, args.device))
         latents = sample_latents(model, sample)
         if not last:
             measure_spread(model, latents)

@@ -3,8 +3,9 @@
 In: a folder of features, as train.py takes it. The files whose `video` matches --held_out (else a seeded fifth) are
 kept out of training; hold out whole sources where files come from several, or all codes look better than they are.
 Out: tables of what was held out, for latents of C / 4 channels or those of --ratios: of motion-weighted PCA, low-pass
-PCA (see train.py's `PrincipalComponents`), of the closed form on PCA's basis, of the code on its turned basis (epoch 0
-of train.py) and of the trained model (its best epoch). Their columns are those of train.py's `measure`:
+PCA (see train.py's `PrincipalComponents`), of the closed form on PCA's basis, of the code on its turned basis, of the
+same with coupled extras (epoch 0 of train.py) and of the trained model (its best epoch). Their columns are those of
+train.py's `measure`:
 - reconstruction, motion: `FeatureErrors` over all held-out clips; total: the weighted sum of the mean squared errors,
   relative to PCA's
 - relations, of moving: the mean absolute change of the cosine between two tokens of a clip, from features to latent; of
@@ -129,8 +130,8 @@ def train(files: list[FeatureFile], flags: list[str], save_dir: Path) -> list[Pa
 
 
 class Codes:
-    """What is compared at one size, by name in `all`: PCA, low-pass PCA, the closed form, the turned code, the trained
-    model."""
+    """What is compared at one size, by name in `all`: PCA, low-pass PCA, the closed form, the turned code, epoch 0,
+    the trained model."""
 
     def __init__(
         self, files: list[FeatureFile], held_out: Clips, latent_dim: int, args: argparse.Namespace, flags: list[str]
@@ -146,7 +147,10 @@ class Codes:
         code = models[0].code
         self.all = {name: PrincipalComponents(code, self.sample, self.weights, size) for name, size in sizes.items()}
         self.all |= {"closed form": self.closed_form(models[0].config, args.motion_weight)}
-        self.all |= {"turned": models[0], "trained": models[1]}
+        turned = copy.deepcopy(models[0])
+        turned.code.coupling.zero_()
+        measure_spread(turned, sample_latents(turned, self.sample))
+        self.all |= {"turned": turned, "epoch 0": models[0], "trained": models[1]}
         self.pca_errors = self.errors(self.all["PCA"])
 
     def errors(self, code: Any) -> Row:
@@ -159,7 +163,7 @@ class Codes:
 
     def rows(self) -> dict[str, Row]:
         rows = {name: self.row(code) for name, code in self.all.items()}
-        for name in ("closed form", "turned", "trained"):
+        for name in ("closed form", "turned", "epoch 0", "trained"):
             clips = self.held_out.to_measure(self.seed, "cpu")
             noisy = noise_table(self.all[name], self.all["PCA"], self.sample, clips).loc[NOISE]
             rows[name] |= {f"noise: {kind}": noisy[f"{kind}, told"] for kind in ("reconstruction", "motion")}
@@ -499,7 +503,7 @@ def teach_students(
     with torch.inference_mode():
         for ratio, of_size in codes.items():
             for name, code in of_size.all.items():
-                if name not in ("low-pass PCA", "turned"):
+                if name in ("PCA", "closed form", "trained"):
                     targets[f"C/{ratio}, {name}"] = [code.encode(x[None].float())[0].half() for x in features[0]]
     return student_table(targets, frames[0], (frames[1], features[1]), args)
 
