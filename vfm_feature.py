@@ -798,10 +798,9 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read as text in UTF-8 ({error})") from error
     csv.field_size_limit(2**31 - 1)  # characters in one caption; 2**17 by default
-    line_end = "\n" if "\n" in text else "\r"  # of old Macs; beside line feeds a carriage return is part of a caption
     rows: list[list[str]] = []
     try:
-        for fields in csv.reader(io.StringIO(text, newline=line_end), strict=True):
+        for fields in csv.reader(io.StringIO(text, newline="\n"), strict=True):
             if not rows or len(fields or [""]) == len(rows[0]):
                 rows.append(fields or [""])  # a blank line is an empty caption in a table of one column
             elif fields:
@@ -819,101 +818,90 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     return header, rows[1:]
 
 
-def name_keys(folders: Sequence[str], file_name: str, stem: str, number: str) -> Iterator[tuple]:
-    """How much a name says: (3, file name), (2, stem), (1, number), each with all of its folders first, then fewer.
-
-    `number`: a text that can be a whole one; spreadsheets make 12 or 12.0 of a name such as 0012.
-    """
-    digits = re.fullmatch(r"([0-9]{1,18})(\.0*)?", number)
-    for level, name in ((3, file_name), (2, stem), (1, digits and int(digits[1]))):
-        for first in range(len(folders) + 1) if name is not None else ():
-            yield level, *folders[first:], name
+def stem_keys(stem: str) -> list[str | int]:
+    """A stem, and of a whole number its value too: spreadsheets make 12 or 12.0 of 0012."""
+    number = re.fullmatch(r"([0-9]{1,18})(\.0*)?", stem)
+    return [stem, int(number[1])] if number else [stem]
 
 
-def find_video(cell: str, named: dict[tuple, list[Path]], folder: Path) -> tuple[int, Path, str] | None:
-    """How `cell` names a video (3: by file name, 2: by stem, 1: by number), which one, and those folders in the cell
-    that are not the video's. None if it names none, or several alike.
+# How a cell names videos: 3 by file name, 2 by stem, 1 by number; which it can mean; its folders that are not theirs.
+Match = tuple[int, list[Path], str]
 
-    `named`: the videos of `folder` by their `name_keys`. The most folders decide, then whether the whole path is said.
+
+def find_videos(cell: str, named: dict[tuple, list[Path]], folder: Path) -> Match:
+    """What `cell` names. `named`: the videos of `folder` by their last folders, none to all, and one of `stem_keys`.
+
+    Stems come before numbers. Then the most folders decide, then whether the whole path is said, then the suffix.
     """
     for text in (cell, cell.strip(AROUND_NAMES)):
         *folders, name = text.replace("\\", "/").split("/")
         folders = [part for part in folders if part not in ("", ".")]
         stem, suffix = os.path.splitext(name)
-        keys = name_keys(folders, name, stem if suffix.lower() in VIDEO_SUFFIXES else name, name)
-        if key := next((key for key in keys if key in named), None):
-            level, *said = key
-            videos = [video for video in named[key] if len(named[key]) == 1 or len(video.parts) <= len(said)]
-            if len(videos) != 1:
-                return None
-            is_own = (folder.absolute() / videos[0]).parent.as_posix().endswith("/".join(["", *folders]))
-            return level, videos[0], "" if is_own else "/".join(folders[: len(folders) + 1 - len(said)])
-    return None
+        for key in [stem] if suffix.lower() in VIDEO_SUFFIXES else stem_keys(name):
+            for first in range(len(folders) + 1):
+                said = (*folders[first:], key)
+                if videos := named.get(said):
+                    videos = [video for video in videos if len(video.parts) <= len(said)] or videos
+                    videos = [video for video in videos if video.name == name] or videos
+                    level = 3 if videos[0].name == name else 2 if isinstance(key, str) else 1
+                    is_own = (folder / videos[0]).parent.as_posix().endswith("/".join(["", *folders]))
+                    return level, videos, "" if is_own else "/".join(folders[:first])
+    return 0, [], ""
 
 
-def match_rows(
-    header: list[str], rows: list[list[str]], videos: list[Path], folder: Path
-) -> tuple[list[tuple[int, Path, str] | None], str]:
-    """What `find_video` finds for each row, and in words how.
+def match_rows(header: list[str], rows: list[list[str]], videos: list[Path], folder: Path) -> tuple[list[Match], str]:
+    """What each row names, one video or none, and in words how.
 
     The column that names videos best decides: full names before stems, stems before numbers, then the most videos. A
-    table without such a column belongs to the videos by position. Raises `UserError` for columns that contradict each
-    other, and where videos are neither named nor in order.
+    table without such a column belongs to the videos by position. Raises `UserError` for a name of several videos, for
+    columns that contradict each other, and where videos are neither named nor in order.
     """
-    named = defaultdict(list)
-    for video in videos:  # in a folder whose own name can be said too
-        for key in name_keys((folder.absolute().name, *video.parts[:-1]), video.name, video.stem, video.stem):
-            named[key].append(video)
-    columns = [column for column, name in enumerate(header) if name not in CAPTION_COLUMNS]
-    if not columns:
-        matches = [find_video(f"{row:04d}", named, folder) for row in range(len(rows))]
-        left_over = {*videos} - {match[1] for match in matches if match}
-        if rows and left_over:
-            caption = rows[0][header.index("caption")][:40]
-            raise UserError(
-                f"no column names videos, so row 0 belongs to 0000, row 1 to 0001, and so on; none of its {len(rows)} "
-                f"rows (the first: {caption!r}) is of {min(left_over)}; add a column of file names"
-            )
-        return matches, "row 0 belongs to 0000, row 1 to 0001, and so on"
-    found = {column: [find_video(row[column], named, folder) for row in rows] for column in columns}
+    folder, named = folder.absolute(), defaultdict(list)
+    for video in videos:
+        path = (folder.name, *video.parts[:-1])  # that folder's own name can be said too
+        for first in range(len(path) + 1):
+            for key in stem_keys(video.stem):
+                named[(*path[first:], key)].append(video)
+    names = [(column, name) for column, name in enumerate(header) if name not in CAPTION_COLUMNS]
+    columns = [(f"column {name!r}", [row[column] for row in rows]) for column, name in names]
+    columns = columns or [("the number of the row, 0000, 0001, ...,", [f"{row:04d}" for row in range(len(rows))])]
+    found = [[find_videos(cell, named, folder) for cell in cells] for _, cells in columns]
 
     def merit(column: int) -> tuple[int, int]:
-        named_here = [match for match in found[column] if match]
-        return max((level for level, *_ in named_here), default=0), len({video for _, video, _ in named_here})
+        clear = [(level, videos[0]) for level, videos, _ in found[column] if len(videos) == 1]
+        return max((level for level, _ in clear), default=0), len({video for _, video in clear})
 
-    best = max(columns, key=merit)
-    level, num_named = merit(best)
-    if rows and not level:
-        raise UserError(
-            f"no column names the videos, which are called {videos[0].name!r} and the like; {header[best]!r} has "
-            f"{rows[0][best][:40]!r}; write file names into it, or keep the column caption alone"
-        )
-    for column in (column for column in columns if merit(column)[0] == level):
-        for row, (match, other) in enumerate(zip(found[best], found[column], strict=True)):
-            if other and (not match or match[1] != other[1]):
+    best = max(range(len(columns)), key=merit)
+    (label, cells), (level, num_named) = columns[best], merit(best)
+    for row, (_, named_here, _) in enumerate(found[best]):
+        if len(named_here) > 1:
+            several = f"{named_here[0]} or {named_here[1]}"
+            raise UserError(f"row {row + 2}: {label} has {cells[row]!r}, which can be {several}; write the path")
+    if rows and num_named < (1 if names else len(videos)):
+        missing = min({*videos}.difference(*(match[1] for match in found[best])))
+        raise UserError(f"nothing names {missing}: {label} has {cells[0][:40]!r}; add a column of file names")
+    for other in (other for other in range(len(columns)) if merit(other)[0] == level):
+        for row, ((_, ours, _), (_, theirs, _)) in enumerate(zip(found[best], found[other], strict=True)):
+            if theirs and theirs != ours:
                 raise UserError(
-                    f"columns {header[best]!r} and {header[column]!r} contradict each other: row {row + 2} has "
-                    f"{rows[row][best]!r} and {rows[row][column]!r}; remove the one that does not name the video"
+                    f"{label} and {columns[other][0]} contradict each other: row {row + 2} has {cells[row]!r} and "
+                    f"{columns[other][1][row]!r}; remove the one that does not name the video"
                 )
-    return found[best], f"column {header[best]!r} names {num_named} of {len(videos)} videos"
+    return found[best], f"{label} names {num_named} of {len(videos)} videos"
 
 
 def read_clip(row: dict[str, str], video: Path, suffix: str) -> Clip:
-    """What a row says of a video or a part of it. Raises `UserError` where a cell is no time in seconds, or the end is
-    not after the start."""
-    times: list[float | None] = []
-    for column in ("start", "end"):
-        text = row.get(column, "")
-        try:
-            times.append(float(text) if text.strip() else None)
-        except ValueError:
-            times.append(math.nan)
-        if times[-1] is not None and not 0 <= times[-1] < math.inf:
-            raise UserError(f"{column} of {video} is {text!r}; give seconds from the video's first frame, or nothing")
-    start, end = times
-    if end is not None and end <= (start or 0):
-        raise UserError(f"a part of {video} ends at {end:g} s, but starts at {start or 0:g} s")
-    return Clip(video, row.get("caption"), suffix, start, end)
+    """What a row says of a video or a part of it. Raises `UserError` where `start` and `end` are no times in seconds,
+    or the end is not after the start."""
+    start, end = (row.get(column, "").strip() for column in ("start", "end"))
+    try:
+        is_span = 0 <= float(start or 0) < float(end or "inf")
+    except ValueError:
+        is_span = False
+    if not is_span:
+        hint = "give seconds from the video's first frame, or nothing"
+        raise UserError(f"{video} is to start at {start!r} and to end at {end!r}; {hint}")
+    return Clip(video, row.get("caption"), suffix, float(start) if start else None, float(end) if end else None)
 
 
 def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> list[Clip]:
@@ -926,9 +914,8 @@ def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> 
     header, rows = read_rows(csv_path)
     matches, found = match_rows(header, rows, videos, folder)
     rows_of: dict[Path, dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
-    for row, match in zip(rows, matches, strict=True):
-        if match:
-            _, video, folders = match
+    for row, (_, named, folders) in zip(rows, matches, strict=True):
+        for video in named:
             rows_of[video][folders].append(dict(zip(header, row, strict=True)))
     has_parts = "start" in header or "end" in header
     clips, num_rows = [], 0

@@ -491,7 +491,7 @@ def test_a_folder_of_folders(tmp_path, run_here):
     for name in ("x/a", "y/a", "y/z/b", ".hidden/c", "d"):
         gray_clip(tmp_path / "clips" / f"{name}.mkv", 4)
     (tmp_path / "captions.csv").write_text(
-        "path,caption\nsomewhere/x/a.mkv,one\ny/a,two\nold/b.mkv,three\na.mkv,none\n"
+        "path,caption\nsomewhere/x/a.mkv,one\ny/a,two\nold/b.mkv,three\nc.mkv,none\n"
     )
     command = ["--video_dir", tmp_path / "clips", "--csv_path", tmp_path / "captions.csv", "--output_root", tmp_path]
     assert counts(run_here(*command, *VIDEOMAE, "--recursive")) == [4, 0, 0]

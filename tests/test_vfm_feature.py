@@ -371,7 +371,6 @@ def read_captions(folder, table, names):
     [
         ('caption\n"a dog, running"\n小狗在跑\n', {"0000.mp4": "a dog, running", "0001.mp4": "小狗在跑"}),
         ("caption\nfirst\n\nthird\n", {"0000.mp4": "first", "0001.mp4": "", "0002.mp4": "third"}),
-        ("caption\rfirst\rsecond\rthird\r", {"0002.mkv": "third"}),
         ("id,Caption\n7,first\n\n8,second\n", {"0000.mp4": None, "0001.mkv": None, "7.mp4": "first"}),
         (
             "image_path,caption\n/data/b.mp4,bee\nsub\\a.mov,ay\nc,sea\n貓.mp4,cat\n",
@@ -392,7 +391,7 @@ def read_captions(folder, table, names):
             {"a.mp4": "x, " * 1_000_000 + "end", "b.mp4": "bee", "c.mp4": "sea"},
         ),
         ("id,caption\n1,one\n2.0,two\n12.,twelve\n", {"0001.mp4": "one", "0002.mp4": "two", "012.avi": "twelve"}),
-        ("id,caption\n1,stem\n7,number\n", {"1.mp4": "stem", "0001.mp4": None, "07.mp4": None, "007.mp4": None}),
+        ("id,caption\n1,stem\n7.0,number\n", {"1.mp4": "stem", "0001.mp4": None, "007.mp4": "number"}),
         (
             'x,caption\n"""0003.mp4""",a\n " 0001 ",b\n“2”,c\n\'q\',d\n',
             {"0003.mp4": "a", "0001.mp4": "b", "0002.mp4": "c", "'q'.mp4": "d"},
@@ -402,7 +401,7 @@ def read_captions(folder, table, names):
         ("path,file,caption\nx/a.mp4,a,ay\nx/b.mp4,b,bee\n", {"a.mp4": "ay", "b.mp4": "bee"}),
     ],
     ids=[
-        *("by row", "blank line in one column", "lines of an old Mac", "another name", "paths", "quotes and repeats"),
+        *("by row", "blank line in one column", "another name", "paths", "quotes and repeats"),
         *("byte order mark, dots, numbers", "header alone", "300 KB", "3 MB behind 10 KB", "numbers"),
         *("a number of two videos", "quoted names", "full names before an index", "stems before an index", "agreement"),
     ],
@@ -419,7 +418,7 @@ def test_captions(tmp_path, table, expected):
             {"a.mp4": "above", "b.mp4": None, "sub/a.mp4": "below", "sub/b.mp4": "bee"},
         ),
         ("video,caption\ntrain/1.mp4,train\nval/1.mp4,val\n", {"val/1.mp4": "val"}),
-        ("video,caption\nb.mp4,either\ny/b.mp4,in y\n", {"x/b.mp4": None, "x/y/b.mp4": "in y"}),
+        ("video,caption\nx/b.mp4,in x\ny/b.mp4,in y\n", {"x/b.mp4": "in x", "x/y/b.mp4": "in y"}),
         ("video,caption\n2,two\n", {"x/02.mp4": "two", "y/03.mp4": None}),
     ],
 )
@@ -433,9 +432,16 @@ def test_the_folder_that_was_given_counts_as_part_of_the_path(tmp_path):
     assert read_captions(tmp_path / "val", table, ["1.mp4"]) == {"1.mp4": ["val"]}
     with pytest.raises(UserError, match=r"1\.mp4 can be train/1\.mp4 or val/1\.mp4; keep the rows of one"):
         read_captions(tmp_path, table, ["1.mp4"])
-    table = "video,caption\nval/1.mp4,either\nval/2.mp4,two\n"  # in val/val, too, lies a 1.mp4
-    expected = {"1.mp4": [None], "val/1.mp4": [None], "2.mp4": ["two"]}
-    assert read_captions(tmp_path / "val", table, expected) == expected
+    table = "video,caption\nval/2.mp4,two\nval/1.mp4,either\n"  # in val/val, too, lies a 1.mp4
+    with pytest.raises(UserError, match=r"row 3: column 'video' has 'val/1\.mp4', which can be 1\.mp4 or val/1\.mp4"):
+        read_captions(tmp_path / "val", table, ["1.mp4", "val/1.mp4", "2.mp4"])
+
+
+def test_a_name_of_several_videos_is_refused(tmp_path):
+    for cell, videos in {"7": ["007.mp4", "07.mp4"], "b.mp4": ["x/b.mp4", "x/y/b.mp4"]}.items():
+        several = re.escape(f"row 3: column 'id' has '{cell}', which can be {videos[0]} or {videos[1]}; write the path")
+        with pytest.raises(UserError, match=several):
+            read_captions(tmp_path, f"id,caption\na,ay\n{cell},either\n", ["a.mp4", *videos])
 
 
 def test_captions_of_thousands_of_videos_of_one_name(tmp_path):
@@ -479,10 +485,14 @@ def test_parts_are_in_the_order_of_the_rows(tmp_path, capsys):
         (b'video,caption\na.mp4,"a dog\nb.mp4,"a cat"\n', "row 2: ',' expected after"),
         ("caption\ncafé\n".encode("latin-1"), "cannot be read as text in UTF-8 ('utf-8' codec can't decode"),
         (bytes(range(256)), "cannot be read as text in UTF-8"),
-        (b"caption\na dog\n", "none of its 1 rows (the first: 'a dog') is of a.mp4; add a column of file names"),
-        (b"name,caption\n17,a dog\n18,a cat\n", "called 'a.mp4' and the like; 'name' has '17'; write file names"),
-        (b"a,b,caption\na.mp4,b.mp4,x\nb.mp4,a.mp4,y\n", "'a' and 'b' contradict each other: row 2 has 'a.mp4' and"),
-        (b"id,a,caption\nb,a,x\nz,b,y\n", "'a' and 'id' contradict each other"),
+        (b"caption\na dog\n", "nothing names a.mp4: the number of the row, 0000, 0001, ..., has '0000'; add a column"),
+        (
+            b"name,caption\n17,a dog\n18,a cat\n",
+            "nothing names a.mp4: column 'name' has '17'; add a column of file names",
+        ),
+        (b"a,b,caption\na.mp4,b.mp4,x\nb.mp4,a.mp4,y\n", "column 'a' and column 'b' contradict each other: row 2 has"),
+        (b"id,a,caption\nb,a,x\nz,b,y\n", "'a' and column 'id' contradict each other"),
+        (b"caption\ra dog\ra cat\r", "row 1: a carriage return outside quotes; quote captions"),
     ],
     ids=[
         *(
@@ -496,7 +506,7 @@ def test_parts_are_in_the_order_of_the_rows(tmp_path, capsys):
             "short row",
         ),
         *("carriage return", "carriage return by row", "unclosed quote", "stray quote", "latin-1", "binary"),
-        *("no row for a video", "no name", "two files", "two stems"),
+        *("no row for a video", "no name", "two files", "two stems", "lines of an old Mac"),
     ],
 )
 def test_a_table_that_cannot_be_trusted_is_refused(tmp_path, table, error):
