@@ -244,15 +244,13 @@ def find_timm(name: str, **arguments: Any) -> VFM:
 
 def find_transformers(name: str) -> VFM:
     """The VideoMAE or V-JEPA 2 of a repository or folder of transformers."""
-    from huggingface_hub import ModelCard
     from transformers import AutoConfig
 
     own = Path(name) if Path(name).is_dir() else None
     hint = "its folder: hf:FOLDER"
-    folder = own or download(f"there is no folder {name}, and it", name, ["*.json", "README.md"], hint)
+    folder = own or download(f"there is no folder {name}, and it", name, ["*.json"], hint)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        card = ModelCard.load(folder / "README.md").data.to_dict() if (folder / "README.md").is_file() else {}
         preprocessors = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*preprocessor_config.json"))]
     except Exception as error:  # no configuration, an unknown kind, one that needs code of its own
         raise UserError(f"--models hf:{name}: {first_line(error)}") from error
@@ -270,15 +268,12 @@ def find_transformers(name: str) -> VFM:
         )
     if config.hidden_act != "gelu":
         raise UserError(f"--models hf:{name}: a {kind} with {config.hidden_act} for gelu is not known")
-    pixels = preprocessors[0] if preprocessors else {}
-    if not pixels.get("do_normalize", True):
-        pixels = {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
-    elif not {"image_mean", "image_std"} <= pixels.keys():
-        say(f"warning: {folder} does not say its mean and standard deviation; ImageNet's are taken")
-        pixels = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+    pixels = {"do_normalize": True} | (preprocessors[0] if preprocessors else {})
+    if not pixels["do_normalize"] or not {"image_mean", "image_std"} <= pixels.keys():
+        hint = "put the preprocessor_config.json beside it that says image_mean and image_std"
+        raise UserError(f"--models hf:{name}: {folder} does not say how pixels are normalised; {hint}")
     return VFM(
         hub=(name, ""),
-        license=card.get("license_name") or card.get("license") or "unknown",
         embed_dim=config.hidden_size,
         depth=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
@@ -346,32 +341,19 @@ def download(what: str, repository: str, patterns: Sequence[str], hint: str) -> 
 
     Raises `FileNotFoundError`: why `what` cannot be had, what can be done about it, and `hint`, what to pass instead.
     """
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    log_in = "set HF_TOKEN or run `hf auth login`"
     try:
         folder = Path(snapshot_download(repository, allow_patterns=patterns))
         if any(file for pattern in patterns for file in folder.glob(pattern)):
             return folder
         reason = "the repository, or what the cache has of it, does not hold it"
-    except errors.GatedRepoError:
-        reason = f"it is gated: accept its terms on its page and {log_in}"
-    except errors.RepositoryNotFoundError:
-        reason = f"no such repository, or a private one: check its name or {log_in}"
-    except errors.LocalEntryNotFoundError as error:
-        half = isinstance(error, errors.IncompleteSnapshotError)
-        reason = "an earlier download stopped half-way: " if half else "it is not in the cache: "
-        if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-            reason += "unset HF_HUB_OFFLINE"
-        elif isinstance(error.__cause__, errors.HfHubHTTPError):
-            status = error.__cause__.response.status_code
-            reason += f"{constants.ENDPOINT} answered {status}; {log_in}, or try later"
-        else:
-            reason += f"reach {constants.ENDPOINT}, or set HF_ENDPOINT to a mirror"
-    except Exception as error:  # its HTTP library's, and the system's
+    except Exception as error:  # its own, its HTTP library's, and the system's
         reason = first_line(error)
     raise FileNotFoundError(
-        f"{what} cannot be downloaded from the hub: {reason}; or download it elsewhere and pass {hint}"
+        f"{what} cannot be downloaded from {constants.ENDPOINT} ({reason}): unset HF_HUB_OFFLINE, set HF_ENDPOINT to a "
+        "mirror, or, if it is gated or private, accept its terms on its page and set HF_TOKEN or run `hf auth login`; "
+        f"or download it elsewhere and pass {hint}"
     )
 
 
@@ -425,15 +407,11 @@ def read_folder(folder: Path, vfm: VFM) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"there is no {whole.name} or {index.name} in {folder}")
     check_file(index)
     try:
-        places = json.loads(index.read_bytes())["weight_map"]  # name -> file
-        files = {file: folder / Path(file).name for file in places.values()}  # none of other folders
+        places = json.loads(index.read_bytes())["weight_map"]  # name -> file, none of other folders
+        parts = {file: read_weights(folder / Path(file).name, vfm) for file in {*places.values()}}
+        return {name: parts[file][name] for name, file in places.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{index} is damaged ({first_line(error)}); download it again") from None
-    parts = {file: read_weights(path, vfm) for file, path in files.items()}
-    for name, file in places.items():
-        if name not in parts[file]:
-            raise UserError(f"{files[file]} does not hold {name}, which {INDEX} seeks there; download both again")
-    return {name: parts[file][name] for name, file in places.items()}
+        raise UserError(f"{index} and its files do not fit ({first_line(error)}); download them again") from None
 
 
 def check_weight(name: str, value: torch.Tensor) -> None:
@@ -704,18 +682,6 @@ def build_vit(
     return vit.eval().requires_grad_(False)
 
 
-def check_tokens(name: str, vit: nn.Module, vfm: VFM, size: tuple[int, int], layers: Sequence[int]) -> None:
-    """Raise `UserError` unless image model `name` gives a token for each patch of an image of `size`."""
-    height, width = size[0] // vfm.patch_size, size[1] // vfm.patch_size
-    try:
-        with torch.inference_mode():
-            num_tokens = vit(torch.zeros(1, 3, *size), layers).shape[1]
-    except Exception as error:  # libraries have many ways to say "not this size"
-        raise UserError(f"{name} cannot take images of {size[0]} x {size[1]}: {first_line(error)}") from error
-    if num_tokens != height * width:
-        raise UserError(f"{name} gives {num_tokens} tokens for a grid of {height} x {width} patches")
-
-
 @torch.inference_mode()
 def extract_features(
     vit: nn.Module,
@@ -744,7 +710,8 @@ def extract_features(
             images = pixels.flatten(0, 1).permute(0, 3, 1, 2).split(chunk)
             tokens = torch.cat([vit(image, layers) for image in images])  # [B*T, N, C]
     tokens = tokens.float()
-    return tokens.reshape(batch, frames // vfm.tubelet_size, height // vfm.patch_size, width // vfm.patch_size, -1)
+    grid = (frames // vfm.tubelet_size, height // vfm.patch_size, width // vfm.patch_size)
+    return tokens.reshape(batch, *grid, vfm.embed_dim * len(layers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1160,11 +1127,7 @@ def to_rgb(frame: av.VideoFrame, aspect: float) -> tuple[np.ndarray, float]:
     graph = make_converter(frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
     graph.vpush(frame)
     rgb = graph.vpull().to_ndarray()
-    try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # there is side data that PyAV does not know, as in MV-HEVC
-        quarters = frame.rotation // 90
-        return np.ascontiguousarray(np.rot90(rgb, quarters)), 1 / aspect if quarters % 2 else aspect
+    matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return rgb, aspect
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # (x, y) is shown at (a x + c y, b x + d y)
@@ -1735,13 +1698,8 @@ def try_each(
     everyone = ranks.broadcast(ranks.gather(lacking))
     lacking = {name: reason for others in reversed(everyone) for name, reason in others.items()}
     with ranks.first_then_others():
-        if len(lacking) == 1 and not args.allow_skip_missing:
-            raise UserError(f"{next(iter(lacking.values()))}, or skip such models with --allow_skip_missing")
         if lacking and not args.allow_skip_missing:
-            hint = (
-                f"{len(lacking)} models cannot be run; do as said here, or skip such models with --allow_skip_missing"
-            )
-            raise UserError("\n  ".join([hint, *lacking.values()]))
+            raise UserError("\n  ".join(lacking.values()) + ", or skip such models with --allow_skip_missing")
         for reason in lacking.values():
             say(f"warning: {reason}")
     left_out |= lacking
@@ -1813,7 +1771,11 @@ def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> Mo
     except ValueError as error:
         raise UserError(f"{path}: not the weights of {run.name}: {error}") from error
     if ":" in run.name and run.vfm.tubelet_size == 1:
-        check_tokens(run.name, vit, run.vfm, run.size, args.layers or [run.vfm.depth])
+        try:
+            extract_features(vit, run.vfm, torch.zeros(1, 1, *run.size, 3), layers=args.layers)
+        except Exception as error:  # libraries have many ways to say "not this size"
+            cause = f"for each patch of {run.size[0]} x {run.size[1]} pixels: {first_line(error)}"
+            raise UserError(f"{run.name} gives no token {cause}; try another size, or another model") from error
     if path:
         say(f"{run.name}: weights {vit.weights_hash} from {path}, licence {run.vfm.license}")
     run.vit, run.settings["weights"] = vit.to(args.device), vit.weights_hash
