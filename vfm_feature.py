@@ -791,12 +791,12 @@ def stem_keys(stem: str) -> list[str | int]:
     return [stem, int(number[1])] if number else [stem]
 
 
-# How a cell names videos: 3 by file name, 2 by stem, 1 by number; which it can mean; its folders that are not theirs.
+# How a cell names videos: 3 by file name, 2 by stem, 1 by number; which it can mean; its path without a suffix.
 Match = tuple[int, list[Path], str]
 
 
-def find_videos(cell: str, named: dict[tuple, list[Path]], folder: Path) -> Match:
-    """What `cell` names. `named`: the videos of `folder` by their last folders, none to all, and one of `stem_keys`.
+def find_videos(cell: str, named: dict[tuple, list[Path]]) -> Match:
+    """What `cell` names. `named`: videos by their last folders, none to all, and one of their `stem_keys`.
 
     Stems come before numbers. Then the most folders decide, then whether the whole path is said, then the suffix.
     """
@@ -804,15 +804,13 @@ def find_videos(cell: str, named: dict[tuple, list[Path]], folder: Path) -> Matc
         *folders, name = text.replace("\\", "/").split("/")
         folders = [part for part in folders if part not in ("", ".")]
         stem, suffix = os.path.splitext(name)
-        for key in [stem] if suffix.lower() in VIDEO_SUFFIXES else stem_keys(name):
-            for first in range(len(folders) + 1):
-                said = (*folders[first:], key)
-                if videos := named.get(said):
-                    videos = [video for video in videos if len(video.parts) <= len(said)] or videos
-                    videos = [video for video in videos if video.name == name] or videos
-                    level = 3 if videos[0].name == name else 2 if isinstance(key, str) else 1
-                    is_own = (folder / videos[0]).parent.as_posix().endswith("/".join(["", *folders]))
-                    return level, videos, "" if is_own else "/".join(folders[:first])
+        keys = [stem] if suffix.lower() in VIDEO_SUFFIXES else stem_keys(name)
+        for said in ((*folders[first:], key) for key in keys for first in range(len(folders) + 1)):
+            if videos := named.get(said):
+                videos = [video for video in videos if len(video.parts) <= len(said)] or videos
+                videos = [video for video in videos if video.name == name] or videos
+                level = 3 if videos[0].name == name else 2 if said[-1] == keys[0] else 1
+                return level, videos, "/".join([*folders, keys[0]])
     return 0, [], ""
 
 
@@ -823,38 +821,37 @@ def match_rows(header: list[str], rows: list[list[str]], videos: list[Path], fol
     table without such a column belongs to the videos by position. Raises `UserError` for a name of several videos, for
     columns that contradict each other, and where videos are neither named nor in order.
     """
-    folder, named = folder.absolute(), defaultdict(list)
+    named = defaultdict(list)
     for video in videos:
-        path = (folder.name, *video.parts[:-1])  # that folder's own name can be said too
-        for first in range(len(path) + 1):
-            for key in stem_keys(video.stem):
-                named[(*path[first:], key)].append(video)
+        path = (folder.absolute().name, *video.parts[:-1])  # that folder's own name can be said too
+        for said in ((*path[first:], key) for key in stem_keys(video.stem) for first in range(len(path) + 1)):
+            named[said].append(video)
     names = [(column, name) for column, name in enumerate(header) if name not in CAPTION_COLUMNS]
     columns = [(f"column {name!r}", [row[column] for row in rows]) for column, name in names]
     columns = columns or [("the number of the row, 0000, 0001, ...,", [f"{row:04d}" for row in range(len(rows))])]
-    found = [[find_videos(cell, named, folder) for cell in cells] for _, cells in columns]
+    found = [(label, cells, [find_videos(cell, named) for cell in cells]) for label, cells in columns]
 
-    def merit(column: int) -> tuple[int, int]:
-        clear = [(level, videos[0]) for level, videos, _ in found[column] if len(videos) == 1]
+    def merit(column: tuple[str, list[str], list[Match]]) -> tuple[int, int]:
+        clear = [(level, videos[0]) for level, videos, _ in column[2] if len(videos) == 1]
         return max((level for level, _ in clear), default=0), len({video for _, video in clear})
 
-    best = max(range(len(columns)), key=merit)
-    (label, cells), (level, num_named) = columns[best], merit(best)
-    for row, (_, named_here, _) in enumerate(found[best]):
-        if len(named_here) > 1:
-            several = f"{named_here[0]} or {named_here[1]}"
-            raise UserError(f"row {row + 2}: {label} has {cells[row]!r}, which can be {several}; write the path")
+    label, cells, matches = best = max(found, key=merit)
+    level, num_named = merit(best)
+    for row, (_, several, _) in enumerate(matches):
+        if len(several) > 1:
+            hint = f"which can be {several[0]} or {several[1]}; write the path"
+            raise UserError(f"row {row + 2}: {label} has {cells[row]!r}, {hint}")
     if rows and num_named < (1 if names else len(videos)):
-        missing = min({*videos}.difference(*(match[1] for match in found[best])))
+        missing = min({*videos}.difference(*(ours for _, ours, _ in matches)))
         raise UserError(f"nothing names {missing}: {label} has {cells[0][:40]!r}; add a column of file names")
-    for other in (other for other in range(len(columns)) if merit(other)[0] == level):
-        for row, ((_, ours, _), (_, theirs, _)) in enumerate(zip(found[best], found[other], strict=True)):
-            if theirs and theirs != ours:
+    for other_label, other_cells, others in (column for column in found if merit(column)[0] == level):
+        for row, ((_, ours, _), (_, theirs, _)) in enumerate(zip(matches, others, strict=True)):
+            if theirs and not {*ours} & {*theirs}:
                 raise UserError(
-                    f"{label} and {columns[other][0]} contradict each other: row {row + 2} has {cells[row]!r} and "
-                    f"{columns[other][1][row]!r}; remove the one that does not name the video"
+                    f"{label} and {other_label} contradict each other: row {row + 2} has {cells[row]!r} and "
+                    f"{other_cells[row]!r}; remove the one that does not name the video"
                 )
-    return found[best], f"{label} names {num_named} of {len(videos)} videos"
+    return matches, f"{label} names {num_named} of {len(videos)} videos"
 
 
 def read_clip(row: dict[str, str], video: Path, suffix: str) -> Clip:
@@ -874,24 +871,24 @@ def read_clip(row: dict[str, str], video: Path, suffix: str) -> Clip:
 def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> list[Clip]:
     """The clips of the `videos` of a folder: what a CSV file says of them, or that it does not name them.
 
-    Rows that say a video's own folders beat those that say others. Without the columns `start` and `end` the first row
-    of a video counts; with one of them each row is a part. Raises `UserError` where rows of two other folders can be of
-    one video, and what `read_rows`, `match_rows` and `read_clip` raise.
+    Rows that say a video's own path beat those that say others. Without the columns `start` and `end` the first row of
+    a video counts; with one of them each row is a part. Raises `UserError` where two other paths can be one video's,
+    and what `read_rows`, `match_rows` and `read_clip` raise.
     """
     header, rows = read_rows(csv_path)
     matches, found = match_rows(header, rows, videos, folder)
-    rows_of: dict[Path, dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
-    for row, (_, named, folders) in zip(rows, matches, strict=True):
+    rows_of: dict[Path, list[tuple[str, dict[str, str]]]] = defaultdict(list)
+    for row, (_, named, path) in zip(rows, matches, strict=True):
         for video in named:
-            rows_of[video][folders].append(dict(zip(header, row, strict=True)))
+            rows_of[video].append((path, dict(zip(header, row, strict=True))))
     has_parts = "start" in header or "end" in header
     clips, num_rows = [], 0
     for video in videos:
-        by_folders = rows_of.get(video, {"": []})
-        first, *others = sorted(by_folders)  # "" is the first: the video's own folders
-        if first and others:
-            raise UserError(f"{video} can be {first}/{video.name} or {others[0]}/{video.name}; keep the rows of one")
-        own = by_folders[first]
+        own_path = (folder.absolute() / video).with_suffix("").as_posix()
+        own = [row for path, row in rows_of[video] if own_path.endswith(f"/{path}")]
+        if not own and len(paths := sorted({path for path, _ in rows_of[video]})) > 1:
+            raise UserError(f"{video} can be {paths[0]} or {paths[1]}; keep the rows of one")
+        own = own or [row for _, row in rows_of[video]]
         num_rows += len(own)
         for index, row in enumerate((own if has_parts else own[:1]) or [{}]):
             clips.append(read_clip(row, video, f"_{index:03d}" if has_parts else ""))
@@ -899,8 +896,8 @@ def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> 
         found += f"; {len(rows) - num_rows} of its {len(rows)} rows belong to no video"
     if has_parts:
         found += f"; start and end cut them into {len(clips)} clips, _000, _001 and so on of each"
-    elif num_rows > len(rows_of):
-        found += f"; {num_rows - len(rows_of)} rows name a video again, and its first counts"
+    elif repeated := num_rows - sum(map(bool, rows_of.values())):
+        found += f"; {repeated} rows name a video again, and its first counts"
     say(f"captions: {csv_path}: {found}")
     return clips
 
