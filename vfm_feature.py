@@ -42,7 +42,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -66,7 +66,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from encode import MOVEMENT, encode_clip, print_summary, write_encode_report, write_preview
+from encode import MOVEMENT, PREVIEW_MARK, encode_clip, print_summary, write_encode_report, write_preview
 from losses import METRICS
 from model import (
     ArgumentParser,
@@ -1474,14 +1474,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     values: dict[str, Any] = {}
     deciding: list[str] = []
 
-    def add(flag: str, default: Any, text: str, **options: Any) -> None:
+    def add(flag: str, default: Any, text: str, decides: bool = False, **options: Any) -> None:
+        deciding.extend([flag] * decides)
         values[flag] = REPOSITORY / default if isinstance(default, Path) else default
         shown = "" if default is None else f" (default: {default})"
         group.add_argument(f"--{flag}", help=text + shown, **options)
-
-    def add_deciding(flag: str, *about: Any, **options: Any) -> None:
-        deciding.append(flag)
-        add(flag, *about, **options)
 
     count, share, switch = number(int, 1), number(float, 0.001), {"action": "store_true"}
     group = parser.add_argument_group("videos, captions and what is written")
@@ -1494,7 +1491,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("preview", False, "draw each clip and its features: <stem>.png beside its file", **switch)
     add("output_format", "pt", "of the files", choices=["pt", "safetensors"])
     dtypes = ["float32", "float16", "bfloat16"]
-    add_deciding("save_dtype", "float32", "of the saved features, or latents", choices=dtypes)
+    add("save_dtype", "float32", "of the saved features, or latents", decides=True, choices=dtypes)
 
     group = parser.add_argument_group("models and weights")
     text = f"some of {', '.join(MODELS)}; timm:NAME or hf:REPO for others, or a folder in place of NAME or REPO"
@@ -1508,19 +1505,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("allow_skip_missing", False, "go on without models whose weights or packages are missing", **switch)
     add("random_weights", False, "a dry run without weights: the features mean nothing", **switch)
     text = "blocks, from 1, whose outputs are stacked along C; without it the last of each model"
-    add_deciding("layers", None, text, nargs="+", type=count, metavar="N")
-    add_deciding("pool", False, "save the mean over the grid: features [T, 1, 1, C]", **switch)
+    add("layers", None, text, decides=True, nargs="+", type=count, metavar="N")
+    add("pool", False, "save the mean over the grid: features [T, 1, 1, C]", decides=True, **switch)
     text = "of train.py: write latents to <output_root>/<model>_motion instead of features; for one model"
     add("motion_checkpoint", None, text, type=Path)
 
     group = parser.add_argument_group("frames")
     text = f"sampled per clip (default: {DEFAULT_FRAMES}); with fps and window as many as a window holds"
     add("num_frames", None, text, type=count)
-    add_deciding("sampling", "spread", "evenly, or at the largest whole stride", choices=["spread", "stride"])
-    add_deciding("fps", None, "instead: frames sampled per second of the clip", type=share)
-    add_deciding("window", None, "cut each clip into windows of so many seconds, a file each", type=share)
-    add_deciding("hop", None, "seconds from the start of a window to the next; without it those of window", type=share)
-    add_deciding("fit", "squash", "to the input size: whole, or the centre", choices=["squash", "crop"])
+    add("sampling", "spread", "evenly, or at the largest whole stride", decides=True, choices=["spread", "stride"])
+    add("fps", None, "instead: frames sampled per second of the clip", decides=True, type=share)
+    add("window", None, "cut each clip into windows of so many seconds, a file each", decides=True, type=share)
+    add("hop", None, "seconds from the start of a window to the next (default: window)", decides=True, type=share)
+    add("fit", "squash", "to the input size: whole, or the centre", decides=True, choices=["squash", "crop"])
     add("recipe", None, "frames and sizes exactly as VideoREPA's trainer takes them", choices=[*RECIPES])
     for flag, size in DEFAULT_SIZES.items():
         side = "height" if flag.endswith("h") else "width"
@@ -1531,7 +1528,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("device", "cuda" if torch.cuda.is_available() else "cpu", "where the models run")
     add("batch_size", 1, "clips per forward pass", type=count)
     add("dinov2_chunk", 128, "frames per forward pass of an image model", type=count)
-    add_deciding("precision", "float32", "of the models' matrix products", choices=["float32", "bfloat16"])
+    add("precision", "float32", "of the models' matrix products", decides=True, choices=["float32", "bfloat16"])
     add("num_workers", default_num_workers(), "processes that decode", type=count)
     add("decode_timeout", 300, "seconds that a decoder may take for a video", type=count)
 
@@ -1781,19 +1778,29 @@ def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> Mo
     return run
 
 
-def read_finished(run: ModelRun, clip: Clip, window: int, args: argparse.Namespace) -> dict | None:
-    """The file of an earlier run, or of one beside this, if it was made with the same settings; its tensors stay on
-    disk."""
+def read_saved(run: ModelRun, clip: Clip, window: int, args: argparse.Namespace) -> dict | None:
+    """The file of an earlier run, or of one beside this, if it can be read; its tensors stay on disk."""
     if args.overwrite:
         return None
     try:
         saved = load_checked(run.path(clip, window), mmap=True, check=False)
-    except (UserError, OSError):  # absent, or it cannot be read: then it is made again
+    except (UserError, OSError):  # absent, or damaged: then it is made again
         return None
-    if not isinstance(saved, dict) or not isinstance(saved.get(run.kind), torch.Tensor):
-        return None
-    made_with, wanted = saved.get("settings"), run.clip_settings(clip)
-    return saved if isinstance(made_with, dict) and dict.fromkeys(wanted) | made_with == wanted else None
+    is_ours = isinstance(saved, dict) and isinstance(saved.get("settings"), dict)
+    return saved if is_ours and isinstance(saved.get(run.kind), torch.Tensor) else None
+
+
+def changed_settings(run: ModelRun, clip: Clip, saved: dict) -> dict[str, tuple[Any, Any]]:
+    """What a file was made with and what it would be made with now, where these differ; if nowhere, it is finished."""
+    made_with, wanted = saved["settings"], run.clip_settings(clip)
+    pairs = {name: (made_with.get(name), wanted.get(name)) for name in {**wanted, **made_with}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def read_finished(run: ModelRun, clip: Clip, window: int, args: argparse.Namespace) -> dict | None:
+    """A file that was made already, with the same settings."""
+    saved = read_saved(run, clip, window, args)
+    return None if saved is None or changed_settings(run, clip, saved) else saved
 
 
 def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
@@ -1805,14 +1812,21 @@ def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
 
 
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> dict[Clip, list[str]]:
-    """What is to be done: clips, and the models, by name, that still need them. What is finished is kept.
+    """What is to be done: clips, and the models, by name, that still need them. What is finished is kept; what was made
+    with other settings is said.
 
     A clip's first file records how many windows it has; where any is missing, each is looked for when it is decoded.
     """
     todo: dict[Clip, list[str]] = {}
+    replaced: Counter[tuple[str, ...]] = Counter()
     for clip in tqdm(clips, "looking for finished features", leave=False, delay=1):
         for run in runs:
-            files = [read_finished(run, clip, 0, args)]
+            first = read_saved(run, clip, 0, args)
+            changes = changed_settings(run, clip, first) if first else {}
+            told = [name for name in changes if name in run.settings and changes[name][0] != "random"]
+            if told:
+                replaced[run.name, ", ".join(f"{name} {changes[name][0]} -> {changes[name][1]}" for name in told)] += 1
+            files = [None if changes else first]
             if files[0]:
                 files += [read_finished(run, clip, window, args) for window in range(1, files[0]["windows"])]
             if None in files:
@@ -1820,6 +1834,8 @@ def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> d
                 continue
             for window, saved in enumerate(files):
                 keep_finished(run, clip, window, saved)
+    for (name, told), count in replaced.items():
+        say(f"warning: {name}: {count} clips that were made with other settings are made again: {told}")
     return todo
 
 
@@ -1859,6 +1875,8 @@ def save_feature(
         if preview:
             pictures = frames.round().clip(0, 255).astype(np.uint8)
             write_preview(path, feature.cpu(), data.get("latent"), pictures, data)
+        elif (picture := path.with_suffix(".png")).is_file() and PREVIEW_MARK.encode() in picture.read_bytes()[:1000]:
+            picture.unlink()  # of the file that this one replaces
         save_atomically(data, path)
     except UserError as error:
         run.fail(clip, window, str(error))

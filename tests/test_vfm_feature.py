@@ -22,6 +22,7 @@ import torch
 from bench_faults import ffmpeg
 from draw_clips import draw_frame, write_video
 from made_up import ROOT, SMALL, counts, decode_clip, hear_ctrl_c, pattern_clip, published_state
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -580,6 +581,33 @@ def test_finished_features_are_skipped_unless_something_changed(clips, tmp_path,
     assert counts(run_here(*command, "--save_dtype", "bfloat16")) == [2, 0, 0]
     assert counts(run_here(*command, "--save_dtype", "bfloat16", "--overwrite")) == [2, 0, 0]
     assert not [path for path in out.rglob("*") if path.suffix == ".tmp"]
+
+
+def test_what_other_settings_replace_is_said_once(clips, tmp_path, run_here):
+    command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL]
+    said = "warning: VideoMAE: {} clips that were made with other settings are made again: {}\n"
+    result = run_here(*command, "--preview")
+    assert counts(result) == [2, 0, 0] and "made again" not in result.stderr
+    Image.new("RGB", (9, 9)).save(tmp_path / "out" / "VideoMAE" / "mine.png")
+    shutil.copy(clips / "ball.mp4", clips / "mine.mp4")
+    result = run_here(*command, "--num_frames", 2, "--pool")  # a clip is new
+    assert counts(result) == [3, 0, 0]
+    assert said.format(2, "num_frames 4 -> 2, pool None -> True") in result.stderr
+    # the pictures showed what is there no longer; another picture is the user's
+    assert [path.name for path in (tmp_path / "out" / "VideoMAE").glob("*.png")] == ["mine.png"]
+
+    shutil.copy(clips / "square.avi", clips / "ball.avi")
+    (clips / "ball.avi").replace(clips / "ball.mp4")  # another video of that name
+    result = run_here(*command, "--num_frames", 2, "--pool")
+    assert counts(result) == [1, 2, 0] and "made again" not in result.stderr
+    published_file("VideoMAE", tmp_path / "weights.pth")
+    weights = ["--videomae_ckpt", tmp_path / "weights.pth"]
+    result = run_here(*command[: -len(SMALL)], *SMALL[1:], *weights, "--num_frames", 2, "--pool")
+    assert counts(result) == [3, 0, 0] and "made again" not in result.stderr
+    result = run_here(*command, "--num_frames", 2, "--pool")  # which would lose what has a meaning
+    assert counts(result) == [3, 0, 0] and "made again: weights sha256:" in result.stderr
+    result = run_here(*command, "--overwrite")
+    assert counts(result) == [3, 0, 0] and "made again" not in result.stderr
 
 
 def test_ranks_and_rival_runs_write_what_one_process_writes(clips, tmp_path):
