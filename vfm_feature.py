@@ -39,7 +39,6 @@ import re
 import resource
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -1223,10 +1222,10 @@ def stack_frames(window: Window, frames: list[Frames], sampling: Sampling) -> Fr
 
 
 def decode_windows(
-    path: str, clips: Sequence[Clip], sampling: Sampling, backend: str = "pyav", delivered: Iterable[Window] = ()
+    path: str, clips: Sequence[Clip], sampling: Sampling, backend: str = "pyav"
 ) -> Iterator[tuple[Window, Frames | str] | None]:
-    """Decode a video: yield the windows of its clips, without those `delivered` before, as they are complete, with
-    their frames or why they have none; None now and then: still at work.
+    """Decode a video: yield the windows of its clips, as they are complete, with their frames or why they have none;
+    None now and then: still at work.
 
     The video is read from its start to the end of its last window, once, unless it shows other frames than its packets
     say: the number counts, and the times too where windows depend on them. Then the rest of the first pass finds the
@@ -1242,7 +1241,7 @@ def decode_windows(
     compare_times = backend == "pyav" and any(
         [sampling.fps, sampling.window, *((clip.start or clip.end) for clip in clips)]
     )
-    done, as_planned, shape = {*delivered}, False, 1.0
+    done, as_planned, shape = set(), False, 1.0
     while not as_planned:
         windows = plan_windows(clips, planned_times, tick, rate, sampling)
         waiting: deque[tuple[Window, list[Frames]]] = deque((window, []) for window in windows if window not in done)
@@ -1302,9 +1301,9 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
     with suppress(EOFError, ConnectionError):  # its parent is gone
         while True:
             connection.send("")
-            path, clips, *others = connection.recv()
+            path, clips, backend = connection.recv()
             try:
-                for item in decode_windows(path, clips, sampling, *others):
+                for item in decode_windows(path, clips, sampling, backend):
                     connection.send(item)
             except ConnectionError:
                 raise
@@ -1323,9 +1322,7 @@ Task = tuple[str, list[Clip], set[Window], list[str]]
 def start_process(sampling: Sampling) -> tuple[BaseProcess, Connection]:
     """A process of `decode_jobs`, forked by a server that has imported what it needs: each import takes seconds, and a
     fork of this process would copy its threads' locks. Raises `OSError` if none can be started."""
-    # the path of the server's socket can have 107 bytes, of which 32 follow the folder
-    is_served = sys.platform == "linux" and len(os.fsencode(tempfile.gettempdir())) <= 75
-    context = multiprocessing.get_context("forkserver" if is_served else "spawn")
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     context.set_forkserver_preload(["torch", "av", "pandas"])
     connection, theirs = context.Pipe()
     process = context.Process(target=decode_jobs, args=(theirs, sampling), daemon=True)
@@ -1369,9 +1366,9 @@ def run_decoder(
                 return
             backend = [*BACKENDS][len(failures)]
             with suppress(ConnectionError):  # it has just died, and `hear` will tell
-                connection.send((path, clips, backend, delivered))
+                connection.send((path, clips, backend))
             while not isinstance(said := hear(timeout), str):
-                if said:  # else it is still at work
+                if said and said[0] not in delivered:  # else it is still at work, or where an earlier one was
                     delivered.add(said[0])
                     yield clips, *said
         failures.append(f"{backend}: {said}")
@@ -1425,7 +1422,7 @@ def decode_ahead(
                         yield from ((clip, None, frames) for clip in own if left.get(clip, 1))
                 item.result()
         except (OSError, EOFError) as error:
-            hint = "free memory, end other processes, or lower --num_workers"
+            hint = "free memory, end other processes, lower --num_workers, or set TMPDIR to a folder of a shorter name"
             raise UserError(f"videos cannot be decoded: no process starts ({error}); {hint}") from error
         finally:
             stopped.set()
