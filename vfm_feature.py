@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
-import difflib
 import errno
 import functools
 import io
@@ -36,7 +35,6 @@ import multiprocessing
 import os
 import queue
 import re
-import resource
 import signal
 import sys
 import threading
@@ -193,9 +191,7 @@ def model_name(text: str) -> str:
         return names[text.lower()]
     if re.match("(timm|hf):.", text):
         return text
-    near = [names[name] for name in difflib.get_close_matches(text.lower(), names, 1)]
-    hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(MODELS)}, timm:NAME, hf:REPO"
-    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({hint})")
+    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(MODELS)}, timm:NAME, hf:REPO)")
 
 
 def find_vfm(name: str) -> VFM:
@@ -1203,8 +1199,7 @@ def check_plain(path: str, num_frames: int, backend: str) -> None:
         is_odd = len(container.streams.video) > 1 or stream.sample_aspect_ratio not in (None, 1)
         frame = next(container.decode(stream))
         is_odd |= "DISPLAYMATRIX" in frame.side_data or frame.interlaced_frame
-        # HDR has wide primaries too
-        is_odd |= frame.color_primaries in (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
+        is_odd |= frame.color_primaries >= ColorPrimaries.BT2020  # wide; HDR has such primaries too
     if is_odd:
         raise RuntimeError("only for one track of square pixels, not HDR, wide gamut, display matrices or interlaced")
     num_shown = sum(1 for _ in BACKENDS[backend](path))
@@ -1276,18 +1271,10 @@ def decode_windows(
 
 
 def start_decoder() -> None:
-    """What a decoding process does first: it takes one core, and limits its memory.
-
-    A broken header can ask for any amount of memory; 4 GiB are enough for frames of 8K. A decoder that hangs in native
-    code would outlive a parent that is killed.
-    """
+    """What a decoding process does first: it takes one core, and will end with its parent, even amid native code."""
     torch.set_num_threads(1)
     os.nice(10)  # the model's threads wait for one another, so that slowing one down slows all
     if sys.platform == "linux":
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        own, unlimited = mapped + 4 * 2**30, resource.RLIM_INFINITY
-        limits = [own if limit == unlimited else min(own, limit) for limit in resource.getrlimit(resource.RLIMIT_AS)]
-        resource.setrlimit(resource.RLIMIT_AS, limits)
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
@@ -1739,8 +1726,6 @@ def plan_run(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
         patch = f"its patch of {vfm.patch_size}"
         say(f"{name}: input size {tuple(taken[1:])}, as {tuple(usual[1:])} does not divide by {patch}")
     settings = dict(zip(("num_frames", "height", "width"), taken, strict=True)) | vars(args.settings)
-    if args.layers == [vfm.depth]:  # the one that counts without it
-        settings["layers"] = None
     folder = args.output_root / folder_name(name)
     if autoencoder is not None:
         settings["motion_autoencoder"] = autoencoder.identity()

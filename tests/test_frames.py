@@ -240,7 +240,7 @@ def test_whichever_process_is_ready_is_served(tmp_path):
 
 
 DECODE_ONE = """
-import multiprocessing, pathlib, resource, sys
+import pathlib, resource, sys
 import vfm_feature as vfm
 if __name__ == '__main__':
     limit = int(sys.argv[2])
@@ -248,14 +248,13 @@ if __name__ == '__main__':
     try:
         clip = vfm.Clip(pathlib.Path(sys.argv[1]))
         for _, window, _ in vfm.decode_ahead([clip], pathlib.Path(), vfm.Sampling(4, ((48, 64),)), 1, 60):
-            child = next(iter(multiprocessing.active_children()))
-            print(window.frame_indices, resource.prlimit(child.pid, resource.RLIMIT_AS))
+            print(window.frame_indices)
     except vfm.UserError as error:
         print(error)
 """
 
 
-@pytest.mark.parametrize("case", ["no limit", "long TMPDIR", "ulimit -v", "no process"])
+@pytest.mark.parametrize("case", ["long TMPDIR", "ulimit -v", "no process"])
 def test_decoders_start_or_one_line_says_why(tmp_path, case):
     clip = gray_clip(tmp_path / "a.mkv", 4)
     (tmp_path / "script.py").write_text(DECODE_ONE)
@@ -277,10 +276,7 @@ def test_decoders_start_or_one_line_says_why(tmp_path, case):
         assert len(lines) == 1 and lines[0].startswith("videos cannot be decoded: no process starts ("), result
         assert "set TMPDIR to a folder of a shorter name" in lines[0] and "Traceback" not in result.stderr
         return
-    assert len(lines) == 1 and "Traceback" not in result.stderr, result
-    indices, limits = lines[0].split(") (")
-    assert indices == "(0, 1, 2, 3"
-    assert (limits == f"{limit}, {limit})") == (case == "ulimit -v")
+    assert lines == ["(0, 1, 2, 3)"] and "Traceback" not in result.stderr, result
 
 
 # ---------------------------------------------------------------------------------------------------------------------

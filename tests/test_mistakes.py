@@ -63,7 +63,7 @@ MISTAKES = [
         "--csv_path unquoted.csv: row 2: 3 fields where the header has 2",
     ),
     ("vfm_feature.py --video_dir clips --csv_path ragged.csv", "--csv_path ragged.csv: row 3: 4 fields where"),
-    ("vfm_feature.py --video_dir clips --models DINOv3", "invalid choice: 'DINOv3' (did you mean DINOv3-S?)"),
+    ("vfm_feature.py --video_dir clips --models DINOv3", "invalid choice: 'DINOv3' (choose from VideoMAEv2, "),
     ("vfm_feature.py --video_dir clips --models CLIP", "argument --models: invalid choice: 'CLIP' (choose from"),
     ("vfm_feature.py --video_dir clips --models timm:", "argument --models: invalid choice: 'timm:'"),
     (
