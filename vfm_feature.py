@@ -103,7 +103,7 @@ class VFM:
     A video model (`tubelet_size` above 1) is a `VideoViT`. An image model is timm's and sees every frame by itself.
     """
 
-    hub: tuple[str, str] | None = None  # repository of the published weights, and their file or, of transformers, ""
+    hub: tuple[str, str] | None = None  # repository of the published weights, and their file
     license: str = "unknown"
     embed_dim: int = 768
     depth: int = 12
@@ -268,7 +268,7 @@ def find_transformers(name: str) -> VFM:
         hint = "put the preprocessor_config.json beside it that says image_mean and image_std"
         raise UserError(f"--models hf:{name}: {folder} does not say how pixels are normalised; {hint}")
     return VFM(
-        hub=(name, ""),
+        hub=(name, "model.safetensors"),
         embed_dim=config.hidden_size,
         depth=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
@@ -363,24 +363,23 @@ def download_weights(name: str, vfm: VFM) -> Path:
     repository, file = vfm.hub
     if "://" in repository:
         raise FileNotFoundError(f"{file} of {repository} is in no hub; download it as they say there and pass {hint}")
-    if not file:
-        patterns = ["model.safetensors", INDEX, "model-*-of-*.safetensors"]
-        return download(repository, repository, patterns, "its folder: hf:FOLDER")
     looked = f"no file at {DEFAULT_PATHS[flag]}, and " if flag in DEFAULT_PATHS else ""
     return download(f"{looked}{file} of {repository}", repository, [file], hint) / file
 
 
-INDEX = "model.safetensors.index.json"  # of a folder whose weights are in several files
-
-
 def read_weights(path: Path, vfm: VFM) -> dict[str, torch.Tensor]:
-    """The state dict of a published file (.pth, .pt, .bin, .safetensors) or folder (of .safetensors), in its names.
+    """The state dict of a published file (.pth, .pt, .bin, .safetensors) or a folder's model.safetensors, in its names.
 
     No code runs: tensors, plain values and `argparse.Namespace`, which VideoMAE's file holds, are all that is loaded.
     Raises `UserError` for anything else, and `FileNotFoundError` for a folder without weights.
     """
     if path.is_dir():
-        return read_folder(path, vfm)
+        if any(path.glob("*.index.json")):  # which of several files counts, an older set among them, is not looked at
+            hint = "save the model in one, with max_shard_size='50GB', into an empty folder"
+            raise UserError(f"{path} holds weights in several files; {hint}")
+        path = path / "model.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
     with torch.serialization.safe_globals([argparse.Namespace]):
         state = load_checked(path, mmap=True)  # V-JEPA 2's file holds five times as much as is needed
     state = state if isinstance(state, dict) else {}
@@ -389,24 +388,6 @@ def read_weights(path: Path, vfm: VFM) -> dict[str, torch.Tensor]:
     if not weights:
         raise UserError(f"{path} holds no weights; use the file that the authors publish")
     return weights
-
-
-def read_folder(folder: Path, vfm: VFM) -> dict[str, torch.Tensor]:
-    """The tensors of a folder's `model.safetensors`, or those that its index names, from the files that it names."""
-    whole, index = folder / "model.safetensors", folder / INDEX
-    if whole.is_file() and index.is_file():
-        raise UserError(f"{folder} holds {whole.name} and {index.name}; remove what is not the model's")
-    if whole.is_file():
-        return read_weights(whole, vfm)
-    if not index.is_file():
-        raise FileNotFoundError(f"there is no {whole.name} or {index.name} in {folder}")
-    check_file(index)
-    try:
-        places = json.loads(index.read_bytes())["weight_map"]  # name -> file, none of other folders
-        parts = {file: read_weights(folder / Path(file).name, vfm) for file in {*places.values()}}
-        return {name: parts[file][name] for name, file in places.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{index} and its files do not fit ({first_line(error)}); download them again") from None
 
 
 def check_weight(name: str, value: torch.Tensor) -> None:
@@ -795,17 +776,16 @@ def find_videos(cell: str, named: dict[tuple, list[Path]]) -> Match:
 
     Stems come before numbers. Then the most folders decide, then whether the whole path is said, then the suffix.
     """
-    for text in (cell, cell.strip(AROUND_NAMES)):
-        *folders, name = text.replace("\\", "/").split("/")
-        folders = [part for part in folders if part not in ("", ".")]
-        stem, suffix = os.path.splitext(name)
-        keys = [stem] if suffix.lower() in VIDEO_SUFFIXES else stem_keys(name)
-        for said in ((*folders[first:], key) for key in keys for first in range(len(folders) + 1)):
-            if videos := named.get(said):
-                videos = [video for video in videos if len(video.parts) <= len(said)] or videos
-                videos = [video for video in videos if video.name == name] or videos
-                level = 3 if videos[0].name == name else 2 if said[-1] == keys[0] else 1
-                return level, videos, "/".join([*folders, keys[0]])
+    *folders, name = cell.strip(AROUND_NAMES).replace("\\", "/").split("/")
+    folders = [part for part in folders if part not in ("", ".")]
+    stem, suffix = os.path.splitext(name)
+    keys = [stem] if suffix.lower() in VIDEO_SUFFIXES else stem_keys(name)
+    for said in ((*folders[first:], key) for key in keys for first in range(len(folders) + 1)):
+        if videos := named.get(said):
+            videos = [video for video in videos if len(video.parts) <= len(said)] or videos
+            videos = [video for video in videos if video.name == name] or videos
+            level = 3 if videos[0].name == name else 2 if said[-1] == keys[0] else 1
+            return level, videos, "/".join([*folders, keys[0]])
     return 0, [], ""
 
 
@@ -1543,8 +1523,8 @@ def check_flags(given: dict[str, Any]) -> None:
         if folder_name(one) == folder_name(other):
             raise UserError(f"--models: {one} and {other} would both write into {folder_name(one)}")
     for name, path in given.get("weights", []):
-        if name not in models or name.startswith("hf:"):
-            raise UserError(f"--weights {name}: not one of --models, or one whose folder holds the weights (hf:FOLDER)")
+        if name not in models:
+            raise UserError(f"--weights {name}: not one of --models")
         if f"{name.lower()}_ckpt" in given:
             raise UserError(f"--weights {name}={path} and --{name.lower()}_ckpt are one; leave one of them out")
         if not path.is_file():

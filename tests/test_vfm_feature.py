@@ -395,7 +395,7 @@ def read_captions(folder, table, names):
         ("id,caption\n1,stem\n7.0,number\n", {"1.mp4": "stem", "0001.mp4": None, "007.mp4": "number"}),
         (
             'x,caption\n"""0003.mp4""",a\n " 0001 ",b\n“2”,c\n\'q\',d\n',
-            {"0003.mp4": "a", "0001.mp4": "b", "0002.mp4": "c", "'q'.mp4": "d"},
+            {"0003.mp4": "a", "0001.mp4": "b", "0002.mp4": "c", "q.mp4": "d"},
         ),
         (",video,caption\n0,2.mp4,two\n1,0.mp4,zero\n2,gone.mp4,-\n", {"0.mp4": "zero", "1.mp4": None, "2.mp4": "two"}),
         (",clip,caption\n0,0001,one\n1,0000,zero\n", {"0000.mp4": "zero", "0001.mp4": "one"}),
