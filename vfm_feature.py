@@ -215,12 +215,10 @@ def find_timm(name: str, **arguments: Any) -> VFM:
     try:
         with torch.device("meta"):  # no values are drawn
             model = timm.create_model(source, num_classes=0, **arguments)
-    except Exception as error:  # an unknown name or tag, a folder that timm did not save
+        about, last = model.pretrained_cfg, model.feature_info[-1]
+    except Exception as error:  # an unknown name or tag, a folder that timm did not save, a model without blocks
         hint = "timm.list_models() names its models, and a folder must be one that timm saved"
         raise UserError(f"--models timm:{name}: {first_line(error)}; {hint}") from error
-    if not hasattr(model, "forward_intermediates"):
-        raise UserError(f"--models timm:{name}: timm gives no outputs of its blocks")
-    about, last = model.pretrained_cfg, model.feature_info[-1]
     hub = (about["hf_hub_id"], about.get("hf_hub_filename") or "model.safetensors") if about.get("hf_hub_id") else None
     return VFM(
         hub=hub,

@@ -580,6 +580,12 @@ def test_what_is_missing_is_said_and_can_be_skipped(extract, monkeypatch, tmp_pa
     assert result.returncode == 2 and "the package transformers is missing; install envs/" in result.stderr
 
 
+def test_an_image_model_without_a_token_for_each_patch_is_refused(extract):
+    sizes = ["--dinov2_resize_h", 256, "--dinov2_resize_w", 256]
+    result, _ = extract("timm:levit_128s", *sizes, "--random_weights")
+    assert result.returncode == 2 and "gives no token for each patch of 256 x 256" in result.stderr.splitlines()[-1]
+
+
 def test_a_folder_s_code_is_not_run_and_its_gaps_are_named(tmp_path, extract):
     saved(tmp_path / "mae", "VideoMAE", intermediate_size=96, image_size=64)
     shutil.copytree(tmp_path / "mae", tmp_path / "code")
