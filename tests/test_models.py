@@ -584,6 +584,10 @@ def test_an_image_model_without_a_token_for_each_patch_is_refused(extract):
     sizes = ["--dinov2_resize_h", 256, "--dinov2_resize_w", 256]
     result, _ = extract("timm:levit_128s", *sizes, "--random_weights")
     assert result.returncode == 2 and "gives no token for each patch of 256 x 256" in result.stderr.splitlines()[-1]
+    spec = vfm.find_vfm("DINOv2")
+    vit = vfm.build_vit(spec, 1, (56, 56))
+    with pytest.raises(RuntimeError, match="shape"):  # four tokens for each patch are no token of four times the width
+        vfm.extract_features(vit, replace(spec, patch_size=28), pattern_clip(1, 56, 56))
 
 
 def test_a_folder_s_code_is_not_run_and_its_gaps_are_named(tmp_path, extract):
