@@ -38,7 +38,6 @@ import re
 import signal
 import sys
 import threading
-import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,7 +46,7 @@ from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from itertools import combinations, groupby, islice
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -240,8 +239,7 @@ def find_transformers(name: str) -> VFM:
     from transformers import AutoConfig
 
     own = Path(name) if Path(name).is_dir() else None
-    hint = "its folder: hf:FOLDER"
-    folder = own or download(f"there is no folder {name}, and it", name, ["*.json"], hint)
+    folder = own or download(f"there is no folder {name}, and it", name, ["*.json"], "its folder: hf:FOLDER")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         preprocessors = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*preprocessor_config.json"))]
@@ -1297,31 +1295,30 @@ def start_process(sampling: Sampling) -> tuple[BaseProcess, Connection]:
 
 
 def run_decoder(
-    todo: deque[Task], sampling: Sampling, timeout: float, stopped: threading.Event
+    todo: deque[Task], sampling: Sampling, timeout: float, stopped: Connection
 ) -> Iterator[tuple[list[Clip], Window | None, Frames | str]]:
     """Have a process decode what is `todo`, until all is done or it fails at a video, which is then left to the next
     decoder, in a fresh process. Yields a video's clips, and of what `decode_windows` yields what is not None; with None
     for a window, why those that are left are missing.
 
-    Raises `OSError` or `EOFError` if no process starts, and once `stopped` is set.
+    Raises `OSError` or `EOFError` if no process starts, and once the other end of `stopped` is closed.
     """
     process, connection = start_process(sampling)
 
-    def hear(timeout: float) -> Any:
+    def hear(timeout: float | None) -> Any:
         """What the process says, see `decode_jobs`; or that it died, or said nothing for `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            if stopped.is_set():
-                raise EOFError("stopped")
-            if connection.poll(0.2):
-                with suppress(EOFError, OSError):  # it died, perhaps amid a message
-                    return connection.recv()
-                process.join(5)
-                return f"the process died ({process.exitcode})"
-        return f"no end after {timeout:g} s (--decode_timeout)"
+        ready = wait([connection, stopped], timeout)
+        if stopped in ready:
+            raise EOFError("stopped")
+        if not ready:
+            return f"no end after {timeout:g} s (--decode_timeout)"
+        with suppress(EOFError, OSError):  # it died, perhaps amid a message
+            return connection.recv()
+        process.join(5)
+        return f"the process died ({process.exitcode})"
 
     try:
-        said = hear(math.inf)
+        said = hear(None)
         if said:
             raise EOFError(said)
         while said == "":
@@ -1361,7 +1358,8 @@ def decode_ahead(
     todo: deque[Task] = deque((str(folder / video), [*own], set(), []) for video, own in videos)
     left: dict[Clip, int] = {}  # windows to come
     found: queue.SimpleQueue = queue.SimpleQueue()
-    room, stopped = threading.Semaphore(2 * num_workers), threading.Event()
+    room = threading.Semaphore(2 * num_workers)
+    stopped, stop = multiprocessing.Pipe(duplex=False)
 
     def work() -> None:
         while todo:
@@ -1390,7 +1388,7 @@ def decode_ahead(
             hint = "free memory, end other processes, lower --num_workers, or set TMPDIR to a folder of a shorter name"
             raise UserError(f"videos cannot be decoded: no process starts ({error}); {hint}") from error
         finally:
-            stopped.set()
+            stop.close()
             room.release(num_workers)  # one item of each may wait
 
 
@@ -1608,9 +1606,8 @@ class ModelRun:
         """Keep why a clip, or one of the windows that --window cuts, has no file."""
         span = window if window and self.settings["window"] else clip
         bounds = {"from": span.start, "to": span.end}
-        file = " ".join(
-            [clip.video.as_posix(), *(f"{word} {bound:g} s" for word, bound in bounds.items() if bound is not None)]
-        )
+        told = [f"{word} {bound:g} s" for word, bound in bounds.items() if bound is not None]
+        file = " ".join([clip.video.as_posix(), *told])
         self.rows.append({"clip": clip, "file": file, "outcome": "failed", "failure": reason})
 
 
