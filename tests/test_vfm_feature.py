@@ -828,6 +828,8 @@ def test_ranks_do_what_rank_0_planned_and_leave_a_model_out_together(clips, tmp_
     (tmp_path / "toy").mkdir()
     config = {"model_type": "videomae", "image_size": 32, "num_frames": 4, "patch_size": 16, **shape}
     (tmp_path / "toy" / "config.json").write_text(json.dumps(config))
+    pixels = {"image_mean": vfm.IMAGENET_MEAN, "image_std": vfm.IMAGENET_STD}
+    (tmp_path / "toy" / "preprocessor_config.json").write_text(json.dumps(pixels))
     command = ["--video_dir", "clips", "--output_root", tmp_path / "out", "--num_frames", 4, "--allow_skip_missing"]
     first, second = two_ranks([tmp_path, tmp_path / "old"], *command, "--models", "VideoMAE", "hf:./toy")
     assert counts(first) == [4, 0, 0], second.stderr
