@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
-import difflib
 import errno
 import functools
 import io
@@ -36,13 +35,10 @@ import multiprocessing
 import os
 import queue
 import re
-import resource
 import signal
 import sys
-import tempfile
 import threading
-import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -50,7 +46,7 @@ from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from itertools import combinations, groupby, islice
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -66,7 +62,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from encode import MOVEMENT, encode_clip, print_summary, write_encode_report, write_preview
+from encode import MOVEMENT, PREVIEW_MARK, encode_clip, print_summary, write_encode_report, write_preview
 from losses import METRICS
 from model import (
     ArgumentParser,
@@ -106,7 +102,7 @@ class VFM:
     A video model (`tubelet_size` above 1) is a `VideoViT`. An image model is timm's and sees every frame by itself.
     """
 
-    hub: tuple[str, str] | None = None  # repository of the published weights, and their file or, of transformers, ""
+    hub: tuple[str, str] | None = None  # repository of the published weights, and their file
     license: str = "unknown"
     embed_dim: int = 768
     depth: int = 12
@@ -194,9 +190,7 @@ def model_name(text: str) -> str:
         return names[text.lower()]
     if re.match("(timm|hf):.", text):
         return text
-    near = [names[name] for name in difflib.get_close_matches(text.lower(), names, 1)]
-    hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(MODELS)}, timm:NAME, hf:REPO"
-    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({hint})")
+    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(MODELS)}, timm:NAME, hf:REPO)")
 
 
 def find_vfm(name: str) -> VFM:
@@ -220,12 +214,10 @@ def find_timm(name: str, **arguments: Any) -> VFM:
     try:
         with torch.device("meta"):  # no values are drawn
             model = timm.create_model(source, num_classes=0, **arguments)
-    except Exception as error:  # an unknown name or tag, a folder that timm did not save
+        about, last = model.pretrained_cfg, model.feature_info[-1]
+    except Exception as error:  # an unknown name or tag, a folder that timm did not save, a model without blocks
         hint = "timm.list_models() names its models, and a folder must be one that timm saved"
         raise UserError(f"--models timm:{name}: {first_line(error)}; {hint}") from error
-    if not hasattr(model, "forward_intermediates"):
-        raise UserError(f"--models timm:{name}: timm gives no outputs of its blocks")
-    about, last = model.pretrained_cfg, model.feature_info[-1]
     hub = (about["hf_hub_id"], about.get("hf_hub_filename") or "model.safetensors") if about.get("hf_hub_id") else None
     return VFM(
         hub=hub,
@@ -244,15 +236,12 @@ def find_timm(name: str, **arguments: Any) -> VFM:
 
 def find_transformers(name: str) -> VFM:
     """The VideoMAE or V-JEPA 2 of a repository or folder of transformers."""
-    from huggingface_hub import ModelCard
     from transformers import AutoConfig
 
     own = Path(name) if Path(name).is_dir() else None
-    hint = "its folder: hf:FOLDER"
-    folder = own or download(f"there is no folder {name}, and it", name, ["*.json", "README.md"], hint)
+    folder = own or download(f"there is no folder {name}, and it", name, ["*.json"], "its folder: hf:FOLDER")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        card = ModelCard.load(folder / "README.md").data.to_dict() if (folder / "README.md").is_file() else {}
         preprocessors = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*preprocessor_config.json"))]
     except Exception as error:  # no configuration, an unknown kind, one that needs code of its own
         raise UserError(f"--models hf:{name}: {first_line(error)}") from error
@@ -270,15 +259,12 @@ def find_transformers(name: str) -> VFM:
         )
     if config.hidden_act != "gelu":
         raise UserError(f"--models hf:{name}: a {kind} with {config.hidden_act} for gelu is not known")
-    pixels = preprocessors[0] if preprocessors else {}
-    if not pixels.get("do_normalize", True):
-        pixels = {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
-    elif not {"image_mean", "image_std"} <= pixels.keys():
-        say(f"warning: {folder} does not say its mean and standard deviation; ImageNet's are taken")
-        pixels = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+    pixels = {"do_normalize": True} | (preprocessors[0] if preprocessors else {})
+    if not pixels["do_normalize"] or not {"image_mean", "image_std"} <= pixels.keys():
+        hint = "put the preprocessor_config.json beside it that says image_mean and image_std"
+        raise UserError(f"--models hf:{name}: {folder} does not say how pixels are normalised; {hint}")
     return VFM(
-        hub=(name, ""),
-        license=card.get("license_name") or card.get("license") or "unknown",
+        hub=(name, "model.safetensors"),
         embed_dim=config.hidden_size,
         depth=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
@@ -346,32 +332,19 @@ def download(what: str, repository: str, patterns: Sequence[str], hint: str) -> 
 
     Raises `FileNotFoundError`: why `what` cannot be had, what can be done about it, and `hint`, what to pass instead.
     """
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    log_in = "set HF_TOKEN or run `hf auth login`"
     try:
         folder = Path(snapshot_download(repository, allow_patterns=patterns))
         if any(file for pattern in patterns for file in folder.glob(pattern)):
             return folder
         reason = "the repository, or what the cache has of it, does not hold it"
-    except errors.GatedRepoError:
-        reason = f"it is gated: accept its terms on its page and {log_in}"
-    except errors.RepositoryNotFoundError:
-        reason = f"no such repository, or a private one: check its name or {log_in}"
-    except errors.LocalEntryNotFoundError as error:
-        half = isinstance(error, errors.IncompleteSnapshotError)
-        reason = "an earlier download stopped half-way: " if half else "it is not in the cache: "
-        if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-            reason += "unset HF_HUB_OFFLINE"
-        elif isinstance(error.__cause__, errors.HfHubHTTPError):
-            status = error.__cause__.response.status_code
-            reason += f"{constants.ENDPOINT} answered {status}; {log_in}, or try later"
-        else:
-            reason += f"reach {constants.ENDPOINT}, or set HF_ENDPOINT to a mirror"
-    except Exception as error:  # its HTTP library's, and the system's
+    except Exception as error:  # its own, its HTTP library's, and the system's
         reason = first_line(error)
     raise FileNotFoundError(
-        f"{what} cannot be downloaded from the hub: {reason}; or download it elsewhere and pass {hint}"
+        f"{what} cannot be downloaded from {constants.ENDPOINT} ({reason}): unset HF_HUB_OFFLINE, set HF_ENDPOINT to a "
+        "mirror, or, if it is gated or private, accept its terms on its page and set HF_TOKEN or run `hf auth login`; "
+        f"or download it elsewhere and pass {hint}"
     )
 
 
@@ -386,24 +359,23 @@ def download_weights(name: str, vfm: VFM) -> Path:
     repository, file = vfm.hub
     if "://" in repository:
         raise FileNotFoundError(f"{file} of {repository} is in no hub; download it as they say there and pass {hint}")
-    if not file:
-        patterns = ["model.safetensors", INDEX, "model-*-of-*.safetensors"]
-        return download(repository, repository, patterns, "its folder: hf:FOLDER")
     looked = f"no file at {DEFAULT_PATHS[flag]}, and " if flag in DEFAULT_PATHS else ""
     return download(f"{looked}{file} of {repository}", repository, [file], hint) / file
 
 
-INDEX = "model.safetensors.index.json"  # of a folder whose weights are in several files
-
-
 def read_weights(path: Path, vfm: VFM) -> dict[str, torch.Tensor]:
-    """The state dict of a published file (.pth, .pt, .bin, .safetensors) or folder (of .safetensors), in its names.
+    """The state dict of a published file (.pth, .pt, .bin, .safetensors) or a folder's model.safetensors, in its names.
 
     No code runs: tensors, plain values and `argparse.Namespace`, which VideoMAE's file holds, are all that is loaded.
     Raises `UserError` for anything else, and `FileNotFoundError` for a folder without weights.
     """
     if path.is_dir():
-        return read_folder(path, vfm)
+        if any(path.glob("*.index.json")):  # which of several files counts, an older set among them, is not looked at
+            hint = "save the model in one, with max_shard_size='50GB', into an empty folder"
+            raise UserError(f"{path} holds weights in several files; {hint}")
+        path = path / "model.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
     with torch.serialization.safe_globals([argparse.Namespace]):
         state = load_checked(path, mmap=True)  # V-JEPA 2's file holds five times as much as is needed
     state = state if isinstance(state, dict) else {}
@@ -412,28 +384,6 @@ def read_weights(path: Path, vfm: VFM) -> dict[str, torch.Tensor]:
     if not weights:
         raise UserError(f"{path} holds no weights; use the file that the authors publish")
     return weights
-
-
-def read_folder(folder: Path, vfm: VFM) -> dict[str, torch.Tensor]:
-    """The tensors of a folder's `model.safetensors`, or those that its index names, from the files that it names."""
-    whole, index = folder / "model.safetensors", folder / INDEX
-    if whole.is_file() and index.is_file():
-        raise UserError(f"{folder} holds {whole.name} and {index.name}; remove what is not the model's")
-    if whole.is_file():
-        return read_weights(whole, vfm)
-    if not index.is_file():
-        raise FileNotFoundError(f"there is no {whole.name} or {index.name} in {folder}")
-    check_file(index)
-    try:
-        places = json.loads(index.read_bytes())["weight_map"]  # name -> file
-        files = {file: folder / Path(file).name for file in places.values()}  # none of other folders
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{index} is damaged ({first_line(error)}); download it again") from None
-    parts = {file: read_weights(path, vfm) for file, path in files.items()}
-    for name, file in places.items():
-        if name not in parts[file]:
-            raise UserError(f"{files[file]} does not hold {name}, which {INDEX} seeks there; download both again")
-    return {name: parts[file][name] for name, file in places.items()}
 
 
 def check_weight(name: str, value: torch.Tensor) -> None:
@@ -704,18 +654,6 @@ def build_vit(
     return vit.eval().requires_grad_(False)
 
 
-def check_tokens(name: str, vit: nn.Module, vfm: VFM, size: tuple[int, int], layers: Sequence[int]) -> None:
-    """Raise `UserError` unless image model `name` gives a token for each patch of an image of `size`."""
-    height, width = size[0] // vfm.patch_size, size[1] // vfm.patch_size
-    try:
-        with torch.inference_mode():
-            num_tokens = vit(torch.zeros(1, 3, *size), layers).shape[1]
-    except Exception as error:  # libraries have many ways to say "not this size"
-        raise UserError(f"{name} cannot take images of {size[0]} x {size[1]}: {first_line(error)}") from error
-    if num_tokens != height * width:
-        raise UserError(f"{name} gives {num_tokens} tokens for a grid of {height} x {width} patches")
-
-
 @torch.inference_mode()
 def extract_features(
     vit: nn.Module,
@@ -744,7 +682,8 @@ def extract_features(
             images = pixels.flatten(0, 1).permute(0, 3, 1, 2).split(chunk)
             tokens = torch.cat([vit(image, layers) for image in images])  # [B*T, N, C]
     tokens = tokens.float()
-    return tokens.reshape(batch, frames // vfm.tubelet_size, height // vfm.patch_size, width // vfm.patch_size, -1)
+    grid = (frames // vfm.tubelet_size, height // vfm.patch_size, width // vfm.patch_size)
+    return tokens.reshape(batch, *grid, vfm.embed_dim * len(layers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -798,10 +737,9 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read as text in UTF-8 ({error})") from error
     csv.field_size_limit(2**31 - 1)  # characters in one caption; 2**17 by default
-    line_end = "\n" if "\n" in text else "\r"  # of old Macs; beside line feeds a carriage return is part of a caption
     rows: list[list[str]] = []
     try:
-        for fields in csv.reader(io.StringIO(text, newline=line_end), strict=True):
+        for fields in csv.reader(io.StringIO(text, newline="\n"), strict=True):
             if not rows or len(fields or [""]) == len(rows[0]):
                 rows.append(fields or [""])  # a blank line is an empty caption in a table of one column
             elif fields:
@@ -819,125 +757,109 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     return header, rows[1:]
 
 
-def name_keys(folders: Sequence[str], file_name: str, stem: str, number: str) -> Iterator[tuple]:
-    """How much a name says: (3, file name), (2, stem), (1, number), each with all of its folders first, then fewer.
+def stem_keys(stem: str) -> list[str | int]:
+    """A stem, and of a whole number its value too: spreadsheets make 12 or 12.0 of 0012."""
+    number = re.fullmatch(r"([0-9]{1,18})(\.0*)?", stem)
+    return [stem, int(number[1])] if number else [stem]
 
-    `number`: a text that can be a whole one; spreadsheets make 12 or 12.0 of a name such as 0012.
+
+# How a cell names videos: 3 by file name, 2 by stem, 1 by number; which it can mean; its path without a suffix.
+Match = tuple[int, list[Path], str]
+
+
+def find_videos(cell: str, named: dict[tuple, list[Path]]) -> Match:
+    """What `cell` names. `named`: videos by their last folders, none to all, and one of their `stem_keys`.
+
+    Stems come before numbers. Then the most folders decide, then whether the whole path is said, then the suffix.
     """
-    digits = re.fullmatch(r"([0-9]{1,18})(\.0*)?", number)
-    for level, name in ((3, file_name), (2, stem), (1, digits and int(digits[1]))):
-        for first in range(len(folders) + 1) if name is not None else ():
-            yield level, *folders[first:], name
+    *folders, name = cell.strip(AROUND_NAMES).replace("\\", "/").split("/")
+    folders = [part for part in folders if part not in ("", ".")]
+    stem, suffix = os.path.splitext(name)
+    keys = [stem] if suffix.lower() in VIDEO_SUFFIXES else stem_keys(name)
+    for said in ((*folders[first:], key) for key in keys for first in range(len(folders) + 1)):
+        if videos := named.get(said):
+            videos = [video for video in videos if len(video.parts) <= len(said)] or videos
+            videos = [video for video in videos if video.name == name] or videos
+            level = 3 if videos[0].name == name else 2 if said[-1] == keys[0] else 1
+            return level, videos, "/".join([*folders, keys[0]])
+    return 0, [], ""
 
 
-def find_video(cell: str, named: dict[tuple, list[Path]], folder: Path) -> tuple[int, Path, str] | None:
-    """How `cell` names a video (3: by file name, 2: by stem, 1: by number), which one, and those folders in the cell
-    that are not the video's. None if it names none, or several alike.
-
-    `named`: the videos of `folder` by their `name_keys`. The most folders decide, then whether the whole path is said.
-    """
-    for text in (cell, cell.strip(AROUND_NAMES)):
-        *folders, name = text.replace("\\", "/").split("/")
-        folders = [part for part in folders if part not in ("", ".")]
-        stem, suffix = os.path.splitext(name)
-        keys = name_keys(folders, name, stem if suffix.lower() in VIDEO_SUFFIXES else name, name)
-        if key := next((key for key in keys if key in named), None):
-            level, *said = key
-            videos = [video for video in named[key] if len(named[key]) == 1 or len(video.parts) <= len(said)]
-            if len(videos) != 1:
-                return None
-            is_own = (folder.absolute() / videos[0]).parent.as_posix().endswith("/".join(["", *folders]))
-            return level, videos[0], "" if is_own else "/".join(folders[: len(folders) + 1 - len(said)])
-    return None
-
-
-def match_rows(
-    header: list[str], rows: list[list[str]], videos: list[Path], folder: Path
-) -> tuple[list[tuple[int, Path, str] | None], str]:
-    """What `find_video` finds for each row, and in words how.
+def match_rows(header: list[str], rows: list[list[str]], videos: list[Path], folder: Path) -> tuple[list[Match], str]:
+    """What each row names, one video or none, and in words how.
 
     The column that names videos best decides: full names before stems, stems before numbers, then the most videos. A
-    table without such a column belongs to the videos by position. Raises `UserError` for columns that contradict each
-    other, and where videos are neither named nor in order.
+    table without such a column belongs to the videos by position. Raises `UserError` for a name of several videos, for
+    columns that contradict each other, and where videos are neither named nor in order.
     """
     named = defaultdict(list)
-    for video in videos:  # in a folder whose own name can be said too
-        for key in name_keys((folder.absolute().name, *video.parts[:-1]), video.name, video.stem, video.stem):
-            named[key].append(video)
-    columns = [column for column, name in enumerate(header) if name not in CAPTION_COLUMNS]
-    if not columns:
-        matches = [find_video(f"{row:04d}", named, folder) for row in range(len(rows))]
-        left_over = {*videos} - {match[1] for match in matches if match}
-        if rows and left_over:
-            caption = rows[0][header.index("caption")][:40]
-            raise UserError(
-                f"no column names videos, so row 0 belongs to 0000, row 1 to 0001, and so on; none of its {len(rows)} "
-                f"rows (the first: {caption!r}) is of {min(left_over)}; add a column of file names"
-            )
-        return matches, "row 0 belongs to 0000, row 1 to 0001, and so on"
-    found = {column: [find_video(row[column], named, folder) for row in rows] for column in columns}
+    for video in videos:
+        path = (folder.absolute().name, *video.parts[:-1])  # that folder's own name can be said too
+        for said in ((*path[first:], key) for key in stem_keys(video.stem) for first in range(len(path) + 1)):
+            named[said].append(video)
+    names = [(column, name) for column, name in enumerate(header) if name not in CAPTION_COLUMNS]
+    columns = [(f"column {name!r}", [row[column] for row in rows]) for column, name in names]
+    columns = columns or [("the number of the row, 0000, 0001, ...,", [f"{row:04d}" for row in range(len(rows))])]
+    found = [(label, cells, [find_videos(cell, named) for cell in cells]) for label, cells in columns]
 
-    def merit(column: int) -> tuple[int, int]:
-        named_here = [match for match in found[column] if match]
-        return max((level for level, *_ in named_here), default=0), len({video for _, video, _ in named_here})
+    def merit(column: tuple[str, list[str], list[Match]]) -> tuple[int, int]:
+        clear = [(level, videos[0]) for level, videos, _ in column[2] if len(videos) == 1]
+        return max((level for level, _ in clear), default=0), len({video for _, video in clear})
 
-    best = max(columns, key=merit)
+    label, cells, matches = best = max(found, key=merit)
     level, num_named = merit(best)
-    if rows and not level:
-        raise UserError(
-            f"no column names the videos, which are called {videos[0].name!r} and the like; {header[best]!r} has "
-            f"{rows[0][best][:40]!r}; write file names into it, or keep the column caption alone"
-        )
-    for column in (column for column in columns if merit(column)[0] == level):
-        for row, (match, other) in enumerate(zip(found[best], found[column], strict=True)):
-            if other and (not match or match[1] != other[1]):
+    for row, (_, several, _) in enumerate(matches):
+        if len(several) > 1:
+            hint = f"which can be {several[0]} or {several[1]}; write the path"
+            raise UserError(f"row {row + 2}: {label} has {cells[row]!r}, {hint}")
+    if rows and num_named < (1 if names else len(videos)):
+        missing = min({*videos}.difference(*(ours for _, ours, _ in matches)))
+        raise UserError(f"nothing names {missing}: {label} has {cells[0][:40]!r}; add a column of file names")
+    for other_label, other_cells, others in (column for column in found if merit(column)[0] == level):
+        for row, ((_, ours, _), (_, theirs, _)) in enumerate(zip(matches, others, strict=True)):
+            if theirs and not {*ours} & {*theirs}:
                 raise UserError(
-                    f"columns {header[best]!r} and {header[column]!r} contradict each other: row {row + 2} has "
-                    f"{rows[row][best]!r} and {rows[row][column]!r}; remove the one that does not name the video"
+                    f"{label} and {other_label} contradict each other: row {row + 2} has {cells[row]!r} and "
+                    f"{other_cells[row]!r}; remove the one that does not name the video"
                 )
-    return found[best], f"column {header[best]!r} names {num_named} of {len(videos)} videos"
+    return matches, f"{label} names {num_named} of {len(videos)} videos"
 
 
 def read_clip(row: dict[str, str], video: Path, suffix: str) -> Clip:
-    """What a row says of a video or a part of it. Raises `UserError` where a cell is no time in seconds, or the end is
-    not after the start."""
-    times: list[float | None] = []
-    for column in ("start", "end"):
-        text = row.get(column, "")
-        try:
-            times.append(float(text) if text.strip() else None)
-        except ValueError:
-            times.append(math.nan)
-        if times[-1] is not None and not 0 <= times[-1] < math.inf:
-            raise UserError(f"{column} of {video} is {text!r}; give seconds from the video's first frame, or nothing")
-    start, end = times
-    if end is not None and end <= (start or 0):
-        raise UserError(f"a part of {video} ends at {end:g} s, but starts at {start or 0:g} s")
-    return Clip(video, row.get("caption"), suffix, start, end)
+    """What a row says of a video or a part of it. Raises `UserError` where `start` and `end` are no times in seconds,
+    or the end is not after the start."""
+    start, end = (row.get(column, "").strip() for column in ("start", "end"))
+    try:
+        is_span = 0 <= float(start or 0) < float(end or "inf")
+    except ValueError:
+        is_span = False
+    if not is_span:
+        hint = "give seconds from the video's first frame, or nothing"
+        raise UserError(f"{video} is to start at {start!r} and to end at {end!r}; {hint}")
+    return Clip(video, row.get("caption"), suffix, float(start) if start else None, float(end) if end else None)
 
 
 def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> list[Clip]:
     """The clips of the `videos` of a folder: what a CSV file says of them, or that it does not name them.
 
-    Rows that say a video's own folders beat those that say others. Without the columns `start` and `end` the first row
-    of a video counts; with one of them each row is a part. Raises `UserError` where rows of two other folders can be of
-    one video, and what `read_rows`, `match_rows` and `read_clip` raise.
+    Rows that say a video's own path beat those that say others. Without the columns `start` and `end` the first row of
+    a video counts; with one of them each row is a part. Raises `UserError` where two other paths can be one video's,
+    and what `read_rows`, `match_rows` and `read_clip` raise.
     """
     header, rows = read_rows(csv_path)
     matches, found = match_rows(header, rows, videos, folder)
-    rows_of: dict[Path, dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
-    for row, match in zip(rows, matches, strict=True):
-        if match:
-            _, video, folders = match
-            rows_of[video][folders].append(dict(zip(header, row, strict=True)))
+    rows_of: dict[Path, list[tuple[str, dict[str, str]]]] = defaultdict(list)
+    for row, (_, named, path) in zip(rows, matches, strict=True):
+        for video in named:
+            rows_of[video].append((path, dict(zip(header, row, strict=True))))
     has_parts = "start" in header or "end" in header
     clips, num_rows = [], 0
     for video in videos:
-        by_folders = rows_of.get(video, {"": []})
-        first, *others = sorted(by_folders)  # "" is the first: the video's own folders
-        if first and others:
-            raise UserError(f"{video} can be {first}/{video.name} or {others[0]}/{video.name}; keep the rows of one")
-        own = by_folders[first]
+        own_path = (folder.absolute() / video).with_suffix("").as_posix()
+        own = [row for path, row in rows_of[video] if own_path.endswith(f"/{path}")]
+        if not own and len(paths := sorted({path for path, _ in rows_of[video]})) > 1:
+            raise UserError(f"{video} can be {paths[0]} or {paths[1]}; keep the rows of one")
+        own = own or [row for _, row in rows_of[video]]
         num_rows += len(own)
         for index, row in enumerate((own if has_parts else own[:1]) or [{}]):
             clips.append(read_clip(row, video, f"_{index:03d}" if has_parts else ""))
@@ -945,8 +867,8 @@ def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> 
         found += f"; {len(rows) - num_rows} of its {len(rows)} rows belong to no video"
     if has_parts:
         found += f"; start and end cut them into {len(clips)} clips, _000, _001 and so on of each"
-    elif num_rows > len(rows_of):
-        found += f"; {num_rows - len(rows_of)} rows name a video again, and its first counts"
+    elif repeated := num_rows - sum(map(bool, rows_of.values())):
+        found += f"; {repeated} rows name a video again, and its first counts"
     say(f"captions: {csv_path}: {found}")
     return clips
 
@@ -1173,11 +1095,7 @@ def to_rgb(frame: av.VideoFrame, aspect: float) -> tuple[np.ndarray, float]:
     graph = make_converter(frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
     graph.vpush(frame)
     rgb = graph.vpull().to_ndarray()
-    try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # there is side data that PyAV does not know, as in MV-HEVC
-        quarters = frame.rotation // 90
-        return np.ascontiguousarray(np.rot90(rgb, quarters)), 1 / aspect if quarters % 2 else aspect
+    matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return rgb, aspect
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # (x, y) is shown at (a x + c y, b x + d y)
@@ -1257,8 +1175,7 @@ def check_plain(path: str, num_frames: int, backend: str) -> None:
         is_odd = len(container.streams.video) > 1 or stream.sample_aspect_ratio not in (None, 1)
         frame = next(container.decode(stream))
         is_odd |= "DISPLAYMATRIX" in frame.side_data or frame.interlaced_frame
-        # HDR has wide primaries too
-        is_odd |= frame.color_primaries in (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
+        is_odd |= frame.color_primaries >= ColorPrimaries.BT2020  # wide; HDR has such primaries too
     if is_odd:
         raise RuntimeError("only for one track of square pixels, not HDR, wide gamut, display matrices or interlaced")
     num_shown = sum(1 for _ in BACKENDS[backend](path))
@@ -1276,10 +1193,10 @@ def stack_frames(window: Window, frames: list[Frames], sampling: Sampling) -> Fr
 
 
 def decode_windows(
-    path: str, clips: Sequence[Clip], sampling: Sampling, backend: str = "pyav", delivered: Iterable[Window] = ()
+    path: str, clips: Sequence[Clip], sampling: Sampling, backend: str = "pyav"
 ) -> Iterator[tuple[Window, Frames | str] | None]:
-    """Decode a video: yield the windows of its clips, without those `delivered` before, as they are complete, with
-    their frames or why they have none; None now and then: still at work.
+    """Decode a video: yield the windows of its clips, as they are complete, with their frames or why they have none;
+    None now and then: still at work.
 
     The video is read from its start to the end of its last window, once, unless it shows other frames than its packets
     say: the number counts, and the times too where windows depend on them. Then the rest of the first pass finds the
@@ -1295,7 +1212,7 @@ def decode_windows(
     compare_times = backend == "pyav" and any(
         [sampling.fps, sampling.window, *((clip.start or clip.end) for clip in clips)]
     )
-    done, as_planned, shape = {*delivered}, False, 1.0
+    done, as_planned, shape = set(), False, 1.0
     while not as_planned:
         windows = plan_windows(clips, planned_times, tick, rate, sampling)
         waiting: deque[tuple[Window, list[Frames]]] = deque((window, []) for window in windows if window not in done)
@@ -1330,18 +1247,10 @@ def decode_windows(
 
 
 def start_decoder() -> None:
-    """What a decoding process does first: it takes one core, and limits its memory.
-
-    A broken header can ask for any amount of memory; 4 GiB are enough for frames of 8K. A decoder that hangs in native
-    code would outlive a parent that is killed.
-    """
+    """What a decoding process does first: it takes one core, and will end with its parent, even amid native code."""
     torch.set_num_threads(1)
     os.nice(10)  # the model's threads wait for one another, so that slowing one down slows all
     if sys.platform == "linux":
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        own, unlimited = mapped + 4 * 2**30, resource.RLIM_INFINITY
-        limits = [own if limit == unlimited else min(own, limit) for limit in resource.getrlimit(resource.RLIMIT_AS)]
-        resource.setrlimit(resource.RLIMIT_AS, limits)
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
@@ -1355,9 +1264,9 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
     with suppress(EOFError, ConnectionError):  # its parent is gone
         while True:
             connection.send("")
-            path, clips, *others = connection.recv()
+            path, clips, backend = connection.recv()
             try:
-                for item in decode_windows(path, clips, sampling, *others):
+                for item in decode_windows(path, clips, sampling, backend):
                     connection.send(item)
             except ConnectionError:
                 raise
@@ -1376,9 +1285,7 @@ Task = tuple[str, list[Clip], set[Window], list[str]]
 def start_process(sampling: Sampling) -> tuple[BaseProcess, Connection]:
     """A process of `decode_jobs`, forked by a server that has imported what it needs: each import takes seconds, and a
     fork of this process would copy its threads' locks. Raises `OSError` if none can be started."""
-    # the path of the server's socket can have 107 bytes, of which 32 follow the folder
-    is_served = sys.platform == "linux" and len(os.fsencode(tempfile.gettempdir())) <= 75
-    context = multiprocessing.get_context("forkserver" if is_served else "spawn")
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     context.set_forkserver_preload(["torch", "av", "pandas"])
     connection, theirs = context.Pipe()
     process = context.Process(target=decode_jobs, args=(theirs, sampling), daemon=True)
@@ -1388,31 +1295,30 @@ def start_process(sampling: Sampling) -> tuple[BaseProcess, Connection]:
 
 
 def run_decoder(
-    todo: deque[Task], sampling: Sampling, timeout: float, stopped: threading.Event
+    todo: deque[Task], sampling: Sampling, timeout: float, stopped: Connection
 ) -> Iterator[tuple[list[Clip], Window | None, Frames | str]]:
     """Have a process decode what is `todo`, until all is done or it fails at a video, which is then left to the next
     decoder, in a fresh process. Yields a video's clips, and of what `decode_windows` yields what is not None; with None
     for a window, why those that are left are missing.
 
-    Raises `OSError` or `EOFError` if no process starts, and once `stopped` is set.
+    Raises `OSError` or `EOFError` if no process starts, and once the other end of `stopped` is closed.
     """
     process, connection = start_process(sampling)
 
-    def hear(timeout: float) -> Any:
+    def hear(timeout: float | None) -> Any:
         """What the process says, see `decode_jobs`; or that it died, or said nothing for `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            if stopped.is_set():
-                raise EOFError("stopped")
-            if connection.poll(0.2):
-                with suppress(EOFError, OSError):  # it died, perhaps amid a message
-                    return connection.recv()
-                process.join(5)
-                return f"the process died ({process.exitcode})"
-        return f"no end after {timeout:g} s (--decode_timeout)"
+        ready = wait([connection, stopped], timeout)
+        if stopped in ready:
+            raise EOFError("stopped")
+        if not ready:
+            return f"no end after {timeout:g} s (--decode_timeout)"
+        with suppress(EOFError, OSError):  # it died, perhaps amid a message
+            return connection.recv()
+        process.join(5)
+        return f"the process died ({process.exitcode})"
 
     try:
-        said = hear(math.inf)
+        said = hear(None)
         if said:
             raise EOFError(said)
         while said == "":
@@ -1422,9 +1328,9 @@ def run_decoder(
                 return
             backend = [*BACKENDS][len(failures)]
             with suppress(ConnectionError):  # it has just died, and `hear` will tell
-                connection.send((path, clips, backend, delivered))
+                connection.send((path, clips, backend))
             while not isinstance(said := hear(timeout), str):
-                if said:  # else it is still at work
+                if said and said[0] not in delivered:  # else it is still at work, or where an earlier one was
                     delivered.add(said[0])
                     yield clips, *said
         failures.append(f"{backend}: {said}")
@@ -1452,7 +1358,8 @@ def decode_ahead(
     todo: deque[Task] = deque((str(folder / video), [*own], set(), []) for video, own in videos)
     left: dict[Clip, int] = {}  # windows to come
     found: queue.SimpleQueue = queue.SimpleQueue()
-    room, stopped = threading.Semaphore(2 * num_workers), threading.Event()
+    room = threading.Semaphore(2 * num_workers)
+    stopped, stop = multiprocessing.Pipe(duplex=False)
 
     def work() -> None:
         while todo:
@@ -1478,10 +1385,10 @@ def decode_ahead(
                         yield from ((clip, None, frames) for clip in own if left.get(clip, 1))
                 item.result()
         except (OSError, EOFError) as error:
-            hint = "free memory, end other processes, or lower --num_workers"
+            hint = "free memory, end other processes, lower --num_workers, or set TMPDIR to a folder of a shorter name"
             raise UserError(f"videos cannot be decoded: no process starts ({error}); {hint}") from error
         finally:
-            stopped.set()
+            stop.close()
             room.release(num_workers)  # one item of each may wait
 
 
@@ -1527,14 +1434,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     values: dict[str, Any] = {}
     deciding: list[str] = []
 
-    def add(flag: str, default: Any, text: str, **options: Any) -> None:
+    def add(flag: str, default: Any, text: str, decides: bool = False, **options: Any) -> None:
+        deciding.extend([flag] * decides)
         values[flag] = REPOSITORY / default if isinstance(default, Path) else default
         shown = "" if default is None else f" (default: {default})"
         group.add_argument(f"--{flag}", help=text + shown, **options)
-
-    def add_deciding(flag: str, *about: Any, **options: Any) -> None:
-        deciding.append(flag)
-        add(flag, *about, **options)
 
     count, share, switch = number(int, 1), number(float, 0.001), {"action": "store_true"}
     group = parser.add_argument_group("videos, captions and what is written")
@@ -1547,7 +1451,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("preview", False, "draw each clip and its features: <stem>.png beside its file", **switch)
     add("output_format", "pt", "of the files", choices=["pt", "safetensors"])
     dtypes = ["float32", "float16", "bfloat16"]
-    add_deciding("save_dtype", "float32", "of the saved features, or latents", choices=dtypes)
+    add("save_dtype", "float32", "of the saved features, or latents", decides=True, choices=dtypes)
 
     group = parser.add_argument_group("models and weights")
     text = f"some of {', '.join(MODELS)}; timm:NAME or hf:REPO for others, or a folder in place of NAME or REPO"
@@ -1561,19 +1465,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("allow_skip_missing", False, "go on without models whose weights or packages are missing", **switch)
     add("random_weights", False, "a dry run without weights: the features mean nothing", **switch)
     text = "blocks, from 1, whose outputs are stacked along C; without it the last of each model"
-    add_deciding("layers", None, text, nargs="+", type=count, metavar="N")
-    add_deciding("pool", False, "save the mean over the grid: features [T, 1, 1, C]", **switch)
+    add("layers", None, text, decides=True, nargs="+", type=count, metavar="N")
+    add("pool", False, "save the mean over the grid: features [T, 1, 1, C]", decides=True, **switch)
     text = "of train.py: write latents to <output_root>/<model>_motion instead of features; for one model"
     add("motion_checkpoint", None, text, type=Path)
 
     group = parser.add_argument_group("frames")
     text = f"sampled per clip (default: {DEFAULT_FRAMES}); with fps and window as many as a window holds"
     add("num_frames", None, text, type=count)
-    add_deciding("sampling", "spread", "evenly, or at the largest whole stride", choices=["spread", "stride"])
-    add_deciding("fps", None, "instead: frames sampled per second of the clip", type=share)
-    add_deciding("window", None, "cut each clip into windows of so many seconds, a file each", type=share)
-    add_deciding("hop", None, "seconds from the start of a window to the next; without it those of window", type=share)
-    add_deciding("fit", "squash", "to the input size: whole, or the centre", choices=["squash", "crop"])
+    add("sampling", "spread", "evenly, or at the largest whole stride", decides=True, choices=["spread", "stride"])
+    add("fps", None, "instead: frames sampled per second of the clip", decides=True, type=share)
+    add("window", None, "cut each clip into windows of so many seconds, a file each", decides=True, type=share)
+    add("hop", None, "seconds from the start of a window to the next (default: window)", decides=True, type=share)
+    add("fit", "squash", "to the input size: whole, or the centre", decides=True, choices=["squash", "crop"])
     add("recipe", None, "frames and sizes exactly as VideoREPA's trainer takes them", choices=[*RECIPES])
     for flag, size in DEFAULT_SIZES.items():
         side = "height" if flag.endswith("h") else "width"
@@ -1584,7 +1488,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("device", "cuda" if torch.cuda.is_available() else "cpu", "where the models run")
     add("batch_size", 1, "clips per forward pass", type=count)
     add("dinov2_chunk", 128, "frames per forward pass of an image model", type=count)
-    add_deciding("precision", "float32", "of the models' matrix products", choices=["float32", "bfloat16"])
+    add("precision", "float32", "of the models' matrix products", decides=True, choices=["float32", "bfloat16"])
     add("num_workers", default_num_workers(), "processes that decode", type=count)
     add("decode_timeout", 300, "seconds that a decoder may take for a video", type=count)
 
@@ -1615,8 +1519,8 @@ def check_flags(given: dict[str, Any]) -> None:
         if folder_name(one) == folder_name(other):
             raise UserError(f"--models: {one} and {other} would both write into {folder_name(one)}")
     for name, path in given.get("weights", []):
-        if name not in models or name.startswith("hf:"):
-            raise UserError(f"--weights {name}: not one of --models, or one whose folder holds the weights (hf:FOLDER)")
+        if name not in models:
+            raise UserError(f"--weights {name}: not one of --models")
         if f"{name.lower()}_ckpt" in given:
             raise UserError(f"--weights {name}={path} and --{name.lower()}_ckpt are one; leave one of them out")
         if not path.is_file():
@@ -1702,9 +1606,8 @@ class ModelRun:
         """Keep why a clip, or one of the windows that --window cuts, has no file."""
         span = window if window and self.settings["window"] else clip
         bounds = {"from": span.start, "to": span.end}
-        file = " ".join(
-            [clip.video.as_posix(), *(f"{word} {bound:g} s" for word, bound in bounds.items() if bound is not None)]
-        )
+        told = [f"{word} {bound:g} s" for word, bound in bounds.items() if bound is not None]
+        file = " ".join([clip.video.as_posix(), *told])
         self.rows.append({"clip": clip, "file": file, "outcome": "failed", "failure": reason})
 
 
@@ -1748,13 +1651,8 @@ def try_each(
     everyone = ranks.broadcast(ranks.gather(lacking))
     lacking = {name: reason for others in reversed(everyone) for name, reason in others.items()}
     with ranks.first_then_others():
-        if len(lacking) == 1 and not args.allow_skip_missing:
-            raise UserError(f"{next(iter(lacking.values()))}, or skip such models with --allow_skip_missing")
         if lacking and not args.allow_skip_missing:
-            hint = (
-                f"{len(lacking)} models cannot be run; do as said here, or skip such models with --allow_skip_missing"
-            )
-            raise UserError("\n  ".join([hint, *lacking.values()]))
+            raise UserError("\n  ".join(lacking.values()) + ", or skip such models with --allow_skip_missing")
         for reason in lacking.values():
             say(f"warning: {reason}")
     left_out |= lacking
@@ -1803,8 +1701,6 @@ def plan_run(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
         patch = f"its patch of {vfm.patch_size}"
         say(f"{name}: input size {tuple(taken[1:])}, as {tuple(usual[1:])} does not divide by {patch}")
     settings = dict(zip(("num_frames", "height", "width"), taken, strict=True)) | vars(args.settings)
-    if args.layers == [vfm.depth]:  # the one that counts without it
-        settings["layers"] = None
     folder = args.output_root / folder_name(name)
     if autoencoder is not None:
         settings["motion_autoencoder"] = autoencoder.identity()
@@ -1826,7 +1722,11 @@ def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> Mo
     except ValueError as error:
         raise UserError(f"{path}: not the weights of {run.name}: {error}") from error
     if ":" in run.name and run.vfm.tubelet_size == 1:
-        check_tokens(run.name, vit, run.vfm, run.size, args.layers or [run.vfm.depth])
+        try:
+            extract_features(vit, run.vfm, torch.zeros(1, 1, *run.size, 3), layers=args.layers)
+        except Exception as error:  # libraries have many ways to say "not this size"
+            cause = f"for each patch of {run.size[0]} x {run.size[1]} pixels: {first_line(error)}"
+            raise UserError(f"{run.name} gives no token {cause}; try another size, or another model") from error
     if path:
         say(f"{run.name}: weights {vit.weights_hash} from {path}, licence {run.vfm.license}")
     run.vit, run.settings["weights"] = vit.to(args.device), vit.weights_hash
@@ -1835,19 +1735,29 @@ def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> Mo
     return run
 
 
-def read_finished(run: ModelRun, clip: Clip, window: int, args: argparse.Namespace) -> dict | None:
-    """The file of an earlier run, or of one beside this, if it was made with the same settings; its tensors stay on
-    disk."""
+def read_saved(run: ModelRun, clip: Clip, window: int, args: argparse.Namespace) -> dict | None:
+    """The file of an earlier run, or of one beside this, if it can be read; its tensors stay on disk."""
     if args.overwrite:
         return None
     try:
         saved = load_checked(run.path(clip, window), mmap=True, check=False)
-    except (UserError, OSError):  # absent, or it cannot be read: then it is made again
+    except (UserError, OSError):  # absent, or damaged: then it is made again
         return None
-    if not isinstance(saved, dict) or not isinstance(saved.get(run.kind), torch.Tensor):
-        return None
-    made_with, wanted = saved.get("settings"), run.clip_settings(clip)
-    return saved if isinstance(made_with, dict) and dict.fromkeys(wanted) | made_with == wanted else None
+    is_ours = isinstance(saved, dict) and isinstance(saved.get("settings"), dict)
+    return saved if is_ours and isinstance(saved.get(run.kind), torch.Tensor) else None
+
+
+def changed_settings(run: ModelRun, clip: Clip, saved: dict) -> dict[str, tuple[Any, Any]]:
+    """What a file was made with and what it would be made with now, where these differ; if nowhere, it is finished."""
+    made_with, wanted = saved["settings"], run.clip_settings(clip)
+    pairs = {name: (made_with.get(name), wanted.get(name)) for name in {**wanted, **made_with}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def read_finished(run: ModelRun, clip: Clip, window: int, args: argparse.Namespace) -> dict | None:
+    """A file that was made already, with the same settings."""
+    saved = read_saved(run, clip, window, args)
+    return None if saved is None or changed_settings(run, clip, saved) else saved
 
 
 def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
@@ -1859,14 +1769,21 @@ def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
 
 
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> dict[Clip, list[str]]:
-    """What is to be done: clips, and the models, by name, that still need them. What is finished is kept.
+    """What is to be done: clips, and the models, by name, that still need them. What is finished is kept; what was made
+    with other settings is said.
 
     A clip's first file records how many windows it has; where any is missing, each is looked for when it is decoded.
     """
     todo: dict[Clip, list[str]] = {}
+    replaced: Counter[tuple[str, ...]] = Counter()
     for clip in tqdm(clips, "looking for finished features", leave=False, delay=1):
         for run in runs:
-            files = [read_finished(run, clip, 0, args)]
+            first = read_saved(run, clip, 0, args)
+            changes = changed_settings(run, clip, first) if first else {}
+            told = [name for name in changes if name in run.settings and changes[name][0] != "random"]
+            if told:
+                replaced[run.name, ", ".join(f"{name} {changes[name][0]} -> {changes[name][1]}" for name in told)] += 1
+            files = [None if changes else first]
             if files[0]:
                 files += [read_finished(run, clip, window, args) for window in range(1, files[0]["windows"])]
             if None in files:
@@ -1874,6 +1791,8 @@ def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> d
                 continue
             for window, saved in enumerate(files):
                 keep_finished(run, clip, window, saved)
+    for (name, told), count in replaced.items():
+        say(f"warning: {name}: {count} clips that were made with other settings are made again: {told}")
     return todo
 
 
@@ -1913,6 +1832,8 @@ def save_feature(
         if preview:
             pictures = frames.round().clip(0, 255).astype(np.uint8)
             write_preview(path, feature.cpu(), data.get("latent"), pictures, data)
+        elif (picture := path.with_suffix(".png")).is_file() and PREVIEW_MARK.encode() in picture.read_bytes()[:1000]:
+            picture.unlink()  # of the file that this one replaces
         save_atomically(data, path)
     except UserError as error:
         run.fail(clip, window, str(error))

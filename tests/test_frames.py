@@ -240,7 +240,7 @@ def test_whichever_process_is_ready_is_served(tmp_path):
 
 
 DECODE_ONE = """
-import multiprocessing, pathlib, resource, sys
+import pathlib, resource, sys
 import vfm_feature as vfm
 if __name__ == '__main__':
     limit = int(sys.argv[2])
@@ -248,8 +248,7 @@ if __name__ == '__main__':
     try:
         clip = vfm.Clip(pathlib.Path(sys.argv[1]))
         for _, window, _ in vfm.decode_ahead([clip], pathlib.Path(), vfm.Sampling(4, ((48, 64),)), 1, 60):
-            child = next(iter(multiprocessing.active_children()))
-            print(window.frame_indices, resource.prlimit(child.pid, resource.RLIMIT_AS))
+            print(window.frame_indices)
     except vfm.UserError as error:
         print(error)
 """
@@ -266,20 +265,18 @@ def test_decoders_start_or_one_line_says_why(tmp_path, case):
         Path(environment["TMPDIR"]).mkdir()
     elif case == "ulimit -v":
         limit = 2**32 + 2**31
-    else:
+    elif case == "no process":
         (tmp_path / "sitecustomize.py").write_text(
             "import os, sys\nif 'multiprocessing' in ' '.join(sys.orig_argv): os._exit(7)\n"
         )
     command = [sys.executable, tmp_path / "script.py", clip, str(limit)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     lines = result.stdout.splitlines()
-    if case == "no process":
+    if case in ("no process", "long TMPDIR"):
         assert len(lines) == 1 and lines[0].startswith("videos cannot be decoded: no process starts ("), result
+        assert "set TMPDIR to a folder of a shorter name" in lines[0] and "Traceback" not in result.stderr
         return
-    assert len(lines) == 1 and "Traceback" not in result.stderr, result
-    indices, limits = lines[0].split(") (")
-    assert indices == "(0, 1, 2, 3"
-    assert (limits == f"{limit}, {limit})") == (case == "ulimit -v")
+    assert lines == ["(0, 1, 2, 3)"] and "Traceback" not in result.stderr, result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,7 +488,7 @@ def test_a_folder_of_folders(tmp_path, run_here):
     for name in ("x/a", "y/a", "y/z/b", ".hidden/c", "d"):
         gray_clip(tmp_path / "clips" / f"{name}.mkv", 4)
     (tmp_path / "captions.csv").write_text(
-        "path,caption\nsomewhere/x/a.mkv,one\ny/a,two\nold/b.mkv,three\na.mkv,none\n"
+        "path,caption\nsomewhere/x/a.mkv,one\ny/a,two\nold/b.mkv,three\nc.mkv,none\n"
     )
     command = ["--video_dir", tmp_path / "clips", "--csv_path", tmp_path / "captions.csv", "--output_root", tmp_path]
     assert counts(run_here(*command, *VIDEOMAE, "--recursive")) == [4, 0, 0]

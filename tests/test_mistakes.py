@@ -63,7 +63,7 @@ MISTAKES = [
         "--csv_path unquoted.csv: row 2: 3 fields where the header has 2",
     ),
     ("vfm_feature.py --video_dir clips --csv_path ragged.csv", "--csv_path ragged.csv: row 3: 4 fields where"),
-    ("vfm_feature.py --video_dir clips --models DINOv3", "invalid choice: 'DINOv3' (did you mean DINOv3-S?)"),
+    ("vfm_feature.py --video_dir clips --models DINOv3", "invalid choice: 'DINOv3' (choose from VideoMAEv2, "),
     ("vfm_feature.py --video_dir clips --models CLIP", "argument --models: invalid choice: 'CLIP' (choose from"),
     ("vfm_feature.py --video_dir clips --models timm:", "argument --models: invalid choice: 'timm:'"),
     (
@@ -151,11 +151,11 @@ MISTAKES = [
     ("vfm_feature.py --video_dir empty --recursive", "--video_dir empty: no videos in it"),
     (
         "vfm_feature.py --video_dir clips --csv_path clock.csv",
-        "--csv_path clock.csv: start of a.mp4 is '1:20'; give seconds from the video's first frame, or nothing",
+        "--csv_path clock.csv: a.mp4 is to start at '1:20' and to end at ''; give seconds from the video's first frame",
     ),
     (
         "vfm_feature.py --video_dir clips --csv_path backwards.csv",
-        "--csv_path backwards.csv: a part of a.mp4 ends at 2 s, but starts at 3 s",
+        "--csv_path backwards.csv: a.mp4 is to start at '3' and to end at '2'; give seconds",
     ),
     ("vfm_feature.py --video-dir clips", "unrecognized arguments: --video-dir clips"),
     ("train.py --feature_dir missing", "missing is not a folder"),
