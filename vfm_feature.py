@@ -35,6 +35,7 @@ import multiprocessing
 import os
 import queue
 import re
+import resource
 import signal
 import sys
 import threading
@@ -363,16 +364,19 @@ def download_weights(name: str, vfm: VFM) -> Path:
     return download(f"{looked}{file} of {repository}", repository, [file], hint) / file
 
 
+INDEX = "model.safetensors.index.json"  # of a folder whose weights are in several files
+
+
 def read_weights(path: Path, vfm: VFM) -> dict[str, torch.Tensor]:
-    """The state dict of a published file (.pth, .pt, .bin, .safetensors) or a folder's model.safetensors, in its names.
+    """The state dict of a published file (.pth, .pt, .bin, .safetensors), or of a folder's model.safetensors or of
+    those files that its index names, in their names.
 
     No code runs: tensors, plain values and `argparse.Namespace`, which VideoMAE's file holds, are all that is loaded.
     Raises `UserError` for anything else, and `FileNotFoundError` for a folder without weights.
     """
     if path.is_dir():
-        if any(path.glob("*.index.json")):  # which of several files counts, an older set among them, is not looked at
-            hint = "save the model in one, with max_shard_size='50GB', into an empty folder"
-            raise UserError(f"{path} holds weights in several files; {hint}")
+        if (path / INDEX).exists():
+            return read_indexed(path / INDEX, vfm)
         path = path / "model.safetensors"
         if not path.exists():
             raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
@@ -384,6 +388,18 @@ def read_weights(path: Path, vfm: VFM) -> dict[str, torch.Tensor]:
     if not weights:
         raise UserError(f"{path} holds no weights; use the file that the authors publish")
     return weights
+
+
+def read_indexed(index: Path, vfm: VFM) -> dict[str, torch.Tensor]:
+    """The weights that an index names, from the files that it names: those of an older set can lie beside them."""
+    if (whole := index.with_name("model.safetensors")).exists():
+        raise UserError(f"{index.parent} holds {whole.name} and {index.name}; remove what is not the model's")
+    try:
+        places = json.loads(index.read_bytes())["weight_map"]  # name -> file
+        parts = {file: read_weights(index.with_name(Path(file).name), vfm) for file in {*places.values()}}
+        return {name: parts[file][name] for name, file in places.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{index} does not fit its files ({first_line(error)}); download them again") from None
 
 
 def check_weight(name: str, value: torch.Tensor) -> None:
@@ -1247,10 +1263,18 @@ def decode_windows(
 
 
 def start_decoder() -> None:
-    """What a decoding process does first: it takes one core, and will end with its parent, even amid native code."""
+    """What a decoding process does first: it takes one core, limits its memory, and will end with its parent, even amid
+    native code.
+
+    A broken header can ask for any amount of memory; 4 GiB are enough for frames of 8K.
+    """
     torch.set_num_threads(1)
     os.nice(10)  # the model's threads wait for one another, so that slowing one down slows all
     if sys.platform == "linux":
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        own, unlimited = mapped + 4 * 2**30, resource.RLIM_INFINITY
+        limits = [own if limit == unlimited else min(own, limit) for limit in resource.getrlimit(resource.RLIMIT_AS)]
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
@@ -1701,6 +1725,8 @@ def plan_run(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
         patch = f"its patch of {vfm.patch_size}"
         say(f"{name}: input size {tuple(taken[1:])}, as {tuple(usual[1:])} does not divide by {patch}")
     settings = dict(zip(("num_frames", "height", "width"), taken, strict=True)) | vars(args.settings)
+    if args.layers == [vfm.depth]:  # the one that counts without it
+        settings["layers"] = None
     folder = args.output_root / folder_name(name)
     if autoencoder is not None:
         settings["motion_autoencoder"] = autoencoder.identity()

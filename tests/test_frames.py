@@ -240,7 +240,7 @@ def test_whichever_process_is_ready_is_served(tmp_path):
 
 
 DECODE_ONE = """
-import pathlib, resource, sys
+import multiprocessing, pathlib, resource, sys
 import vfm_feature as vfm
 if __name__ == '__main__':
     limit = int(sys.argv[2])
@@ -248,7 +248,8 @@ if __name__ == '__main__':
     try:
         clip = vfm.Clip(pathlib.Path(sys.argv[1]))
         for _, window, _ in vfm.decode_ahead([clip], pathlib.Path(), vfm.Sampling(4, ((48, 64),)), 1, 60):
-            print(window.frame_indices)
+            child = next(iter(multiprocessing.active_children()))
+            print(window.frame_indices, resource.prlimit(child.pid, resource.RLIMIT_AS))
     except vfm.UserError as error:
         print(error)
 """
@@ -276,7 +277,8 @@ def test_decoders_start_or_one_line_says_why(tmp_path, case):
         assert len(lines) == 1 and lines[0].startswith("videos cannot be decoded: no process starts ("), result
         assert "set TMPDIR to a folder of a shorter name" in lines[0] and "Traceback" not in result.stderr
         return
-    assert lines == ["(0, 1, 2, 3)"] and "Traceback" not in result.stderr, result
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result
+    assert lines == [f"(0, 1, 2, 3) ({limit}, {limit})"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

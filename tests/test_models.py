@@ -384,15 +384,46 @@ def test_what_timm_cannot_convert_is_said_with_its_reason(small_models, monkeypa
         vfm.build_vit(spec, 1, (28, 42), {"patch_embed.proj.weight": torch.rand(7)})
 
 
-def test_weights_in_several_files_are_refused(tmp_path):
-    """Which of them count, and whether older ones lie among them, only an index can tell."""
-    model = saved(tmp_path / "several", "VideoMAE", intermediate_size=96)
-    model.save_pretrained(tmp_path / "several", max_shard_size="100KB")
-    with pytest.raises(UserError, match=r"several holds weights in several files; save the model in one, with max_sh"):
-        vfm.read_weights(tmp_path / "several", vfm.VFM())
-    model.save_pretrained(tmp_path / "one", max_shard_size="50GB")
-    expected = load_file(tmp_path / "one" / "model.safetensors")
-    assert vfm.read_weights(tmp_path / "one", vfm.VFM()).keys() == expected.keys()
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of transformers in several files and their index, beside files of an earlier set."""
+    model = saved(tmp_path / "one", "VideoMAE", intermediate_size=96)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    weights = load_file(tmp_path / "one" / "model.safetensors")
+    old = {name: value + 1 for name, value in weights.items()}
+    for number in (1, 2):
+        save_file(old, tmp_path / "shards" / f"model-{number:05}-of-00009.safetensors")
+    index = json.loads((tmp_path / "shards" / vfm.INDEX).read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    return tmp_path / "shards", weights, index
+
+
+def test_the_index_of_a_folder_decides_which_files_are_read(shards):
+    folder, weights, index = shards
+    read = vfm.read_weights(folder, vfm.VFM())
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
+    name, file = next(iter(index["weight_map"].items()))
+    other = next(part for part in index["weight_map"].values() if part != file)
+    index["weight_map"][name] = other
+    (folder / vfm.INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=rf"index.json does not fit its files \(.*{name}.*\); download them again"):
+        vfm.read_weights(folder, vfm.VFM())
+    index["weight_map"][name] = "model-00007-of-00009.safetensors"
+    (folder / vfm.INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model-00007-of-00009.safetensors does not exist"):
+        vfm.read_weights(folder, vfm.VFM())
+    (folder / vfm.INDEX).write_text('{"weight_map": [')
+    with pytest.raises(UserError, match="json does not fit its files"):
+        vfm.read_weights(folder, vfm.VFM())
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds model.safetensors and model.safetensors.index.json; remove"):
+        vfm.read_weights(folder, vfm.VFM())
+    (folder / vfm.INDEX).unlink()
+    assert vfm.read_weights(folder, vfm.VFM()).keys() == weights.keys()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no model.safetensors in"):
+        vfm.read_weights(folder, vfm.VFM())
 
 
 class Hub(BaseHTTPRequestHandler):
