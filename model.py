@@ -51,7 +51,7 @@ CONTENT = 1 / 20  # scale of the embedding's channels of content
 FARTHEST = 0.4  # cells that each pass can add to a cell's movement
 REST = 0.01  # cells a step: movement below it counts as rest
 # Time steps to each side that movement is smoothed over: aliasing alternates, motion does not.
-CELLS_OVER, CAMERA_OVER, TURN_ZOOM_OVER = 1, 2, 3
+CELLS_OVER, CAMERA_OVER = 1, 3
 TOKENS = 2**14  # tokens whose motion is looked at at once
 TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
 LEFTOVER_SECONDS = 24 * 3600  # after which a half-written file is nobody's
@@ -693,8 +693,8 @@ def motion_channels(maps: Tensor) -> Tensor:
     length, steps = maps.shape[1], max(16, TOKENS // maps[0, 0, ..., 0].numel())
     parts = []
     for start in range(0, length, steps):
-        first, stop = max(0, start - 1 - TURN_ZOOM_OVER), min(length, start + steps)
-        part = motion_of_part(maps[:, first : stop + TURN_ZOOM_OVER])
+        first, stop = max(0, start - 1 - CAMERA_OVER), min(length, start + steps)
+        part = motion_of_part(maps[:, first : stop + CAMERA_OVER])
         parts.append(part[:, start - first : stop - first])
     return torch.cat(parts, dim=1)
 
@@ -720,16 +720,13 @@ def motion_of_part(maps: Tensor) -> Tensor:
         camera_flow = torch.einsum("nk,kihw->nihw", camera, inner(camera_flows(height, width, a)))
         objects = (flow - camera_flow).square().sum(dim=1).mean(dim=(1, 2))
         length_of_change = (change / channels + STILL**2).sqrt() - STILL
-        shift, turn_zoom, picture, apparent, fit, objects, length_of_change = (
-            x.reshape(batch, length - 1, -1)
-            for x in (camera[:, :2], camera[:, 2:], picture, apparent, fit, objects, length_of_change)
+        camera, picture, apparent, fit, objects, length_of_change = (
+            x.reshape(batch, length - 1, -1) for x in (camera, picture, apparent, fit, objects, length_of_change)
         )
-        shift, turn_zoom = smooth_over_time(shift, CAMERA_OVER), smooth_over_time(turn_zoom, TURN_ZOOM_OVER)
-        picture = smooth_over_time(picture, CELLS_OVER)
-        speed, apparent, objects = (
-            (1 + square / REST**2).log() / 2 for square in (shift.square().sum(dim=2, keepdim=True), apparent, objects)
-        )
-        moving = torch.cat([shift, turn_zoom, length_of_change, speed, apparent, fit, picture, objects], dim=2)
+        camera, picture = smooth_over_time(camera, CAMERA_OVER), smooth_over_time(picture, CELLS_OVER)
+        speed = camera[..., :2].square().sum(dim=2, keepdim=True)
+        speed, apparent, objects = ((1 + square / REST**2).log() / 2 for square in (speed, apparent, objects))
+        moving = torch.cat([camera, length_of_change, speed, apparent, fit, picture, objects], dim=2)
         return nn.functional.pad(moving, (0, 0, 1, 0))
 
 
