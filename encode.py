@@ -373,7 +373,7 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
         features[output] = path
     if not features:
         raise UserError(f"--input {source} holds no features beside those in --output {target}")
-    make_folder(target, "--output", mirrors=True)
+    make_folder(target, "--output")
     return [(path, output) for output, path in features.items()]
 
 

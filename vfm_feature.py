@@ -2043,7 +2043,7 @@ def main() -> int:
     clips = ranks.from_first(lambda: list_clips(args))  # a network disk can show other files to other machines
     with ranks.first_then_others():
         for run in models.values():
-            make_folder(run.folder, "--output_root", mirrors=True)
+            make_folder(run.folder, "--output_root")
     if args.random_weights:
         say("warning: --random_weights: a dry run; the features will mean NOTHING")
     runs: list[ModelRun] = []
