@@ -1138,13 +1138,14 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
 
-    def add_model_flags(self, about: str) -> None:
-        """A group of `MODEL_FLAGS`, which are absent from the parsed arguments unless given."""
+    def add_model_flags(self, about: str) -> dict[str, Any]:
+        """A group of `MODEL_FLAGS`, which are absent from the parsed arguments unless given. Returns their defaults."""
         group = self.add_argument_group("model", about)
         for name, (told, kind) in MODEL_FLAGS.items():
             options = {"type": kind} if kind else {"action": "store_true"}
             told += f" (default: {getattr(Config, name)})"
             group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=told, **options)
+        return {name: getattr(Config, name) for name in MODEL_FLAGS}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the flags")
@@ -1274,12 +1275,16 @@ def file_fingerprint(path: Path) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def save_atomically(data: dict[str, Any], path: Path) -> None:
-    """Write a dict into a `whole_file`: as .safetensors if that is its suffix, else by `torch.save`.
+def save_atomically(data: dict[str, Any] | str | bytes, path: Path) -> None:
+    """Write text, bytes or a dict into a `whole_file`: a dict as .safetensors if that is its suffix, else by
+    `torch.save`.
 
     A .safetensors holds the tensors; strings are its metadata, and so are, as JSON under one name, all other values.
     """
     with whole_file(path) as file:
+        if not isinstance(data, dict):  # file names in a text can be no UTF-8
+            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+            return
         if path.suffix == ".safetensors":
             tensors = {name: value.contiguous() for name, value in data.items() if isinstance(value, Tensor)}
             strings = {name: value for name, value in data.items() if isinstance(value, str)}

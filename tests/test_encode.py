@@ -212,7 +212,7 @@ def test_a_clip_of_one_step_has_no_motion(trained, tmp_path, run_here):
     counts, result = encode_folder(run_here, trained, tmp_path / "f", tmp_path / "z")
     assert counts == [1, 0, 0]
     assert rows(tmp_path / "z")["0000.pt"]["motion_error"] == "nan"
-    assert "\nmotion " not in result.stdout and "\ncosine " in result.stdout
+    assert "\nmotion_error " not in result.stdout and "\ncosine " in result.stdout
 
 
 def test_ranks_of_torchrun_write_what_one_process_writes(trained, tmp_path, run_here):

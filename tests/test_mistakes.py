@@ -178,10 +178,13 @@ MISTAKES = [
         "no file of torch.save begins with 'epoch,lr,",
     ),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input missing --output z", "--input missing does not exist"),
-    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output a_file", "--output a_file is a file"),
+    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output a_file", "--output a_file is no folder"),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input a_file --output z.pt", "a_file is not a .pt"),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input a_file --output z.npz", "--output z.npz: the suffix of"),
-    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features/nested/0000.pt --output ck", "ck is a folder"),
+    (
+        "encode.py --checkpoint ck/motion_ae_epoch1.pt --input features/nested/0000.pt --output ck",
+        "--output ck: the suffix of a single",
+    ),
     (
         "encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output z --latent_dim 7",
         "--latent_dim 7 contradicts ck/motion_ae_epoch1.pt, which was trained with 6",
