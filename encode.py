@@ -38,7 +38,6 @@ from tqdm import tqdm
 
 from losses import METRICS, FeatureErrors
 from model import (
-    FRAME_MOTION,
     STATS_NAME,
     ArgumentParser,
     MotionFeatureAutoencoder,
@@ -184,8 +183,8 @@ def movement(x: Tensor) -> dict[str, np.ndarray]:
     """How far the picture of features [T, H, W, C] moves to the right and down at each step but the first [T - 1], in
     cells: by `motion_channels` of at most 64 channels, which suffice."""
     x = x[..., :: math.ceil(x.shape[-1] / 64)]
-    moves = motion_channels(x[None] / spread_of(x))[0, 1:].cpu()
-    return {name: moves[:, FRAME_MOTION.index(f"camera {name}")].numpy() for name in ("right", "down")}
+    right, down, *_ = motion_channels(x[None] / spread_of(x))[0, 1:].cpu().numpy().T
+    return {"right": right, "down": down}
 
 
 def draw_clip(

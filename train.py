@@ -671,17 +671,11 @@ def open_save_dir(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
                 "with what it was begun with, or train anew in another --save_dir"
             )
     if elsewhere:  # so that the run can be resumed from here alone
-        best_path = path.with_name("motion_ae_best.pt")
-        best = load_checked(best_path) if best_path.is_file() else None
-        if best and best["epoch"] <= checkpoint["epoch"]:
-            save_atomically(best, args.save_dir / best_path.name)
+        best = path.with_name("motion_ae_best.pt")
+        if best.is_file():
+            save_atomically(load_checked(best), args.save_dir / best.name)
         save_atomically(checkpoint, last)
-    done = checkpoint["epoch"] == args.epochs
-    report(
-        f"{path} is the last of {args.epochs} epochs: nothing left to do"
-        if done
-        else f"going on after epoch {checkpoint['epoch']} of {args.epochs}, from {path}"
-    )
+    report(f"going on after epoch {checkpoint['epoch']} of {args.epochs}, from {path}")
     return checkpoint
 
 
@@ -751,18 +745,18 @@ def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | N
     return model.to(args.device).eval()
 
 
-def start_run(
+def measure_pca(
     args: argparse.Namespace, model: MotionFeatureAutoencoder, sample: list[Tensor], val_set: Clips, measured_on: str
-) -> dict[str, Any]:
-    """What checkpoints say of the run beside its epochs: the errors of PCA, measured on `sample`. Prints them."""
+) -> dict[str, float]:
+    """What `measure` says of PCA, found on `sample`. Prints it, and that of a low-pass filter."""
     weights, latent_dim = loss_weights(args), args.latent_dim
-    sizes = {"pca_errors": latent_dim, "low_pass_errors": min(LOW_PASS * latent_dim, args.input_dim)}
-    codes = {name: PrincipalComponents(model.code, sample, weights, size) for name, size in sizes.items()}
-    run = {name: measure(code, val_set.to_measure(args.seed, args.device), weights) for name, code in codes.items()}
-    for name, told in {"pca_errors": "motion-weighted PCA", "low_pass_errors": "low-pass PCA of blocks"}.items():
-        errors = "  ".join(f"{kind} {run[name][column]:.4f}" for kind, column in COMPARED.items())
+    sizes = {"low-pass PCA of blocks": min(LOW_PASS * latent_dim, args.input_dim), "motion-weighted PCA": latent_dim}
+    for told, count in sizes.items():
+        code = PrincipalComponents(model.code, sample, weights, count)
+        found = measure(code, val_set.to_measure(args.seed, args.device), weights)
+        errors = "  ".join(f"{kind} {found[column]:.4f}" for kind, column in COMPARED.items())
         report(f"{measured_on}, {told}: {errors}")
-    return run
+    return found
 
 
 def train(
@@ -787,13 +781,15 @@ def train(
         latents = sample_latents(model, sample)
         if not last:
             measure_spread(model, latents)
-            last = start_run(args, model, sample, val_set, measured_on)
-            last |= {"history": [], "config": model.config, "settings": settings}
-            last["args"] = {
-                name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+            last = {
+                "pca_errors": measure_pca(args, model, sample, val_set, measured_on),
+                "history": [],
+                "config": model.config,
+                "settings": settings,
+                "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+                "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
+                "trained_on": next((file.origin for file in files[0] if file.origin), ""),
             }
-            last["versions"] = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
-            last["trained_on"] = next((file.origin for file in files[0] if file.origin), "")
             if args.overwrite:
                 remove_outputs(args.save_dir)
     step = TrainingStep(model, args)
