@@ -1040,9 +1040,9 @@ class LatentDataset(Dataset):
     DataLoader.
 
     `dataset[0]`, or by stem `dataset["0000"]`, is a dict of `stem` (the file's path in the folder without its suffix;
-    `dataset.stems` has all), `latent` [T, N, D] or [T, H, W, D], `motion_embedding` [T, D], `caption` ("" if the file
-    has none) and, if the first file has them, `frame_indices` [F] of the video (-1 where another file does not say).
-    No more is read from disk than is used: `dataset["0000"]["latent"][:8]` reads eight steps.
+    `dataset.stems` has all), `latent` [T, N, D] or [T, H, W, D], `motion_embedding` [T, D] and `caption` ("" if the
+    file has none); `dataset.load("0000")` has all that the file holds. No more is read from disk than is used:
+    `dataset["0000"]["latent"][:8]` reads eight steps.
 
     With `normalise`, each channel of the latents has mean 0 and variance 1 over the clips that the model was trained
     on, by the folder's stats.pt, as generators want it; the model decodes `latent * dataset.std + dataset.mean`.
@@ -1063,8 +1063,8 @@ class LatentDataset(Dataset):
                 f"{folder} holds no latents; make them with encode.py or vfm_feature.py --motion_checkpoint"
             )
         self.stems = list(self.paths)
-        first = self.load(self.stems[0])  # a folder of features is refused here
-        self.frame_indices, self.normalise = first.get("frame_indices"), normalise
+        self.load(self.stems[0])  # a folder of features is refused here
+        self.normalise = normalise
         if normalise:
             stats = load_checked(folder / STATS_NAME)
             self.mean, self.std = stats["mean"], stats["var"].clamp_min(1e-12).sqrt()
@@ -1084,14 +1084,10 @@ class LatentDataset(Dataset):
     def __getitem__(self, which: int | str) -> dict[str, Any]:
         stem = which if isinstance(which, str) else self.stems[which]
         saved = self.load(stem)
-        item = {"stem": stem, "caption": str(saved.get("caption", ""))}
-        item |= {name: saved[name] for name in ("latent", "motion_embedding")}
+        latent, embedding, caption = saved["latent"], saved["motion_embedding"], str(saved.get("caption", ""))
         if self.normalise:
-            item["latent"] = (item["latent"] - self.mean) / self.std
-        if self.frame_indices is not None:
-            unknown = torch.full((len(self.frame_indices),), -1)
-            item["frame_indices"] = torch.as_tensor(saved.get("frame_indices", unknown))
-        return item
+            latent = (latent - self.mean) / self.std
+        return {"stem": stem, "latent": latent, "motion_embedding": embedding, "caption": caption}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
