@@ -745,18 +745,26 @@ def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | N
     return model.to(args.device).eval()
 
 
-def measure_pca(
+def start_run(
     args: argparse.Namespace, model: MotionFeatureAutoencoder, sample: list[Tensor], val_set: Clips, measured_on: str
-) -> dict[str, float]:
-    """What `measure` says of PCA, found on `sample`. Prints it, and that of a low-pass filter."""
+) -> dict[str, Any]:
+    """Write the code's tables, measured on `sample`. Returns what checkpoints say of the run beside its epochs, among
+    it the errors of PCA. Prints these, and those of a low-pass filter."""
     weights, latent_dim = loss_weights(args), args.latent_dim
+    fit_code(model.code, sample, *weights)
     sizes = {"low-pass PCA of blocks": min(LOW_PASS * latent_dim, args.input_dim), "motion-weighted PCA": latent_dim}
     for told, count in sizes.items():
         code = PrincipalComponents(model.code, sample, weights, count)
-        found = measure(code, val_set.to_measure(args.seed, args.device), weights)
-        errors = "  ".join(f"{kind} {found[column]:.4f}" for kind, column in COMPARED.items())
+        pca_errors = measure(code, val_set.to_measure(args.seed, args.device), weights)
+        errors = "  ".join(f"{kind} {pca_errors[column]:.4f}" for kind, column in COMPARED.items())
         report(f"{measured_on}, {told}: {errors}")
-    return found
+    return {
+        "pca_errors": pca_errors,
+        "history": [],
+        "config": model.config,
+        "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
+    }
 
 
 def train(
@@ -777,21 +785,11 @@ def train(
     if ranks.index == 0:
         sample = train_set.to_fit(args.seed, args.device)
         if not last:
-            fit_code(model.code, sample, *loss_weights(args))
-        latents = sample_latents(model, sample)
-        if not last:
-            measure_spread(model, latents)
-            last = {
-                "pca_errors": measure_pca(args, model, sample, val_set, measured_on),
-                "history": [],
-                "config": model.config,
-                "settings": settings,
-                "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-                "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
-                "trained_on": next((file.origin for file in files[0] if file.origin), ""),
-            }
+            last = start_run(args, model, sample, val_set, measured_on) | {"settings": settings}
+            last["trained_on"] = next((file.origin for file in files[0] if file.origin), "")
             if args.overwrite:
                 remove_outputs(args.save_dir)
+        latents = sample_latents(model, sample)
     step = TrainingStep(model, args)
     if ranks.count > 1:
         for tensor in model.state_dict().values():
