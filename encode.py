@@ -27,8 +27,9 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,9 +58,6 @@ from model import (
     run_script,
     save_atomically,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One clip's result, and the report on all
@@ -187,10 +185,23 @@ def movement(x: Tensor) -> dict[str, np.ndarray]:
     return {"right": right, "down": down}
 
 
+def draw_curves(axes: Any, curves: dict[str, np.ndarray], steps: list[int], colours: Iterator[str]) -> None:
+    """Curves [T - 1] by name, into matplotlib's `axes`, over the time steps from the second on; `steps` are marked."""
+    values = np.concatenate([[0.0], *curves.values()])
+    room = 0.1 * max(0.1, np.ptp(values))
+    axes.set(xlim=(0, max(1, steps[-1])), ylim=(values.min() - room, values.max() + room))
+    for name, curve in curves.items():
+        axes.plot(range(1, len(curve) + 1), curve, linewidth=1.2, label=name, color=next(colours))
+    for step in steps:
+        axes.axvline(step, color="lightgrey", linewidth=0.8, zorder=0)
+    axes.axhline(0, color="lightgrey", linewidth=0.8, zorder=0)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
 def draw_clip(
     title: str, pictures: dict[str, np.ndarray], plots: dict[str, dict[str, np.ndarray]], steps: list[int]
-) -> Figure:
-    """A figure of some time steps of a clip.
+) -> bytes:
+    """A PNG of some time steps of a clip.
 
     pictures: uint8 [steps, h, w, 3] by title, a row each, of the first one's aspect ratio. plots: curves [T - 1] by
     name, by the label of the y-axis, drawn below.
@@ -226,20 +237,21 @@ def draw_clip(
         corner = MARGIN / page_width, (1.5 * TITLE + below * CURVES) / page_height
         size = 1 - (MARGIN + LEGEND_WIDTH) / page_width, (CURVES - TITLE) / page_height
         axes = figure.add_axes((*corner, *size))
-        values = np.concatenate([[0.0], *curves.values()])
-        room = 0.1 * max(0.1, np.ptp(values))
-        axes.set(xlim=(0, max(1, steps[-1])), ylim=(values.min() - room, values.max() + room))
-        for name, curve in curves.items():
-            axes.plot(range(1, len(curve) + 1), curve, linewidth=1.2, label=name, color=next(colours))
-        for step in steps:
-            axes.axvline(step, color="lightgrey", linewidth=0.8, zorder=0)
-        axes.axhline(0, color="lightgrey", linewidth=0.8, zorder=0)
+        draw_curves(axes, curves, steps, colours)
         axes.set_ylabel(label, fontsize=7)
         axes.tick_params(labelsize=7, labelbottom=below == 0)
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         if below == 0:
             axes.set_xlabel("time step (grey: of the pictures above)", fontsize=7)
-    return figure
+    png = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a caption; a box stands for it
+        figure.savefig(png, format="png", metadata={"Source": PREVIEW_MARK})
+    return png.getvalue()
+
+
+def is_preview(picture: Path) -> bool:
+    """Whether a file is there, and made by `write_preview`."""
+    return picture.is_file() and PREVIEW_MARK.encode() in picture.read_bytes()[:1000]
 
 
 def write_preview(
@@ -259,7 +271,7 @@ def write_preview(
     picture has its name.
     """
     path = path.with_suffix(".png")
-    if path.exists() and PREVIEW_MARK.encode() not in path.read_bytes()[:1000]:
+    if path.exists() and not is_preview(path):
         raise UserError(f"--preview would write over {path}, which it has not made; move that away")
     steps = evenly(len(feature), 6)
     pictures, changes, moves = {}, {}, {}
@@ -289,12 +301,7 @@ def write_preview(
     mark = "RANDOM WEIGHTS" if about.get("weights") == "random" else ""
     told = (about.get("video"), about.get("model"), mark, about.get("caption"))
     title = "  |  ".join(str(part) for part in told if part)
-    figure = draw_clip(title, pictures, plots, steps)
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a caption; a box stands for it
-        figure.savefig(picture, format="png", metadata={"Source": PREVIEW_MARK})
-    save_atomically(picture.getvalue(), path)
+    save_atomically(draw_clip(title, pictures, plots, steps), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,7 +352,8 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
             )
         make_folder(target.parent, "--output")
         return [(source, target)]
-    jobs, makers = [], {target / STATS_NAME: "the latents' mean and variance"}  # pairs; by output
+    jobs = []
+    makers = {target / STATS_NAME: "the latents' mean and variance"}  # of each output, what is written there
     for path in find_features(source):
         if path.parent.resolve().is_relative_to(target.resolve()):  # latents of an earlier run are no features
             continue
@@ -392,6 +400,8 @@ def encode_file(
         result = encode_clip(model, feature, args.save_reconstruction)
         if args.preview:
             write_preview(output, feature, result["latent"], about={"video": path.name, **metadata})
+        elif is_preview(output.with_suffix(".png")):  # of the latent that is replaced
+            output.with_suffix(".png").unlink()
     except (UserError, OSError) as error:
         told = str(error) if str(path) in str(error) else f"{path}: {error}"
         return row | {"failure": told, "outcome": "failed"}
