@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -1220,25 +1220,6 @@ def say(message: str) -> None:
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that is at `path` whole or not at all: written beside it, then renamed onto it.
-
-    Its temporary name is random: host names and process numbers are not unique where containers share a folder.
-    Raises `OSError` when the disk is full or the folder cannot be written; the half-written file is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def make_folder(folder: Path, flag: str) -> None:
     """Make the folder that `flag` names. Raises `UserError` where it cannot be made or written into."""
     try:
@@ -1268,25 +1249,35 @@ def file_fingerprint(path: Path) -> str:
 
 
 def save_atomically(data: dict[str, Any] | str | bytes, path: Path) -> None:
-    """Write text, bytes or a dict into a `whole_file`: a dict as .safetensors if that is its suffix, else by
-    `torch.save`.
+    """Write text, bytes or a dict to a file that is at `path` whole or not at all: written beside it, then renamed onto
+    it. A dict becomes a .safetensors if that is the suffix, else what `torch.save` makes of it.
 
     A .safetensors holds the tensors; strings are its metadata, and so are, as JSON under one name, all other values.
+    The temporary name is random: host names and process numbers are not unique where containers share a folder.
+    Raises `OSError` when the disk is full or the folder cannot be written; the half-written file is removed.
     """
-    with whole_file(path) as file:
-        if not isinstance(data, dict):  # file names in a text can be no UTF-8
-            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
-            return
-        if path.suffix == ".safetensors":
-            tensors = {name: value.contiguous() for name, value in data.items() if isinstance(value, Tensor)}
-            strings = {name: value for name, value in data.items() if isinstance(value, str)}
-            others = {name: value for name, value in data.items() if name not in tensors | strings}
-            file.write(to_safetensors(tensors, {**strings, OTHER_VALUES: json.dumps(others)}))
-            return
-        try:
-            torch.save(data, file)
-        except RuntimeError as error:  # on a full disk; the OSError behind it says so
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    if isinstance(data, str):
+        data = data.encode(errors="backslashreplace")  # file names can be no UTF-8
+    elif isinstance(data, dict) and path.suffix == ".safetensors":
+        tensors = {name: value.contiguous() for name, value in data.items() if isinstance(value, Tensor)}
+        strings = {name: value for name, value in data.items() if isinstance(value, str)}
+        others = {name: value for name, value in data.items() if name not in tensors | strings}
+        data = to_safetensors(tensors, {**strings, OTHER_VALUES: json.dumps(others)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            if isinstance(data, dict):
+                torch.save(data, file)
+            else:
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's, on a full disk; the OSError behind it says so
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -74,7 +74,7 @@ from model import (  # noqa: E402  (the scripts are no installed package)
     load_feature,
     number,
     run_script,
-    whole_file,
+    save_atomically,
 )
 from train import (  # noqa: E402
     COMPARED,
@@ -505,8 +505,7 @@ def add_figures(path: Path | None, **tables: dict[str, dict[str, float]]) -> Non
     """Write tables into a JSON file, which keeps its others."""
     if path:
         others = json.loads(path.read_text()) if path.exists() else {}
-        with whole_file(path) as file:
-            file.write(json.dumps(others | tables, indent=1).encode() + b"\n")
+        save_atomically(json.dumps(others | tables, indent=1) + "\n", path)
 
 
 def teach_students(
