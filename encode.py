@@ -19,6 +19,7 @@ the same weights, are skipped. A single file is always written.
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import math
@@ -26,8 +27,9 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,7 +39,6 @@ from tqdm import tqdm
 
 from losses import METRICS, FeatureErrors
 from model import (
-    FRAME_MOTION,
     STATS_NAME,
     ArgumentParser,
     MotionFeatureAutoencoder,
@@ -56,21 +57,13 @@ from model import (
     ranks,
     run_script,
     save_atomically,
-    whole_file,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One clip's result, and the report on all
 # ---------------------------------------------------------------------------------------------------------------------
 
 MOVEMENT = ["right", "down", "log speed"]  # of the camera: channels of the motion embedding, whose means are kept
-LEGEND = """What decoding the latents loses. reconstruction: squared error over the clip's variance (0: nothing is lost,
-1: all but the clip's mean is); motion: the same of the changes from step to step (1: as a still
-picture would); cosine: between a token and its reconstruction (1: the same direction).
-How the pictures move, in grid cells a step; log speed: log(1 + (cells / 0.01)^2) / 2."""
 
 
 def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstruction: bool = False) -> dict[str, Any]:
@@ -115,15 +108,13 @@ def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstru
 def print_summary(rows: list[dict[str, Any]]) -> None:
     """Mean and extremes of each metric and movement over the files that were encoded."""
     encoded = [row for row in rows if row["outcome"] != "failed"]
-    table = pd.DataFrame(encoded, columns=["file", *METRICS, *MOVEMENT]).set_index("file").dropna(axis=1, how="all")
-    if not table.empty:
-        figures = table.agg(["mean", "min", "idxmin", "max", "idxmax"]).T.infer_objects()
-        figures = figures.rename(index={name: name.removesuffix("_error") for name in METRICS})
-        print(figures.set_axis(["mean", "least", "in", "most", "in"], axis=1).to_string(float_format="%.3f"))
-        print(LEGEND)
-    if unknown := sum(math.isnan(row["right"]) for row in encoded):
+    table = pd.DataFrame(encoded, columns=[*METRICS, *MOVEMENT])
+    known = table.dropna(axis=1, how="all")
+    if not known.empty:
+        print(known.agg(["mean", "min", "max"]).T.to_string(float_format="%.3f"))
+    if unknown := table["right"].isna().sum():
         print(f"grid unknown in {unknown} files [T, N, C]: the embedding's motion channels are 0; give --grid H W")
-    if still := sum(math.isnan(row["motion_error"]) for row in encoded):
+    if still := table["motion_error"].isna().sum():
         print(f"no motion in {still} files: of one time step, or of steps that are all the same")
 
 
@@ -131,9 +122,7 @@ def write_encode_report(rows: list[dict[str, Any]], folder: Path, model: MotionF
     """Write into a folder of latents `encode_report.csv`, of each file its `METRICS` and `MOVEMENT`, or why it failed;
     and stats.pt, `mean` and `var` [D] of the latent's channels over the clips that the model was trained on."""
     table = pd.DataFrame(rows, columns=["file", *METRICS, *MOVEMENT, "failure"]).sort_values("file")
-    text = table.to_csv(index=False, float_format="%.6g", na_rep="nan")
-    with whole_file(folder / "encode_report.csv") as file:
-        file.write(text.encode(errors="backslashreplace"))
+    save_atomically(table.to_csv(index=False, float_format="%.6g", na_rep="nan"), folder / "encode_report.csv")
     save_atomically({"mean": model.latent_mean.cpu(), "var": model.latent_var.cpu()}, folder / STATS_NAME)
 
 
@@ -192,14 +181,27 @@ def movement(x: Tensor) -> dict[str, np.ndarray]:
     """How far the picture of features [T, H, W, C] moves to the right and down at each step but the first [T - 1], in
     cells: by `motion_channels` of at most 64 channels, which suffice."""
     x = x[..., :: math.ceil(x.shape[-1] / 64)]
-    moves = motion_channels(x[None] / spread_of(x))[0, 1:].cpu()
-    return {name: moves[:, FRAME_MOTION.index(f"camera {name}")].numpy() for name in ("right", "down")}
+    right, down, *_ = motion_channels(x[None] / spread_of(x))[0, 1:].cpu().numpy().T
+    return {"right": right, "down": down}
+
+
+def draw_curves(axes: Any, curves: dict[str, np.ndarray], steps: list[int], colours: Iterator[str]) -> None:
+    """Curves [T - 1] by name, into matplotlib's `axes`, over the time steps from the second on; `steps` are marked."""
+    values = np.concatenate([[0.0], *curves.values()])
+    room = 0.1 * max(0.1, np.ptp(values))
+    axes.set(xlim=(0, max(1, steps[-1])), ylim=(values.min() - room, values.max() + room))
+    for name, curve in curves.items():
+        axes.plot(range(1, len(curve) + 1), curve, linewidth=1.2, label=name, color=next(colours))
+    for step in steps:
+        axes.axvline(step, color="lightgrey", linewidth=0.8, zorder=0)
+    axes.axhline(0, color="lightgrey", linewidth=0.8, zorder=0)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def draw_clip(
     title: str, pictures: dict[str, np.ndarray], plots: dict[str, dict[str, np.ndarray]], steps: list[int]
-) -> Figure:
-    """A figure of some time steps of a clip.
+) -> bytes:
+    """A PNG of some time steps of a clip.
 
     pictures: uint8 [steps, h, w, 3] by title, a row each, of the first one's aspect ratio. plots: curves [T - 1] by
     name, by the label of the y-axis, drawn below.
@@ -235,26 +237,21 @@ def draw_clip(
         corner = MARGIN / page_width, (1.5 * TITLE + below * CURVES) / page_height
         size = 1 - (MARGIN + LEGEND_WIDTH) / page_width, (CURVES - TITLE) / page_height
         axes = figure.add_axes((*corner, *size))
-        values = np.concatenate([[0.0], *curves.values()])
-        room = 0.1 * max(0.1, np.ptp(values))
-        axes.set(xlim=(0, max(1, steps[-1])), ylim=(values.min() - room, values.max() + room))
-        for name, curve in curves.items():
-            axes.plot(range(1, len(curve) + 1), curve, linewidth=1.2, label=name, color=next(colours))
-        for step in steps:
-            axes.axvline(step, color="lightgrey", linewidth=0.8, zorder=0)
-        axes.axhline(0, color="lightgrey", linewidth=0.8, zorder=0)
+        draw_curves(axes, curves, steps, colours)
         axes.set_ylabel(label, fontsize=7)
         axes.tick_params(labelsize=7, labelbottom=below == 0)
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         if below == 0:
             axes.set_xlabel("time step (grey: of the pictures above)", fontsize=7)
-    return figure
+    png = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a caption; a box stands for it
+        figure.savefig(png, format="png", metadata={"Source": PREVIEW_MARK})
+    return png.getvalue()
 
 
-def refuse_other_picture(path: Path) -> None:
-    """Raise `UserError` if `path` is there and no preview: it would be lost."""
-    if path.exists() and PREVIEW_MARK.encode() not in path.read_bytes()[:1000]:
-        raise UserError(f"--preview would write over {path}, which it has not made; move that away")
+def is_preview(picture: Path) -> bool:
+    """Whether a file is there, and made by `write_preview`."""
+    return picture.is_file() and PREVIEW_MARK.encode() in picture.read_bytes()[:1000]
 
 
 def write_preview(
@@ -274,7 +271,8 @@ def write_preview(
     picture has its name.
     """
     path = path.with_suffix(".png")
-    refuse_other_picture(path)
+    if path.exists() and not is_preview(path):
+        raise UserError(f"--preview would write over {path}, which it has not made; move that away")
     steps = evenly(len(feature), 6)
     pictures, changes, moves = {}, {}, {}
     if frames is not None:
@@ -303,10 +301,7 @@ def write_preview(
     mark = "RANDOM WEIGHTS" if about.get("weights") == "random" else ""
     told = (about.get("video"), about.get("model"), mark, about.get("caption"))
     title = "  |  ".join(str(part) for part in told if part)
-    figure = draw_clip(title, pictures, plots, steps)
-    with whole_file(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a caption; a box stands for it
-        figure.savefig(file, format="png", metadata={"Source": PREVIEW_MARK})
+    save_atomically(draw_clip(title, pictures, plots, steps), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,30 +346,26 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
     if target.exists() and target.samefile(source):
         raise UserError(f"--output {target} is the --input; the features would be lost, give another place")
     if not source.is_dir():
-        if target.is_dir():
-            raise UserError(f"--output {target} is a folder; give the file to write, such as {target / 'latent.pt'}")
         if target.suffix not in (".pt", ".safetensors") or output_format not in ("pt", target.suffix[1:]):
             raise UserError(
                 f"--output {target}: the suffix of a single file says its format; end it in .pt or .safetensors"
             )
         make_folder(target.parent, "--output")
         return [(source, target)]
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--output {target} is a file, but --input is a folder; give a folder")
-    features: dict[Path, Path] = {}  # output -> feature
+    jobs = []
+    makers = {target / STATS_NAME: "the latents' mean and variance"}  # of each output, what is written there
     for path in find_features(source):
         if path.parent.resolve().is_relative_to(target.resolve()):  # latents of an earlier run are no features
             continue
         output = target / path.relative_to(source).with_suffix(f".{output_format}")
-        if output.name == STATS_NAME:
-            raise UserError(f"{path} would write {output}, where the latents' mean and variance are kept; rename it")
-        if output in features:
-            raise UserError(f"{features[output]} and {path} would both write {output}; rename one")
-        features[output] = path
-    if not features:
+        if output in makers:
+            raise UserError(f"{makers[output]} and {path} would both write {output}; rename one")
+        makers[output] = path
+        jobs.append((path, output))
+    if not jobs:
         raise UserError(f"--input {source} holds no features beside those in --output {target}")
-    make_folder(target, "--output", mirrors=True)
-    return [(path, output) for output, path in features.items()]
+    make_folder(target, "--output")
+    return jobs
 
 
 def finished_figures(output: Path, settings: str) -> dict[str, float] | None:
@@ -400,8 +391,6 @@ def encode_file(
         may_skip = in_folder and not args.overwrite
         if may_skip and (figures := finished_figures(output, settings)):
             return row | figures | {"outcome": "skipped"}
-        if args.preview:
-            refuse_other_picture(output.with_suffix(".png"))
         feature, metadata = load_feature(path, mmap=True)
         if args.grid and feature.ndim == 3:
             if math.prod(args.grid) != feature.shape[1]:
@@ -409,13 +398,15 @@ def encode_file(
             feature = feature.unflatten(1, args.grid)
         model.check_provenance(provenance(metadata))
         result = encode_clip(model, feature, args.save_reconstruction)
+        if args.preview:
+            write_preview(output, feature, result["latent"], about={"video": path.name, **metadata})
+        elif is_preview(output.with_suffix(".png")):  # of the latent that is replaced
+            output.with_suffix(".png").unlink()
     except (UserError, OSError) as error:
         told = str(error) if str(path) in str(error) else f"{path}: {error}"
         return row | {"failure": told, "outcome": "failed"}
     kept = {name: value for name, value in metadata.items() if name not in result}
     save_atomically({**result, **kept, "settings": settings}, output)
-    if args.preview:
-        write_preview(output, feature, result["latent"], about={"video": path.name, **metadata})
     return row | {name: result[name] for name in METRICS + MOVEMENT} | {"outcome": "written"}
 
 
@@ -461,7 +452,7 @@ def main() -> int:
             raise UserError(row["failure"])
         figures = ", ".join(f"{name.removesuffix('_error')} {row[name]:.3f}" for name in METRICS)
         print(f"written to {args.output}, compression_ratio {model.compression_ratio:g}; {figures}")
-    return 0 if ranks.index > 0 or any(row["outcome"] != "failed" for row in rows) else 1
+    return 0 if any(row["outcome"] != "failed" for row in rows) else 1
 
 
 if __name__ == "__main__":

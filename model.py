@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -41,10 +41,8 @@ SLOTS_KEPT = 16  # sizes of blocks, of which the code remembers where coefficien
 CELLS = 256  # of features [T, N, C], that are coded at once
 STATS_NAME = "stats.pt"  # in a folder of latents
 LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
-POINTERS = {  # how what stands in place of a file begins, what puts it there, what fetches the file
-    b"version https://git-lfs.github.com/spec/": ("Git LFS", "git lfs pull"),
-    b"/annex/objects/": ("git-annex", "git annex get"),
-}
+# How what stands in for a file begins, and what fetches the file.
+POINTERS = {b"version https://git-lfs.github.com/spec/": "git lfs pull", b"/annex/objects/": "git annex get"}
 OTHER_VALUES = "other values as JSON"  # entry of a .safetensors' metadata, which is strings alone
 STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
 CONTENT = 1 / 20  # scale of the embedding's channels of content
@@ -53,9 +51,9 @@ REST = 0.01  # cells a step: movement below it counts as rest
 # Time steps to each side that movement is smoothed over: aliasing alternates, motion does not.
 CELLS_OVER, CAMERA_OVER = 1, 3
 TOKENS = 2**14  # tokens whose motion is looked at at once
+FINGERPRINT_BYTES = 2**16
 TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
 LEFTOVER_SECONDS = 24 * 3600  # after which a half-written file is nobody's
-FINGERPRINT_BYTES = 2**16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,9 +236,8 @@ class SpaceTimeCode(nn.Module):
                     f"the latent has {shape[-1]} channels, but the checkpoint gives {channels}; decode it by its own"
                 )
             raise UserError(
-                how_to_permute(list(shape[1:]), channels)
-                or f"C is {shape[-1]}, but the checkpoint was trained on features of C = {channels}; give the one that "
-                "was trained on this model's features"
+                f"C is {shape[-1]}, but the checkpoint was trained on features of C = {channels}; permute the axes if "
+                "C is not the last, or give the one that was trained on this model's features"
             )
         if len(self.clip_shape) == 3:
             looks_like_one_clip = shape[0] > 1 and shape[2] != math.prod(self.clip_shape[1:])
@@ -903,29 +900,27 @@ def find_features(folder: Path) -> list[Path]:
 def check_file(path: Path) -> None:
     """Raise `UserError` if `path` is no file (a pipe would be waited for), a link to nothing, or only the pointer that
     Git LFS or git-annex leaves in place of a file that was not fetched."""
-    if path.is_file():
-        with open(path, "rb") as file:
-            start = file.read(64)
-        for mark, (tool, command) in POINTERS.items():
-            if start.startswith(mark):
-                raise UserError(f"{path} is a {tool} pointer, not the file itself; run `{command}` in its repository")
-    elif path.is_symlink() and not path.exists():
-        target = os.readlink(path)
-        advice = "run `git annex get` in its repository" if "annex/objects" in target else "mend or remove the link"
-        raise UserError(f"{path} is a link to {target}, which is not there; {advice}")
-    else:
+    if path.is_symlink() and not path.exists():
+        told = f"{path} is a link to {os.readlink(path)}, which is not there"
+        raise UserError(f"{told}; run `git annex get` in its repository, or mend the link")
+    if not path.is_file():
         raise UserError(f"{path} is no file" if path.exists() else f"{path} does not exist")
+    with open(path, "rb") as file:
+        start = file.read(64)
+    for mark, command in POINTERS.items():
+        if start.startswith(mark):
+            raise UserError(f"{path} is a pointer, not the file itself; run `{command}` in its repository")
 
 
 def read_torch(path: Path, mmap: bool, check: bool) -> Any:
-    """What `torch.load` makes of a file. With `check`, raises `UserError` that names the first entry of its zip archive
-    whose bytes are not those that were written, where torch.load does not look. A checkpoint of 60 MB takes 0.07 s,
-    loading it 0.09 s."""
+    """What `torch.load` makes of a file. With `check`, raises `ValueError` that names the first entry of its zip
+    archive whose bytes are not those that were written, where torch.load does not look. A checkpoint of 60 MB takes
+    0.07 s, loading it 0.09 s."""
     if check and zipfile.is_zipfile(path):  # files of torch < 1.6 are none
         with zipfile.ZipFile(path) as archive:
             has_crc = any(entry.CRC for entry in archive.infolist())  # torch can be told to write none
             if has_crc and (entry := archive.testzip()):
-                raise UserError(f"{path} is damaged: {entry.partition('/')[2]} in it; make or download it again")
+                raise ValueError(f"{entry.partition('/')[2]} in it is not as it was written")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception:  # nor can they be mapped, nor files whose names are not UTF-8; others fail again
@@ -941,18 +936,24 @@ def load_checked(path: Path, mmap: bool = False, check: bool = True) -> Any:
     memory, or holds more than tensors and plain values.
     """
     check_file(path)
+    suffix = path.suffix.lower()
     try:
-        if path.suffix.lower() == ".npy":
-            array = np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
-            return torch.from_numpy(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
-        if path.suffix.lower() == ".safetensors":
+        with open(path, "rb") as file:
+            start = file.read(32)
+        writer, is_its = {
+            ".npy": ("np.save", start.startswith(b"\x93NUMPY")),
+            ".safetensors": ("safetensors", start[8:9] == b"{"),
+        }.get(suffix, ("torch.save", start.startswith((b"PK", b"\x80"))))  # a zip archive; of torch < 1.6 a pickle
+        if not is_its:
+            raise ValueError(f"no file of {writer} begins with {start.decode('latin-1')!r}")
+        if suffix == ".npy":
+            return torch.from_numpy(np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False))
+        if suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 others = json.loads(metadata.pop(OTHER_VALUES, "{}"))
                 return {name: file.get_tensor(name) for name in file.keys()} | others | metadata  # noqa: SIM118
         return read_torch(path, mmap, check)
-    except UserError:
-        raise
     except Exception as error:  # damaged files raise almost anything
         cause = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         if is_out_of_memory(error):
@@ -960,14 +961,6 @@ def load_checked(path: Path, mmap: bool = False, check: bool = True) -> Any:
         if re.search("weights_only|allow_pickle|Python objects", str(error)):
             raise UserError(f"{path} holds objects that only unsafe loading could read; save plain tensors") from None
         raise UserError(f"{path} is damaged or of another format ({cause}); make or download it again") from None
-
-
-def how_to_permute(shape: list[int], input_dim: int) -> str:
-    """What to do about a feature whose channels are not on its last axis; "" if they are on no axis."""
-    if input_dim not in shape:
-        return ""
-    axes = sorted(range(len(shape)), key=lambda axis: axis == shape.index(input_dim))
-    return f"shape {shape} has C = {input_dim} on axis {axes[-1]}, not last; save x.permute{tuple(axes)}"
 
 
 def is_plain(value: Any) -> bool:
@@ -987,10 +980,10 @@ def load_feature(
     The file holds a tensor, an array (.npy), or a dict (.pt, .safetensors), read by `feature`, else `features`, else
     its first key. Where it also holds `grid` ([H, W]), a feature [T, H * W, C] becomes [T, H, W, C].
 
-    Returns the feature [T, N, C] or [T, H, W, C] in the dtype that it was stored in (float8 as float32). With `mmap`
-    its numbers stay on disk. Raises `UserError` that names the file: not readable, wrong rank, `C != input_dim`, not
-    floating point; with `check`, which reads all numbers once, a few time steps at a time, also wrong checksums,
-    nothing but zeros, NaN, infinity, and numbers that overflow float32 when they are squared and summed.
+    Returns the feature [T, N, C] or [T, H, W, C] in the dtype that it was stored in. With `mmap` its numbers stay on
+    disk. Raises `UserError` that names the file: not readable, wrong rank, `C != input_dim`, not floating point of at
+    least 16 bits; with `check`, which reads all numbers once, a few time steps at a time, also wrong checksums, nothing
+    but zeros, NaN, infinity, and numbers that overflow float32 when they are squared and summed.
     """
     if path.suffix.lower() not in FEATURE_SUFFIXES:
         raise UserError(f"{path} is not a {', '.join(FEATURE_SUFFIXES)} file")
@@ -1003,31 +996,28 @@ def load_feature(
     if not isinstance(feature, Tensor) or feature.layout != torch.strided or feature.is_meta or feature.is_quantized:
         raise UserError(f"{path} holds no feature tensor; it holds {type(feature).__name__}")
     shape = list(feature.shape)
-    # A model's output saved with its batch axis. vfm_feature.py, which names its model, writes none.
-    if shape[:1] == [1] and (len(shape) == 5 or (len(shape) == 4 and "model" not in metadata)):
+    is_batch = (
+        len(shape) == 4 and shape[0] == 1 and "model" not in metadata
+    )  # vfm_feature.py, which names it, saves none
+    if len(shape) not in (3, 4) or is_batch or feature.numel() == 0:
         raise UserError(
-            f"{path}: shape {shape} looks like a batch of one clip; save its [0], or, if it is a clip of one time "
-            "step, save it as [1, H * W, C]"
+            f"{path}: shape {shape}, but a feature is [T, N, C] or [T, H, W, C] of one clip, not empty; save [0] of a "
+            "batch, and a clip of one time step as [1, H * W, C]"
         )
-    if len(shape) not in (3, 4) or feature.numel() == 0:
-        raise UserError(f"{path}: shape {shape}, but a feature is [T, N, C] or [T, H, W, C], not empty")
-    if not feature.is_floating_point():
-        raise UserError(f"{path}: dtype {feature.dtype}, but a feature is floating point")
+    if not feature.is_floating_point() or feature.element_size() == 1:  # few functions take float8
+        raise UserError(f"{path}: dtype {feature.dtype}, but a feature is floating point, of 16 bits or more")
     if input_dim not in (None, shape[-1]):
-        other = f"C is {shape[-1]}, but --input_dim is {input_dim}; give --input_dim {shape[-1]}"
-        raise UserError(f"{path}: {how_to_permute(shape, input_dim) or other}")
-    if feature.element_size() == 1:  # few functions take float8
-        feature = feature.float()
+        raise UserError(
+            f"{path}: C is {shape[-1]}, but --input_dim is {input_dim}; permute the axes if C is not the last, or give "
+            f"--input_dim {shape[-1]}"
+        )
     if check:
-        largest = torch.stack([part.abs().amax() for part in feature.split(8)]).amax().item()  # NaN if there is one
-        if not math.isfinite(largest):
-            raise UserError(f"{path} holds NaN or infinity; recompute it in float32, or remove it")
-        if largest > LARGEST:
+        largest = torch.stack([part.abs().amax() for part in feature.split(8)]).amax().item()
+        if not 0 < largest < LARGEST:  # nor NaN
             raise UserError(
-                f"{path} holds numbers up to {largest:.0e}, whose squares overflow float32; divide all by a constant"
+                f"{path}: its largest number is {largest:.1g}; a feature's are finite, not all 0, and their squares "
+                "fit into float32: make it again, or remove it"
             )
-        if not largest:
-            raise UserError(f"{path} holds nothing but zeros; make it again, or remove it")
     grid = grid.tolist() if isinstance(grid, Tensor) else grid
     is_size = isinstance(grid, list | tuple) and all(isinstance(size, int) and size > 0 for size in grid)
     if is_size and len(grid) == 2 and len(shape) == 3 and math.prod(grid) == shape[1]:
@@ -1071,15 +1061,14 @@ class LatentDataset(Dataset):
     DataLoader.
 
     `dataset[0]`, or by stem `dataset["0000"]`, is a dict of `stem` (the file's path in the folder without its suffix;
-    `dataset.stems` has all), `latent` [T, N, D] or [T, H, W, D], `motion_embedding` [T, D], `caption` ("" if the file
-    has none) and, if the first file has them, `frame_indices` [F] of the video (-1 where another file does not say).
-    No more is read from disk than is used: `dataset["0000"]["latent"][:8]` reads eight steps.
+    `dataset.stems` has all), `latent` [T, N, D] or [T, H, W, D], `motion_embedding` [T, D] and `caption` ("" if the
+    file has none); `dataset.load("0000")` has all that the file holds. No more is read from disk than is used:
+    `dataset["0000"]["latent"][:8]` reads eight steps.
 
     With `normalise`, each channel of the latents has mean 0 and variance 1 over the clips that the model was trained
     on, by the folder's stats.pt, as generators want it; the model decodes `latent * dataset.std + dataset.mean`.
 
-    Raises `UserError` for a folder without latents, or whose stats.pt is absent or of others, and for a file that is
-    no latent.
+    Raises `UserError` for a folder without latents, or whose stats.pt is absent, and for a file that is no latent.
     """
 
     def __init__(self, folder: str | Path, normalise: bool = False) -> None:
@@ -1095,13 +1084,10 @@ class LatentDataset(Dataset):
                 f"{folder} holds no latents; make them with encode.py or vfm_feature.py --motion_checkpoint"
             )
         self.stems = list(self.paths)
-        first = self.load(self.stems[0])  # a folder of features is refused here
-        self.frame_indices, self.normalise = first.get("frame_indices"), normalise
+        self.load(self.stems[0])  # a folder of features is refused here
+        self.normalise = normalise
         if normalise:
             stats = load_checked(folder / STATS_NAME)
-            shapes = [getattr(x, "shape", None) for x in stats.values()] if isinstance(stats, dict) else []
-            if shapes != [first["latent"].shape[-1:]] * 2:
-                raise UserError(f"{folder / STATS_NAME} is not of these latents; make them again with --overwrite")
             self.mean, self.std = stats["mean"], stats["var"].clamp_min(1e-12).sqrt()
 
     def __len__(self) -> int:
@@ -1119,14 +1105,10 @@ class LatentDataset(Dataset):
     def __getitem__(self, which: int | str) -> dict[str, Any]:
         stem = which if isinstance(which, str) else self.stems[which]
         saved = self.load(stem)
-        item = {"stem": stem, "caption": str(saved.get("caption", ""))}
-        item |= {name: saved[name] for name in ("latent", "motion_embedding")}
+        latent, embedding, caption = saved["latent"], saved["motion_embedding"], str(saved.get("caption", ""))
         if self.normalise:
-            item["latent"] = (item["latent"] - self.mean) / self.std
-        if self.frame_indices is not None:
-            unknown = torch.full((len(self.frame_indices),), -1)
-            item["frame_indices"] = torch.as_tensor(saved.get("frame_indices", unknown))
-        return item
+            latent = (latent - self.mean) / self.std
+        return {"stem": stem, "latent": latent, "motion_embedding": embedding, "caption": caption}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1169,13 +1151,14 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
 
-    def add_model_flags(self, about: str) -> None:
-        """A group of `MODEL_FLAGS`, which are absent from the parsed arguments unless given."""
+    def add_model_flags(self, about: str) -> dict[str, Any]:
+        """A group of `MODEL_FLAGS`, which are absent from the parsed arguments unless given. Returns their defaults."""
         group = self.add_argument_group("model", about)
         for name, (told, kind) in MODEL_FLAGS.items():
             options = {"type": kind} if kind else {"action": "store_true"}
             told += f" (default: {getattr(Config, name)})"
             group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=told, **options)
+        return {name: getattr(Config, name) for name in MODEL_FLAGS}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the flags")
@@ -1218,23 +1201,21 @@ class Ranks:
             raise UserError(f"--device {name} is not on this machine; use cpu, cuda or cuda:N") from None
         return device
 
-    @contextmanager
-    def in_touch(self) -> Iterator[None]:
-        """For a step in which ranks wait for each other."""
-        try:
-            yield
-        except RuntimeError:  # the connection is closed
-            if self.index > 0:
-                os._exit(2)  # an orderly exit can abort in the broken process group (torch 2.10)
-            raise UserError("another process of this run has ended; what it said says why") from None
-
-    def broadcast(self, value: Any = None) -> Any:
-        """Rank 0's `value`, on every rank."""
+    def broadcast(self, value: Any = None, source: int = 0) -> Any:
+        """The `value` of the rank `source`, on every rank. Each exchange of ranks is one of these."""
         values = [value]
         if self.count > 1:
-            with self.in_touch():
-                dist.broadcast_object_list(values)
+            try:
+                dist.broadcast_object_list(values, source)
+            except RuntimeError:  # the connection is closed
+                if self.index > 0:
+                    os._exit(2)  # an orderly exit can abort in the broken process group (torch 2.10)
+                raise UserError("another process of this run has ended; what it said says why") from None
         return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in their order, on every rank."""
+        return [self.broadcast(value, source) for source in range(self.count)]
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """What `make` returns on rank 0, which alone calls it, on every rank. An error there ends all."""
@@ -1250,14 +1231,6 @@ class Ranks:
         if self.index == 0:
             self.broadcast()
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in their order, on rank 0; on the others an empty list."""
-        values = [value] * self.count if self.index == 0 else []
-        if self.count > 1:
-            with self.in_touch():
-                dist.gather_object(value, values or None)
-        return values
-
 
 ranks = Ranks()
 
@@ -1268,29 +1241,9 @@ def say(message: str) -> None:
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that is at `path` whole or not at all: written beside it, then renamed onto it.
-
-    Its temporary name is random: host names and process numbers are not unique where containers share a folder.
-    Raises `OSError` when the disk is full or the folder cannot be written; the half-written file is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def make_folder(folder: Path, flag: str, mirrors: bool = False) -> None:
-    """Make the folder that `flag` names, and remove the half-written files of killed runs from it, and from below if it
-    `mirrors` a tree: those that nobody has written to for a day. Raises `UserError` where it cannot be made or written
-    into."""
+def make_folder(folder: Path, flag: str) -> None:
+    """Make the folder that `flag` names, and remove the half-written files of killed runs from it: those that nobody
+    has written to for a day. Raises `UserError` where it cannot be made or written into."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -1298,7 +1251,7 @@ def make_folder(folder: Path, flag: str, mirrors: bool = False) -> None:
         raise UserError(
             f"{flag} {folder} is no folder that can be written into ({error.strerror}); give another"
         ) from None
-    for path in folder.glob(f"{'**/' if mirrors else ''}.*{TEMPORARY_SUFFIX}"):
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         with suppress(OSError):  # another run may have removed it
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 path.unlink()
@@ -1321,22 +1274,36 @@ def file_fingerprint(path: Path) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def save_atomically(data: dict[str, Any], path: Path) -> None:
-    """Write a dict into a `whole_file`: as .safetensors if that is its suffix, else by `torch.save`.
+def save_atomically(data: dict[str, Any] | str | bytes, path: Path) -> None:
+    """Write text, bytes or a dict to a file that is at `path` whole or not at all: written beside it, then renamed onto
+    it. A dict becomes a .safetensors if that is the suffix, else what `torch.save` makes of it.
 
     A .safetensors holds the tensors; strings are its metadata, and so are, as JSON under one name, all other values.
+    The temporary name is random: host names and process numbers are not unique where containers share a folder.
+    Raises `OSError` when the disk is full or the folder cannot be written; the half-written file is removed.
     """
-    with whole_file(path) as file:
-        if path.suffix == ".safetensors":
-            tensors = {name: value.contiguous() for name, value in data.items() if isinstance(value, Tensor)}
-            strings = {name: value for name, value in data.items() if isinstance(value, str)}
-            others = {name: value for name, value in data.items() if name not in tensors | strings}
-            file.write(to_safetensors(tensors, {**strings, OTHER_VALUES: json.dumps(others)}))
-            return
-        try:
-            torch.save(data, file)
-        except RuntimeError as error:  # on a full disk; the OSError behind it says so
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    if isinstance(data, str):
+        data = data.encode(errors="backslashreplace")  # file names can be no UTF-8
+    elif isinstance(data, dict) and path.suffix == ".safetensors":
+        tensors = {name: value.contiguous() for name, value in data.items() if isinstance(value, Tensor)}
+        strings = {name: value for name, value in data.items() if isinstance(value, str)}
+        others = {name: value for name, value in data.items() if name not in tensors | strings}
+        data = to_safetensors(tensors, {**strings, OTHER_VALUES: json.dumps(others)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "xb") as file:
+            if isinstance(data, dict):
+                torch.save(data, file)
+            else:
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's, on a full disk; the OSError behind it says so
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -1378,4 +1345,6 @@ def run_script(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         status, told = 130, "stopped; finished files are whole, and the same command goes on (train.py's with --resume)"
     print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
-    sys.exit(status)
+    sys.stdout.flush()
+    leave = os._exit if dist.is_initialized() else sys.exit  # where other ranks go on, an orderly exit can abort
+    leave(status)

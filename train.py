@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import collections
 import hashlib
+import io
 import itertools
 import json
 import math
 import random
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -46,7 +46,6 @@ from losses import (
     token_relations,
 )
 from model import (
-    MODEL_FLAGS,
     ArgumentParser,
     Config,
     MotionFeatureAutoencoder,
@@ -66,9 +65,7 @@ from model import (
     ranks,
     run_script,
     save_atomically,
-    say,
     to_sequences,
-    whole_file,
 )
 
 FIT_TOKENS = 2**18  # that the linear code is measured on, at most
@@ -82,13 +79,8 @@ RELATED_BATCH, RELATED_RATE = 12, 3e-3  # sets a step; peak learning rate
 STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
 STEP_PAIRED = 384  # tokens of a clip, between which a step sees all cosines
 SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured
-NOISE = (0.0, 0.1, 0.3)
-# With the features and the clips of a step, these flags decide the result; --resume checks that they are the same.
-RUN_FLAGS = [
-    *MODEL_FLAGS,
-    *("epochs", "lr", "weight_decay", "recon_weight", "motion_weight", "smooth_weight", "relation_weight"),
-    *("val_fraction", "seed", "precision"),
-]
+# With the features and the clips of a step, all other flags decide the result; --resume checks that they are the same.
+HARMLESS = ("feature_dir", "save_dir", "resume", "overwrite", "batch_size", "num_workers", "keep_epochs", "device")
 
 LossWeights = tuple[float, float, float, float]  # of reconstruction, temporal difference, smoothness, relations
 
@@ -113,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="go on with an interrupted run, from PATH or else motion_ae_last.pt in --save_dir, if there is one",
     )
     start.add_argument("--overwrite", action="store_true", help="throw away the checkpoints that --save_dir holds")
-    parser.add_model_flags("What the autoencoder is made of.")
+    defaults = parser.add_model_flags("What the autoencoder is made of.") | {"input_dim": None}  # that of the files
     add("--epochs", type=number(int, 0), default=10, help="passes over the training files; 0: the linear code alone")
     add("--batch_size", type=number(int, 1), default=2, help="clips a step, of each rank")
     add("--lr", type=number(float, 0), default=2e-4, help="peak learning rate")
@@ -128,7 +120,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="bfloat16: faster steps, by autocast")
     add("--seed", type=number(int, 0), default=0, help="of weights, split and order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1...")
-    defaults = {name: getattr(Config, name) for name in MODEL_FLAGS} | {"input_dim": None}  # that of the files
     return parser.parse_args(argv, argparse.Namespace(**defaults))
 
 
@@ -171,7 +162,7 @@ def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile
     if len(lines) == 1:
         raise UserError(lines[0])
     for line in lines:
-        say(f"warning: {line}")
+        print(f"failed: {line}", file=sys.stderr)
     if failures:
         raise UserError(f"{len(failures)} of {len(paths)} feature files cannot be used; fix or remove them")
     files = [file for file, _ in found]
@@ -687,32 +678,6 @@ def measure_spread(model: MotionFeatureAutoencoder, sample: list[Tensor]) -> Non
     model.latent_var.copy_(tokens.var(dim=0, correction=0))
 
 
-@torch.no_grad()
-def noise_table(
-    model: MotionFeatureAutoencoder, pca: PrincipalComponents, sample: list[Tensor], clips: Iterable[Tensor]
-) -> pd.DataFrame:
-    """Reconstruction and motion error with noise on the latent, of `NOISE` times each channel's spread, as a generator
-    that predicts latents makes it: ours, ours where decoding is told of it, and PCA's. `sample`: the clips of which
-    PCA's spread is measured."""
-    chance = torch.Generator().manual_seed(0)
-    errors = {noise: {name: FeatureErrors() for name in ("", ", told", ", PCA")} for noise in NOISE}
-    pca_spread = torch.cat([pca.encode(x[None]).flatten(0, -2) for x in sample]).std(dim=0)
-    for x in clips:
-        whole, pca_whole = model.encode(x), pca.encode(x)
-        for noise, found in errors.items():
-            normal = torch.randn(whole.shape, generator=chance).to(x.device) * noise
-            latent, other = whole + normal * model.latent_var.sqrt(), pca_whole + normal * pca_spread
-            found[""].add(x, model.decode(latent))
-            found[", told"].add(x, model.decode(latent, noise))
-            found[", PCA"].add(x, pca.decode(other))
-    kinds = ("reconstruction", "motion")
-    rows = [
-        {f"{kind}{name}": error.figures()[f"{kind}_error"] for name, error in found.items() for kind in kinds}
-        for found in errors.values()
-    ]
-    return pd.DataFrame(rows, index=pd.Index(NOISE, name="noise"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run leaves in --save_dir
 # ---------------------------------------------------------------------------------------------------------------------
@@ -749,22 +714,16 @@ def open_save_dir(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
                 "with what it was begun with, or train anew in another --save_dir"
             )
     if elsewhere:  # so that the run can be resumed from here alone
-        best_path = path.with_name("motion_ae_best.pt")
-        best = load_checked(best_path) if best_path.is_file() else None
-        if best and best["epoch"] <= checkpoint["epoch"]:
-            save_atomically(best, args.save_dir / best_path.name)
+        best = path.with_name("motion_ae_best.pt")
+        if best.is_file():
+            save_atomically(load_checked(best), args.save_dir / best.name)
         save_atomically(checkpoint, last)
-    done = checkpoint["epoch"] == args.epochs
-    report(
-        f"{path} is the last of {args.epochs} epochs: nothing left to do"
-        if done
-        else f"going on after epoch {checkpoint['epoch']} of {args.epochs}, from {path}"
-    )
+    report(f"going on after epoch {checkpoint['epoch']} of {args.epochs}, from {path}")
     return checkpoint
 
 
-def draw_curves(history: list[dict[str, float]], measured_on: str, path: Path) -> None:
-    """The errors over the epochs, of the files measured on and of PCA; relations while training too."""
+def draw_curves(history: list[dict[str, float]], measured_on: str) -> bytes:
+    """A PNG of the errors over the epochs, of the files measured on and of PCA; relations while training too."""
     table = pd.DataFrame(history).set_index("epoch")
     figure = Figure(figsize=(12, 3), layout="constrained")
     for axes, (name, column) in zip(figure.subplots(1, len(COMPARED)), COMPARED.items(), strict=True):
@@ -776,23 +735,13 @@ def draw_curves(history: list[dict[str, float]], measured_on: str, path: Path) -
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=80)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=80)
+    return picture.getvalue()
 
 
 def best_row(history: list[dict[str, float]]) -> dict[str, float]:
     return min(history, key=lambda row: row["val_loss"])
-
-
-def describe_gain(history: list[dict[str, float]], measured_on: str) -> str:
-    """What training took off the errors of the code alone."""
-    best = best_row(history)
-    if best["epoch"] == 0:
-        return f"best: epoch 0, the code alone; training took nothing off the loss of {measured_on} files"
-    first = {name: history[0][f"val_{column}"] for name, column in list(COMPARED.items())[2:]}  # the others stay
-    gains = {name: 1 - best[f"val_{COMPARED[name]}"] / error for name, error in first.items() if error > 1e-6}
-    told = ", ".join(f"{name} {gain:.1%}" for name, gain in gains.items()) or "there were none"
-    return f"best: epoch {best['epoch']:.0f}; training took off the code's errors, {measured_on}: {told}"
 
 
 def write_outputs(last: dict[str, Any], measured_on: str, save_dir: Path, keep_epochs: str) -> None:
@@ -804,9 +753,8 @@ def write_outputs(last: dict[str, Any], measured_on: str, save_dir: Path, keep_e
         save_atomically(weights, save_dir / f"motion_ae_epoch{last['epoch']}.pt")
     if best_row(history) is history[-1]:
         save_atomically(weights, save_dir / "motion_ae_best.pt")
-    with whole_file(save_dir / "metrics.csv") as file:
-        pd.DataFrame(history).to_csv(file, index=False, na_rep="nan")
-    draw_curves(history, measured_on, save_dir / "loss_curves.png")
+    save_atomically(pd.DataFrame(history).to_csv(index=False, na_rep="nan"), save_dir / "metrics.csv")
+    save_atomically(draw_curves(history, measured_on), save_dir / "loss_curves.png")
 
 
 def remove_outputs(save_dir: Path) -> None:
@@ -826,20 +774,12 @@ def report(line: str) -> None:
         print(line, flush=True)  # a job's log shows it at once
 
 
-def describe_run(args: argparse.Namespace) -> dict[str, Any]:
-    """What a checkpoint says of the run beside its settings."""
-    return {
-        "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
-    }
-
-
 def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | None) -> MotionFeatureAutoencoder:
     """A new model, or that of the checkpoint `last`. Raises `UserError` for a checkpoint of another version."""
     torch.manual_seed(args.seed)
     sizes = {"block": clips.block, "clip_shape": clips.shape}
-    model = MotionFeatureAutoencoder(**{name: getattr(args, name) for name in MODEL_FLAGS}, **sizes)
+    flags = {name: getattr(args, name) for name in Config.__annotations__ if name in args}
+    model = MotionFeatureAutoencoder(**flags, **sizes)
     try:
         if last:
             model.load_state_dict(last["model"])
@@ -851,18 +791,22 @@ def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | N
 def start_run(
     args: argparse.Namespace, model: MotionFeatureAutoencoder, sample: list[Tensor], val_set: Clips, measured_on: str
 ) -> dict[str, Any]:
-    """What checkpoints say of the run beside its epochs: the errors of PCA, measured on `sample`, and how latents bear
-    noise. Prints them."""
+    """Write the code's tables, measured on `sample`. Returns what checkpoints say of the run beside its epochs, among
+    it the errors of PCA. Prints these, and those of a low-pass filter."""
     weights, latent_dim = loss_weights(args), args.latent_dim
-    sizes = {"pca_errors": latent_dim, "low_pass_errors": min(LOW_PASS * latent_dim, args.input_dim)}
-    codes = {name: PrincipalComponents(model.code, sample, weights, size) for name, size in sizes.items()}
-    run = {name: measure(code, val_set.to_measure(args.seed, args.device), weights) for name, code in codes.items()}
-    for name, told in {"pca_errors": "motion-weighted PCA", "low_pass_errors": "low-pass PCA of blocks"}.items():
-        errors = "  ".join(f"{kind} {run[name][column]:.4f}" for kind, column in COMPARED.items())
+    sizes = {"low-pass PCA of blocks": min(LOW_PASS * latent_dim, args.input_dim), "motion-weighted PCA": latent_dim}
+    for told, count in sizes.items():
+        code = PrincipalComponents(model.code, sample, weights, count)
+        pca_errors = measure(code, val_set.to_measure(args.seed, args.device), weights)
+        errors = "  ".join(f"{kind} {pca_errors[column]:.4f}" for kind, column in COMPARED.items())
         report(f"{measured_on}, {told}: {errors}")
-    table = noise_table(model, codes["pca_errors"], sample, val_set.to_measure(args.seed, args.device))
-    report(f"{measured_on}, with noise on the latent:\n{table.to_string(float_format='%.3f')}")
-    return run | {"noise": table.reset_index().to_dict("records")}
+    return {
+        "pca_errors": pca_errors,
+        "history": [],
+        "config": model.config,
+        "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
+    }
 
 
 def train(
@@ -884,14 +828,11 @@ def train(
         sample = train_set.to_fit(args.seed, args.device)
         if not last:
             fit_code(model.code, sample, *loss_weights(args), lambda: train_set.shuffled(args.seed, args.device))
-        latents = sample_latents(model, sample)
-        if not last:
-            measure_spread(model, latents)
-            last = start_run(args, model, sample, val_set, measured_on)
-            last |= {"history": [], "config": model.config, "settings": settings, **describe_run(args)}
+            last = start_run(args, model, sample, val_set, measured_on) | {"settings": settings}
             last["trained_on"] = next((file.origin for file in files[0] if file.origin), "")
             if args.overwrite:
                 remove_outputs(args.save_dir)
+        latents = sample_latents(model, sample)
     step = TrainingStep(model, args)
     if ranks.count > 1:
         for tensor in model.state_dict().values():
@@ -923,7 +864,7 @@ def train(
         save_atomically(last, args.save_dir / "motion_ae_last.pt")
         write_outputs(last, measured_on, args.save_dir, args.keep_epochs)
     if ranks.index == 0:
-        report(describe_gain(last["history"], measured_on))
+        report(f"best: epoch {best_row(last['history'])['epoch']}, which is motion_ae_best.pt")
 
 
 def main() -> int:
@@ -935,7 +876,7 @@ def main() -> int:
         torch.cuda.set_device(device)  # which NCCL and pinned memory go by
     all_files, args.input_dim = ranks.from_first(lambda: look_at_files(args.feature_dir, args.input_dim))
     files = split_files(all_files, args.val_fraction, args.seed)
-    settings = {name: getattr(args, name) for name in RUN_FLAGS}
+    settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
     settings["clips_per_step"] = args.batch_size * ranks.count
     settings["features"] = hash_of_files(all_files, args.feature_dir)
     last = ranks.from_first(lambda: open_save_dir(args, settings))

@@ -82,7 +82,6 @@ from model import (
     save_atomically,
     say,
     weights_hash,
-    whole_file,
 )
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -1921,8 +1920,7 @@ def write_reports(runs: list[ModelRun], output_root: Path) -> None:
         failures = [(row["file"], row["failure"]) for row in run.rows if row["failure"]]
         lines = ["\t".join(" ".join(text.split()) for text in failure) + "\n" for failure in sorted(failures)]
         if lines:
-            with whole_file(run.folder / "failed_videos.txt") as file:
-                file.write("".join(lines).encode(errors="backslashreplace"))  # names that are not in UTF-8
+            save_atomically("".join(lines), run.folder / "failed_videos.txt")
         else:
             (run.folder / "failed_videos.txt").unlink(missing_ok=True)
         if run.autoencoder is not None:
@@ -1930,8 +1928,7 @@ def write_reports(runs: list[ModelRun], output_root: Path) -> None:
         if shapes := [row["shape"] for row in run.rows if not row["failure"]]:
             dimensions += f"{run.name}: {run.kind} shape {shapes[0]}, C = {shapes[0][-1]}\n"
     if dimensions:
-        with whole_file(output_root / "vfm_dimensions.txt") as file:
-            file.write(dimensions.encode())
+        save_atomically(dimensions, output_root / "vfm_dimensions.txt")
 
 
 def shown(path: Path) -> str:
@@ -1990,7 +1987,7 @@ def main() -> int:
     clips = ranks.from_first(lambda: list_clips(args))  # a network disk can show other files to other machines
     with ranks.first_then_others():
         for run in models.values():
-            make_folder(run.folder, "--output_root", mirrors=True)
+            make_folder(run.folder, "--output_root")
     if args.random_weights:
         say("warning: --random_weights: a dry run; the features will mean NOTHING")
     runs: list[ModelRun] = []

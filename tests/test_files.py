@@ -1,6 +1,7 @@
 """Files that are not what they seem, and runs of several processes: what is found, what is refused, who says so."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from made_up import ROOT, SIZES, full_disk, make_features, save
 
-from model import UserError, find_files, load_feature, run_script, save_atomically
+from model import UserError, find_files, load_checked, load_feature, make_folder, run_script, save_atomically
 
 
 def names(folder, **options):
@@ -49,10 +50,10 @@ def make_pointers(folder):
     save(folder / "lfs.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     return {
         "annex.pt": "which is not there; run `git annex get`",
-        "gone.npy": "is a link to /gone/gone.npy, which is not there; mend or remove the link",
+        "gone.npy": "is a link to /gone/gone.npy, which is not there",
         "itself.pt": "is a link to itself.pt, which is not there",
-        "unlocked.safetensors": "is a git-annex pointer, not the file itself; run `git annex get`",
-        "lfs.pth": "is a Git LFS pointer, not the file itself; run `git lfs pull`",
+        "unlocked.safetensors": "is a pointer, not the file itself; run `git annex get`",
+        "lfs.pth": "is a pointer, not the file itself; run `git lfs pull`",
     }
 
 
@@ -93,12 +94,15 @@ def test_a_page_of_zeros_is_found(trained, tmp_path, run_here):
     assert run_here(*command).returncode == 0
     result = run_here(*command)
     assert result.stdout.splitlines()[-1].startswith("0 written, 2 skipped, 1 failed")
-    assert f"0001.pt is damaged: {entry} in it; make or download it again" in result.stderr
+    assert f"0001.pt is damaged or of another format ({entry} in it is not as it was written); make" in result.stderr
     result = run_here("train.py", "--feature_dir", source, "--save_dir", tmp_path / "t", *SIZES, "--epochs", 1)
-    assert result.returncode == 2 and f"0001.pt is damaged: {entry} in it" in result.stderr.splitlines()[-1]
+    assert (
+        result.returncode == 2
+        and f"0001.pt is damaged or of another format ({entry} in it" in result.stderr.splitlines()[-1]
+    )
     entry = zero_a_page(checkpoint)
     result = run_here(*command)
-    assert result.returncode == 2 and f"ck.pt is damaged: {entry} in it" in result.stderr
+    assert result.returncode == 2 and f"ck.pt is damaged or of another format ({entry} in it" in result.stderr
 
     torch.serialization.set_crc32_options(False)
     torch.save({"feature": torch.ones(2, 3, 12)}, tmp_path / "none.pt")
@@ -106,6 +110,16 @@ def test_a_page_of_zeros_is_found(trained, tmp_path, run_here):
     assert load_feature(tmp_path / "none.pt")[0].shape == (2, 3, 12)
     torch.save({"feature": torch.ones(2, 3, 12)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert load_feature(tmp_path / "old.pt")[0].shape == (2, 3, 12)
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "page.pt", "page.npy", "page.safetensors", "empty.pt"])
+def test_a_file_of_another_kind_is_named_as_such(tmp_path, name):
+    content = b"" if name == "empty.pt" else b"<!DOCTYPE html><html><body>404</body></html>"
+    (tmp_path / name).write_bytes(content)
+    writer = {".npy": "np.save", ".safetensors": "safetensors"}.get(f".{name.split('.')[1]}", "torch.save")
+    said = f"{name} is damaged or of another format (no file of {writer} begins with {content[:32].decode()!r}); make"
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_checked(tmp_path / name)
 
 
 def test_a_feature_is_read_from_safetensors(tmp_path):
@@ -137,11 +151,23 @@ def train(run_here, features, *flags):
 
 LAYOUTS = {  # of x [T, H, W, C] = [6, 2, 3, 12], what train.py says, with --input_dim 12 and without
     "tokens of a batch": (lambda x: x.flatten(0, 2)[None], "all features have one time step", "can have its channels"),
-    "[C, T, H, W]": (lambda x: x.permute(3, 0, 1, 2), "save x.permute(1, 2, 3, 0)", "--input_dim 3 if it is the last"),
-    "[T, C, H, W]": (lambda x: x.permute(0, 3, 1, 2), "save x.permute(0, 2, 3, 1)", "--input_dim 3 if it is the last"),
-    "[T, C, N]": (lambda x: x.flatten(1, 2).mT, "save x.permute(0, 2, 1)", "--input_dim 6 if it is the last"),
+    "[C, T, H, W]": (
+        lambda x: x.permute(3, 0, 1, 2),
+        "permute the axes if C is not the last",
+        "--input_dim 3 if it is the last",
+    ),
+    "[T, C, H, W]": (
+        lambda x: x.permute(0, 3, 1, 2),
+        "permute the axes if C is not the last",
+        "--input_dim 3 if it is the last",
+    ),
+    "[T, C, N]": (
+        lambda x: x.flatten(1, 2).mT,
+        "permute the axes if C is not the last",
+        "--input_dim 6 if it is the last",
+    ),
     "[T, H, W, C]": (lambda x: x, "", ""),
-    "others": (lambda x: x[..., :10], "C is 10, but --input_dim is 12; give --input_dim 10", ""),
+    "others": (lambda x: x[..., :10], "C is 10, but --input_dim is 12; permute", ""),
 }
 
 
@@ -165,10 +191,10 @@ def test_features_without_content_or_of_two_models_are_refused(trained, tmp_path
     source = make_features(tmp_path / "f", count=3)
     torch.save({"feature": torch.zeros(6, 2, 3, 12)}, source / "zeros.pt")
     result = train(run_here, source)
-    assert result.returncode == 2 and "zeros.pt holds nothing but zeros" in result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and "zeros.pt: its largest number is 0" in result.stderr.splitlines()[-1]
     checkpoint = trained[0] / "ck" / "motion_ae_epoch1.pt"
     result = run_here("encode.py", "--checkpoint", checkpoint, "--input", source, "--output", tmp_path / "z")
-    assert "3 written, 0 skipped, 1 failed" in result.stdout and "zeros.pt holds nothing but zeros" in result.stderr
+    assert "3 written, 0 skipped, 1 failed" in result.stdout and "zeros.pt: its largest number is 0" in result.stderr
     torch.save({"feature": torch.ones(6, 2, 3, 14)}, source / "zeros.pt")
     result = train(run_here, source)
     assert result.returncode == 2 and "has C = 12 and " in result.stderr and "zeros.pt has C = 14;" in result.stderr
@@ -278,3 +304,11 @@ def test_a_mistake_of_one_rank_ends_all(tmp_path):
     assert (first[2], second[2]) == (2, 2)
     assert first[1].endswith("error: another process of this run has ended; what it said says why\n")
     assert second[1].endswith("error: my own mistake\n") and second[1].count("error: ") == 1
+
+
+def test_half_written_files_of_killed_runs_are_removed_after_a_day(tmp_path):
+    for name, age in ((".old.vfm.tmp", 2 * 86400), (".young.vfm.tmp", 60), ("old.tmp", 2 * 86400)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    make_folder(tmp_path, "--output")
+    assert {path.name for path in tmp_path.iterdir()} == {".young.vfm.tmp", "old.tmp"}

@@ -12,8 +12,8 @@ class Unsafe:
 
 
 BAD_FEATURES = {
-    "nan.pt": (torch.zeros(20, 3, 12).index_fill(0, torch.tensor([19]), float("nan")), "NaN or infinity"),
-    "infinity.npy": (np.full((2, 3, 12), np.inf, dtype=np.float32), "NaN or infinity"),
+    "nan.pt": (torch.zeros(20, 3, 12).index_fill(0, torch.tensor([19]), float("nan")), "its largest number is nan"),
+    "infinity.npy": (np.full((2, 3, 12), np.inf, dtype=np.float32), "its largest number is inf"),
     "channels.pt": (torch.ones(2, 3, 11), "C is 11, but"),
     "rank.pt": (torch.zeros(3, 12), r"shape [3, 12]"),
     "empty.pt": (torch.zeros(0, 3, 12), "not empty"),
@@ -22,10 +22,10 @@ BAD_FEATURES = {
     "words.pt": ({"caption": "no feature here"}, "no feature tensor"),
     "nothing.pt": ({}, "no feature tensor"),
     "unsafe.pt": ({"feature": Unsafe()}, "unsafe"),
-    "huge.pt": (torch.full((2, 3, 12), 1e30), "squares overflow float32"),
-    "huge.npy": (np.full((2, 3, 12), 1e300), "squares overflow float32"),
-    "batch.pt": (torch.zeros(1, 2, 3, 12), "shape [1, 2, 3, 12] looks like a batch of one clip; save its [0]"),
-    "batch_grid.npy": (np.zeros((1, 2, 3, 4, 12), dtype=np.float32), "looks like a batch of one clip"),
+    "huge.pt": (torch.full((2, 3, 12), 1e30), "its largest number is 1e+30; a feature's are finite"),
+    "huge.npy": (np.full((2, 3, 12), 1e300), "its largest number is 1e+300"),
+    "batch.pt": (torch.zeros(1, 2, 3, 12), "shape [1, 2, 3, 12], but a feature is"),
+    "batch_grid.npy": (np.zeros((1, 2, 3, 4, 12), dtype=np.float32), "of one clip, not empty; save [0] of a batch"),
     "pointer.pt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "run `git lfs pull`"),
     "pointer.npy": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "run `git lfs pull`"),
 }
@@ -173,11 +173,18 @@ MISTAKES = [
     ("train.py --feature_dir features --input_dim 12 --latent_dim 6 --save_dir a_file", "--save_dir a_file"),
     ("encode.py --checkpoint missing.pt --input features --output z", "missing.pt does not exist"),
     ("encode.py --checkpoint features/nested/0000.pt --input features --output z", "is not a checkpoint of train.py"),
+    (
+        "encode.py --checkpoint ck/metrics.csv --input features --output z",
+        "no file of torch.save begins with 'epoch,lr,",
+    ),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input missing --output z", "--input missing does not exist"),
-    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output a_file", "--output a_file is a file"),
+    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output a_file", "--output a_file is no folder"),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input a_file --output z.pt", "a_file is not a .pt"),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input a_file --output z.npz", "--output z.npz: the suffix of"),
-    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features/nested/0000.pt --output ck", "ck is a folder"),
+    (
+        "encode.py --checkpoint ck/motion_ae_epoch1.pt --input features/nested/0000.pt --output ck",
+        "--output ck: the suffix of a single",
+    ),
     (
         "encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output z --latent_dim 7",
         "--latent_dim 7 contradicts ck/motion_ae_epoch1.pt, which was trained with 6",

@@ -126,6 +126,8 @@ def test_encode_draws_what_it_encodes(trained, tmp_path, run_here):
     result = run_here(*arguments, "--preview", "--overwrite")
     assert "2 written, 0 skipped, 1 failed" in result.stdout and "--preview would write over" in result.stderr
     assert (target / "0000.png").exists() and (target / "0001.png").read_bytes() == b"somebody's picture"
+    assert "3 written, 0 skipped" in run_here(*arguments, "--overwrite").stdout  # pictures of earlier latents go
+    assert [path.read_bytes() for path in target.glob("*.png")] == [b"somebody's picture"]
 
 
 def test_somebody_elses_picture_costs_that_clip_alone(tmp_path, run_here):
