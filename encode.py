@@ -107,8 +107,7 @@ def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstru
 
 def print_summary(rows: list[dict[str, Any]]) -> None:
     """Mean and extremes of each metric and movement over the files that were encoded."""
-    encoded = [row for row in rows if row["outcome"] != "failed"]
-    table = pd.DataFrame(encoded, columns=[*METRICS, *MOVEMENT])
+    table = pd.DataFrame([row for row in rows if row["outcome"] != "failed"], columns=[*METRICS, *MOVEMENT])
     known = table.dropna(axis=1, how="all")
     if not known.empty:
         print(known.agg(["mean", "min", "max"]).T.to_string(float_format="%.3f"))

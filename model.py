@@ -996,9 +996,8 @@ def load_feature(
     if not isinstance(feature, Tensor) or feature.layout != torch.strided or feature.is_meta or feature.is_quantized:
         raise UserError(f"{path} holds no feature tensor; it holds {type(feature).__name__}")
     shape = list(feature.shape)
-    is_batch = (
-        len(shape) == 4 and shape[0] == 1 and "model" not in metadata
-    )  # vfm_feature.py, which names it, saves none
+    # A model's output saved with its batch axis. vfm_feature.py, which names its model, writes none.
+    is_batch = len(shape) == 4 and shape[0] == 1 and "model" not in metadata
     if len(shape) not in (3, 4) or is_batch or feature.numel() == 0:
         raise UserError(
             f"{path}: shape {shape}, but a feature is [T, N, C] or [T, H, W, C] of one clip, not empty; save [0] of a "

@@ -131,16 +131,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 class FeatureFile(NamedTuple):
     path: Path
     shape: tuple[int, ...]  # T, N or T, H, W
+    channels: int
     content: str  # `file_fingerprint`
     origin: str
     video: str  # `video_of`
 
 
-def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile], int]:
-    """Every feature file below `folder`, of which few numbers are read, and their channels C: `input_dim` or, without
-    it, what they have. Raises `UserError` after naming all misfits."""
+def look_at_files(folder: Path, input_dim: int | None) -> list[FeatureFile]:
+    """Every feature file below `folder`, of which few numbers are read; all of `input_dim` channels or, without it, of
+    as many as each other. Raises `UserError` after naming all misfits."""
 
-    def look(path: Path) -> tuple[FeatureFile, int] | str:
+    def look(path: Path) -> FeatureFile | str:
         try:
             feature, metadata = load_feature(path, input_dim, mmap=True, check=False)
             *shape, channels = feature.shape
@@ -150,14 +151,14 @@ def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile
                     f"{channels} if it is the last"
                 )
             video = video_of(path.relative_to(folder), metadata)
-            return FeatureFile(path, tuple(shape), file_fingerprint(path), provenance(metadata), video), channels
+            return FeatureFile(path, tuple(shape), channels, file_fingerprint(path), provenance(metadata), video)
         except (UserError, OSError) as error:
             return str(error)
 
     paths = find_features(folder)
     with ThreadPoolExecutor() as pool:
-        found = list(tqdm(pool.map(look, paths), "files", len(paths), leave=False, disable=None, delay=1))
-    failures = {str(path): reason for path, reason in zip(paths, found, strict=True) if isinstance(reason, str)}
+        files = list(tqdm(pool.map(look, paths), "files", len(paths), leave=False, disable=None, delay=1))
+    failures = {str(path): reason for path, reason in zip(paths, files, strict=True) if isinstance(reason, str)}
     lines = group_by_reason(failures)
     if len(lines) == 1:
         raise UserError(lines[0])
@@ -165,8 +166,7 @@ def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile
         print(f"failed: {line}", file=sys.stderr)
     if failures:
         raise UserError(f"{len(failures)} of {len(paths)} feature files cannot be used; fix or remove them")
-    files = [file for file, _ in found]
-    by_channels = {channels: file.path for file, channels in found}
+    by_channels = {file.channels: file.path for file in files}
     if len(by_channels) > 1:
         told = " and ".join(f"{path} has C = {channels}" for channels, path in by_channels.items())
         raise UserError(f"{told}; give a folder of features of one model")
@@ -178,7 +178,7 @@ def look_at_files(folder: Path, input_dim: int | None) -> tuple[list[FeatureFile
     origins = sorted({file.origin for file in files if file.origin})
     if len(origins) > 1:
         raise UserError(f"{folder} holds features of {' and of '.join(origins)}; give a folder of one of them")
-    return files, *by_channels
+    return files
 
 
 def video_of(path: Path, metadata: dict[str, Any]) -> str:
@@ -213,8 +213,8 @@ Part = tuple[int, slice]  # of a clip: its index, and the time steps
 class Clips:
     """Clips, of which parts are read: some blocks of time steps of the whole grid."""
 
-    def __init__(self, files: list[FeatureFile], input_dim: int) -> None:
-        self.files, self.input_dim, self.checked = files, input_dim, set()
+    def __init__(self, files: list[FeatureFile]) -> None:
+        self.files, self.checked = files, set()
         sizes = [file.shape if len(file.shape) == 3 else (file.shape[0], 1, 1) for file in files]
         # The largest of the blocks that they are cut into.
         self.block = tuple(
@@ -227,8 +227,8 @@ class Clips:
 
     def read(self, index: int, place: tuple[slice, ...] = (slice(None),)) -> Tensor:
         """A part of a clip [T, N, C] or [T, H, W, C], in the dtype of its file."""
-        path = self.files[index].path
-        clip, _ = load_feature(path, self.input_dim, mmap=True, check=index not in self.checked)
+        file = self.files[index]
+        clip, _ = load_feature(file.path, file.channels, mmap=True, check=index not in self.checked)
         self.checked.add(index)
         return clip[place].clone()  # the file is not mapped any longer
 
@@ -817,7 +817,7 @@ def train(
 ) -> None:
     """The epochs after `last`, or all, from epoch 0: the code alone. All ranks train; rank 0 measures and writes.
     `files`: to train on, held out."""
-    train_set, val_set = (Clips(part, args.input_dim) for part in (files[0], files[1] or files[0]))
+    train_set, val_set = Clips(files[0]), Clips(files[1] or files[0])
     measured_on = "held out" if files[1] else "training files"
     model = start_model(args, train_set, last)
     optimizer = torch.optim.AdamW(model.network.parameters(), lr=args.lr, weight_decay=args.weight_decay)
@@ -874,7 +874,8 @@ def main() -> int:
     args.device = str(device)  # of this rank
     if device.type == "cuda":
         torch.cuda.set_device(device)  # which NCCL and pinned memory go by
-    all_files, args.input_dim = ranks.from_first(lambda: look_at_files(args.feature_dir, args.input_dim))
+    all_files = ranks.from_first(lambda: look_at_files(args.feature_dir, args.input_dim))
+    args.input_dim = all_files[0].channels
     files = split_files(all_files, args.val_fraction, args.seed)
     settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
     settings["clips_per_step"] = args.batch_size * ranks.count

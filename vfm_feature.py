@@ -63,7 +63,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from encode import MOVEMENT, PREVIEW_MARK, encode_clip, print_summary, write_encode_report, write_preview
+from encode import MOVEMENT, encode_clip, is_preview, print_summary, write_encode_report, write_preview
 from losses import METRICS
 from model import (
     ArgumentParser,
@@ -1671,7 +1671,7 @@ def try_each(
                 package, hint = getattr(error, "name", None), "install envs/environment.vfm_feature.yaml"
                 reason = f"the package {package} is missing; {hint}" if package else error
                 lacking[name] = f"{name}: {reason}" + (f" (rank {ranks.index})" if ranks.index else "")
-    everyone = ranks.broadcast(ranks.gather(lacking))
+    everyone = ranks.gather(lacking)
     lacking = {name: reason for others in reversed(everyone) for name, reason in others.items()}
     with ranks.first_then_others():
         if lacking and not args.allow_skip_missing:
@@ -1857,8 +1857,8 @@ def save_feature(
         if preview:
             pictures = frames.round().clip(0, 255).astype(np.uint8)
             write_preview(path, feature.cpu(), data.get("latent"), pictures, data)
-        elif (picture := path.with_suffix(".png")).is_file() and PREVIEW_MARK.encode() in picture.read_bytes()[:1000]:
-            picture.unlink()  # of the file that this one replaces
+        elif is_preview(path.with_suffix(".png")):  # of the file that this one replaces
+            path.with_suffix(".png").unlink()
         save_atomically(data, path)
     except UserError as error:
         run.fail(clip, window, str(error))

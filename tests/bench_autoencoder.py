@@ -162,7 +162,7 @@ class Codes:
     ) -> None:
         self.held_out, self.seed = held_out, args.seed
         self.weights = (1.0, args.motion_weight, args.smooth_weight, 0.0)
-        self.sample = Clips(files, args.input_dim).to_fit(args.seed, "cpu")
+        self.sample = Clips(files).to_fit(args.seed, "cpu")
         epochs = train(files, [f"--latent_dim={latent_dim}", "--resume", *flags], args.models / f"latent_{latent_dim}")
         paths = epochs[0], epochs[0].with_name("motion_ae_best.pt")
         models = [MotionFeatureAutoencoder.from_checkpoint(path) for path in paths]
@@ -315,7 +315,7 @@ def camera_table(
         "moments over time": lambda x: moments_over_time(x.mean(dim=(1, 2))),
         "mean of differences": differences,
     }
-    still_files, _ = look_at_files(stills, None)
+    still_files = look_at_files(stills, None)
     test = split(still_files, pattern, 0)[1]
     held_out = [file in test for file in still_files]
     still_features = [load_feature(file.path)[0].float() for file in still_files]
@@ -552,7 +552,8 @@ def main() -> int:
     add("--seed", type=int, default=0)
     args, flags = parser.parse_known_args()  # the others are train.py's
 
-    files, args.input_dim = look_at_files(args.feature_dir, None)
+    files = look_at_files(args.feature_dir, None)
+    args.input_dim = files[0].channels
     train_files, held_out = split(files, args.held_out, args.seed)
     if not train_files or len(held_out) < 2:
         raise UserError(f"{len(train_files)} files to train on, {len(held_out)} held out; change --held_out")
@@ -562,7 +563,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         args.models = args.models or Path(folder)
         ratios = args.ratios or (STUDENT_RATIOS if args.student else (4,))
-        clips = Clips(held_out, args.input_dim)
+        clips = Clips(held_out)
         codes = {ratio: Codes(train_files, clips, args.input_dim // ratio, args, flags) for ratio in ratios}
     if args.student:
         tables["student"] = teach_students(codes, train_files, held_out, args)

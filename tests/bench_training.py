@@ -37,10 +37,11 @@ def seconds(function: Callable[[], object], times: int = 5) -> float:
 
 def settings(feature_dir: Path) -> tuple[argparse.Namespace, train.Clips]:
     """train.py's flags for the features in `feature_dir`, and its clips."""
-    files, channels = train.look_at_files(feature_dir, None)
+    files = train.look_at_files(feature_dir, None)
+    channels = files[0].channels
     sizes = ["--input_dim", str(channels), "--latent_dim", str(channels // 4)]
     args = train.parse_args(["--feature_dir", str(feature_dir), "--use_token", *sizes])
-    return args, train.Clips(files, channels)
+    return args, train.Clips(files)
 
 
 def row_loop(feature_dir: Path) -> None:

@@ -69,7 +69,7 @@ def test_train_says_how_it_stands_against_pca(trained):
 def test_latents_spread_is_that_of_the_training_clips(trained):
     folder, _ = trained
     model = MotionFeatureAutoencoder.from_checkpoint(folder / "ck" / "motion_ae_epoch2.pt")
-    files, _ = train.split_files(train.look_at_files(folder / "features", 12)[0], 0.1, 0)
+    files, _ = train.split_files(train.look_at_files(folder / "features", 12), 0.1, 0)
     latents = torch.stack([model.encode(load_feature(file.path)[0][None].float()) for file in files])
     torch.testing.assert_close(model.latent_mean, latents.mean(dim=(0, 1, 2, 3, 4)), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.latent_var, latents.flatten(0, 4).var(dim=0), atol=1e-4, rtol=1e-2)
@@ -91,7 +91,7 @@ def test_videos_are_held_out_whole(tmp_path):
     for index in range(30):
         data = {"feature": torch.zeros(2, 1, 4)} | ({"video": f"{index // 3}.mp4"} if index < 15 else {})
         save(tmp_path / f"{'x' if index < 15 else f'clip{index // 3}'}_{index:03d}.pt", data)
-    files, _ = train.look_at_files(tmp_path, 4)
+    files = train.look_at_files(tmp_path, 4)
     assert len({file.video for file in files}) == 10
     for seed in range(5):
         parts = train.split_files(files, 0.2, seed)
@@ -109,7 +109,7 @@ def test_the_errors_are_what_numpy_says(trained):
     folder, _ = trained
     path = folder / "ck" / "motion_ae_epoch2.pt"
     checkpoint, model = torch.load(path, weights_only=True), MotionFeatureAutoencoder.from_checkpoint(path)
-    _, (held_out,) = train.split_files(train.look_at_files(folder / "features", 12)[0], 0.1, 0)
+    _, (held_out,) = train.split_files(train.look_at_files(folder / "features", 12), 0.1, 0)
     x = load_feature(held_out.path)[0].double()
     r = model(x.float()[None])["reconstruction"][0].double().numpy()
     x = x.numpy()
@@ -127,7 +127,7 @@ def test_what_the_model_has_to_beat_is_pca(trained):
     folder, _ = trained
     checkpoint = torch.load(folder / "ck" / "motion_ae_epoch2.pt", weights_only=True)
     mean = checkpoint["model"]["code.mean"].double().numpy()
-    files, (held_out,) = train.split_files(train.look_at_files(folder / "features", 12)[0], 0.1, 0)
+    files, (held_out,) = train.split_files(train.look_at_files(folder / "features", 12), 0.1, 0)
     x = np.stack([load_feature(file.path)[0].double().numpy() for file in files]) - mean
     moment = sum(part.reshape(-1, 12).T @ part.reshape(-1, 12) / (part.size / 12) for part in (x, np.diff(x, axis=1)))
     basis = np.linalg.eigh(moment)[1][:, -6:]
@@ -169,7 +169,7 @@ def test_an_epoch_sees_every_step_once(tmp_path, monkeypatch):
     make_features(tmp_path / "a", 3, (50, 5, 7, 12))
     make_features(tmp_path / "b", 2, (6, 80, 12))
     monkeypatch.setattr(train, "STEP_TOKENS", 24 * 35)
-    clips = train.Clips(*train.look_at_files(tmp_path, 12))
+    clips = train.Clips(train.look_at_files(tmp_path, 12))
     seen = [torch.zeros(file.shape[0]) for file in clips.files]
     batches = clips.batches(2, seed=0, epoch=1)
     assert len(batches) == 6  # parts of 17, 17 and 16 steps of three clips, and two clips
@@ -463,8 +463,8 @@ def test_the_code_is_fitted_on_so_many_tokens_and_no_more(tmp_path, monkeypatch)
     files = []
     for index in range(6):
         torch.save(torch.randn(25, 20, 9, 4), tmp_path / f"{index}.pt")
-        files.append(train.FeatureFile(tmp_path / f"{index}.pt", (25, 20, 9), "", "", str(index)))
-    clips = train.Clips(files, 4)
+        files.append(train.FeatureFile(tmp_path / f"{index}.pt", (25, 20, 9), 4, "", "", str(index)))
+    clips = train.Clips(files)
     assert clips.block == (13, 10, 9) and clips.shape == (1, 1, 1)
     assert {x.shape[1:] for x in clips.to_fit(0, "cpu")} == {(10, 9, 4)}
     tokens = [x[..., 0].numel() for x in clips.to_fit(0, "cpu")]
