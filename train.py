@@ -360,33 +360,38 @@ def frequency_weight(code: SpaceTimeCode, recon_weight: float, motion_weight: fl
     return (recon_weight + motion_weight * (changes + jumps)).double()
 
 
-def choose_related(clips: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def choose_related(clips: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Of clips x [T, ..., C], and what is `seen` of them [T, ..., P]: of `RELATED_TOKENS` of each clip, and of as many
-    of those that move most, what is seen [K, P], and their cosines [K, K]."""
+    of those that move most, what is seen [n, K, P], and their cosines [n, K, K]."""
     chance, sets = torch.Generator().manual_seed(0), []
     for x, seen in itertools.islice(clips, RELATED_CLIPS):
         for some in compared_tokens(x).values():
             some = some[torch.randint(len(some), (RELATED_TOKENS,), generator=chance).to(some.device)]
             sets.append((seen.flatten(0, -2)[some], token_relations(x.flatten(0, -2)[some])))
-    return sets
+    seen, cosines = map(torch.stack, zip(*sets, strict=True))
+    return seen, cosines
 
 
 @torch.enable_grad()
 def learn_relations(
-    matrix: Tensor, make: Callable[[Tensor, Tensor], Tensor], sets: list[tuple[Tensor, Tensor]], rate: float, told: str
+    matrix: Tensor,
+    make: Callable[[Tensor, Tensor], Tensor],
+    seen: Tensor,
+    cosines: Tensor,
+    rate: float = RELATED_RATE,
 ) -> Tensor:
-    """The `matrix`, trained by AdamW until what `make` makes of tokens and it has the cosines that `sets` have.
+    """The `matrix`, trained by AdamW until what `make` makes of tokens `seen` [n, K, P] and it has their `cosines`
+    [n, K, K].
 
     No closed form knows them: PCA's leading components keep the most energy, but what lies beyond belongs to a token's
     length and to its likeness to others.
     """
-    seen, cosines = map(torch.stack, zip(*sets, strict=True))
     matrix, chance = nn.Parameter(matrix.float()), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([matrix], lr=rate)
-    steps = min(RELATED_STEPS, RELATED_PASSES * len(sets))
-    for step in tqdm(range(steps), told, leave=False, disable=None, delay=1):
+    steps = min(RELATED_STEPS, RELATED_PASSES * len(seen))
+    for step in tqdm(range(steps), "learning cosines", leave=False, disable=None, delay=1):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, rate)
-        some = torch.randint(len(sets), (RELATED_BATCH,), generator=chance).to(seen.device)
+        some = torch.randint(len(seen), (RELATED_BATCH,), generator=chance).to(seen.device)
         loss = (token_relations(make(seen[some], matrix)) - cosines[some]).abs().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -398,11 +403,11 @@ def turned_basis(code: SpaceTimeCode, basis: Tensor, moment: Tensor, clips: Iter
     """A basis [C, C] whose first D components are those of `basis`, turned until they keep the cosines of clips, and
     the principal ones of `moment` within their span; the others are those of what is left. clips: features [T, ..., C]
     and what components see of them."""
-    sets, own = choose_related(clips), basis[:, : code.latent_dim].float()
-    spread = torch.cat([seen @ own for seen, _ in sets]).std(dim=0).clamp_min(1e-6)
+    (seen, cosines), own = choose_related(clips), basis[:, : code.latent_dim].float()
+    spread = (seen @ own).flatten(0, 1).std(dim=0).clamp_min(1e-6)
     own = own * (spread / spread.mean()) ** -GAIN_POWER
     rate = RELATED_RATE * (352 / len(own)) ** 0.5  # as entries of unit vectors
-    own = learn_relations(own, torch.matmul, sets, rate, "turning the basis").double()
+    own = learn_relations(own, torch.matmul, seen, cosines, rate).double()
     whole = torch.linalg.qr(torch.cat([own, torch.eye(len(own), dtype=own.dtype, device=own.device)], dim=1)).Q
     spans = whole.split([code.latent_dim, code.input_dim - code.latent_dim], dim=1)
     return torch.cat([span @ principal_components(span.mT @ moment @ span) for span in spans], dim=1)
@@ -417,11 +422,11 @@ def coupling_of_extras(code: SpaceTimeCode, clips: Iterable[tuple[Tensor, Tensor
         components = code.by_block(lambda block, _: code.components(block, code.input_dim), z, code.input_dim)
         return torch.cat([z + code.centre(code.mean_at(components.shape)), components[..., code.latent_dim :]], -1)[0]
 
-    def make(seen: Tensor, coupling: Tensor) -> Tensor:
+    def couple(seen: Tensor, coupling: Tensor) -> Tensor:
         return seen[..., : code.latent_dim] + seen[..., code.latent_dim :] @ coupling
 
-    sets = choose_related((x, look(normalised)) for x, normalised in clips)
-    return learn_relations(code.coupling, make, sets, RELATED_RATE, "coupling the extras")
+    seen, cosines = choose_related((x, look(normalised)) for x, normalised in clips)
+    return learn_relations(code.coupling, couple, seen, cosines)
 
 
 @torch.no_grad()
