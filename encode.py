@@ -238,7 +238,7 @@ def draw_clip(
         axes = figure.add_axes((*corner, *size))
         draw_curves(axes, curves, steps, colours)
         axes.set_ylabel(label, fontsize=7)
-        axes.yaxis.set_label_coords(0.34 * corner[0], corner[1] + size[1] / 2, figure.transFigure)  # left of wide ticks
+        axes.yaxis.set_label_coords(0.37 * corner[0], corner[1] + size[1] / 2, figure.transFigure)  # left of wide ticks
         axes.tick_params(labelsize=7, labelbottom=below == 0)
         if below == 0:
             axes.set_xlabel("time step (grey: of the pictures above)", fontsize=7)

@@ -125,7 +125,7 @@ def test_commands_and_code_run_in_their_order(folder, run_here, monkeypatch):
 def main_table():
     """The cells of figures of the README's first table, from what the benchmark wrote: ours, and PCA's in brackets."""
     figures = json.loads(FIGURES.read_text())["sizes"]
-    sizes = dict.fromkeys(name.split(",")[0] for name in figures)
+    sizes = sorted({name.split(",")[0] for name in figures}, key=lambda size: int(size.removeprefix("C/")))
     rows = []
     for column in ("reconstruction", "motion", "relations", "of moving"):
         pairs = [[figures[f"{size}, {code}"][column] for code in ("trained", "PCA")] for size in sizes]
