@@ -1067,7 +1067,8 @@ class LatentDataset(Dataset):
     With `normalise`, each channel of the latents has mean 0 and variance 1 over the clips that the model was trained
     on, by the folder's stats.pt, as generators want it; the model decodes `latent * dataset.std + dataset.mean`.
 
-    Raises `UserError` for a folder without latents, or whose stats.pt is absent, and for a file that is no latent.
+    Raises `UserError` for a folder without latents, or whose stats.pt is absent or of others, and for a file that is
+    no latent.
     """
 
     def __init__(self, folder: str | Path, normalise: bool = False) -> None:
@@ -1083,10 +1084,13 @@ class LatentDataset(Dataset):
                 f"{folder} holds no latents; make them with encode.py or vfm_feature.py --motion_checkpoint"
             )
         self.stems = list(self.paths)
-        self.load(self.stems[0])  # a folder of features is refused here
+        first = self.load(self.stems[0])  # a folder of features is refused here
         self.normalise = normalise
         if normalise:
             stats = load_checked(folder / STATS_NAME)
+            shapes = [getattr(x, "shape", None) for x in stats.values()] if isinstance(stats, dict) else []
+            if shapes != [first["latent"].shape[-1:]] * 2:
+                raise UserError(f"{folder / STATS_NAME} is not of these latents; make them again with --overwrite")
             self.mean, self.std = stats["mean"], stats["var"].clamp_min(1e-12).sqrt()
 
     def __len__(self) -> int:

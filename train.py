@@ -719,11 +719,17 @@ def open_save_dir(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
                 "with what it was begun with, or train anew in another --save_dir"
             )
     if elsewhere:  # so that the run can be resumed from here alone
-        best = path.with_name("motion_ae_best.pt")
-        if best.is_file():
-            save_atomically(load_checked(best), args.save_dir / best.name)
+        best_path = path.with_name("motion_ae_best.pt")
+        best = load_checked(best_path) if best_path.is_file() else None
+        if best and best["epoch"] <= checkpoint["epoch"]:  # a later one is of epochs that will be trained again
+            save_atomically(best, args.save_dir / best_path.name)
         save_atomically(checkpoint, last)
-    report(f"going on after epoch {checkpoint['epoch']} of {args.epochs}, from {path}")
+    left = args.epochs - checkpoint["epoch"]
+    report(
+        f"going on after epoch {checkpoint['epoch']} of {args.epochs}, from {path}"
+        if left
+        else f"{path}: nothing left to do"
+    )
     return checkpoint
 
 
@@ -796,8 +802,8 @@ def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | N
 def start_run(
     args: argparse.Namespace, model: MotionFeatureAutoencoder, sample: list[Tensor], val_set: Clips, measured_on: str
 ) -> dict[str, Any]:
-    """Write the code's tables, measured on `sample`. Returns what checkpoints say of the run beside its epochs, among
-    it the errors of PCA. Prints these, and those of a low-pass filter."""
+    """What checkpoints say of the run beside its epochs, among it the errors of PCA, measured on `sample`. Prints
+    these, and those of a low-pass filter."""
     weights, latent_dim = loss_weights(args), args.latent_dim
     sizes = {"low-pass PCA of blocks": min(LOW_PASS * latent_dim, args.input_dim), "motion-weighted PCA": latent_dim}
     for told, count in sizes.items():

@@ -232,6 +232,10 @@ def test_latents_are_normalised_by_the_statistics_beside_them(tmp_path, run_here
     torch.testing.assert_close(latent * normalised.std + normalised.mean, plain["1"]["latent"])
     assert latent.isfinite().all()
 
+    torch.save({"mean": torch.zeros(6), "var": torch.ones(6)}, tmp_path / "z" / "stats.pt")
+    with pytest.raises(UserError, match=r"stats\.pt is not of these latents"):
+        LatentDataset(tmp_path / "z", normalise=True)
+
     (tmp_path / "z" / "stats.pt").unlink()
     with pytest.raises(UserError, match=r"stats\.pt does not exist"):
         LatentDataset(tmp_path / "z", normalise=True)
