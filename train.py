@@ -71,11 +71,15 @@ from model import (
 FIT_TOKENS = 2**18  # that the linear code is measured on, at most
 WHOLE_TOKENS = 2**13  # of clips that it is measured on whole; of larger ones it sees a block
 OWN_WEIGHT = 0.3  # of the energy of components < D beside its own, in the choice of coefficients
-GAIN_POWER = 0.4  # each channel is divided by its spread to this power
+GAIN_POWER = 0.4  # each channel is divided by its spread to this power, before its gain is learned
 LOW_PASS = 2  # times as many components as the latent has channels, half of whose frequencies are kept
-RELATED_CLIPS, RELATED_TOKENS = 256, 256  # whose cosines the code learns: clips, and tokens of each, all and moving
-RELATED_STEPS, RELATED_PASSES = 400, 6  # at most as many steps, and passes over these sets of tokens
-RELATED_BATCH, RELATED_RATE = 12, 3e-3  # sets a step; peak learning rate
+RELATED_CLIPS, RELATED_TOKENS = 512, 128  # whose cosines the code learns: clips, and tokens of each, all and moving
+RELATED_STEPS, STEPS_A_SET = 1600, 6  # steps: at most, and at most for each of these sets of tokens
+RELATED_BATCH = 12  # sets in a step
+# D / C from which extras are coupled: on clips of other sources that takes 5 % off the error of cosines at C/4, 2 % at
+# C/8; it adds 2 % at C/16 and 4 % at C/32, where nearly all of a token is extras.
+COUPLED_FROM = 1 / 8
+RELATED_RATE, GAIN_RATE = 3e-3, 0.02  # peak learning rates: of basis and coupling, of the logarithms of gains
 STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
 STEP_PAIRED = 384  # tokens of a clip, between which a step sees all cosines
 SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured
@@ -156,6 +160,10 @@ def look_at_files(folder: Path, input_dim: int | None) -> list[FeatureFile]:
             return str(error)
 
     paths = find_features(folder)
+    by_stem: dict[Path, Path] = {}
+    for path in paths:
+        if (other := by_stem.setdefault(path.with_suffix(""), path)) is not path:
+            raise UserError(f"{other} and {path} are one clip in two formats; keep one of them")
     with ThreadPoolExecutor() as pool:
         files = list(tqdm(pool.map(look, paths), "files", len(paths), leave=False, disable=None, delay=1))
     failures = {str(path): reason for path, reason in zip(paths, files, strict=True) if isinstance(reason, str)}
@@ -386,9 +394,9 @@ def learn_relations(
     No closed form knows them: PCA's leading components keep the most energy, but what lies beyond belongs to a token's
     length and to its likeness to others.
     """
-    matrix, chance = nn.Parameter(matrix.float()), torch.Generator().manual_seed(0)
+    matrix, chance = nn.Parameter(matrix.float().clone()), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([matrix], lr=rate)
-    steps = min(RELATED_STEPS, RELATED_PASSES * len(seen))
+    steps = min(RELATED_STEPS, STEPS_A_SET * len(seen))
     for step in tqdm(range(steps), "learning cosines", leave=False, disable=None, delay=1):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, rate)
         some = torch.randint(len(seen), (RELATED_BATCH,), generator=chance).to(seen.device)
@@ -399,18 +407,29 @@ def learn_relations(
     return matrix.detach()
 
 
-def turned_basis(code: SpaceTimeCode, basis: Tensor, moment: Tensor, clips: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+def flattening_gain(spread: Tensor) -> Tensor:
+    """The gain [D] of components of this `spread`, larger for smaller ones: with the other components lost, cosines
+    would weigh the first too much."""
+    return (spread / spread.mean().clamp_min(1e-6)).clamp_min(1e-3) ** -GAIN_POWER
+
+
+def turned_basis(
+    code: SpaceTimeCode, basis: Tensor, moment: Tensor, clips: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """A basis [C, C] whose first D components are those of `basis`, turned until they keep the cosines of clips, and
-    the principal ones of `moment` within their span; the others are those of what is left. clips: features [T, ..., C]
-    and what components see of them."""
+    the principal ones of `moment` within their span; the others are those of what is left. And the gains [D] at which
+    the first keep cosines best. clips: features [T, ..., C] and what components see of them."""
     (seen, cosines), own = choose_related(clips), basis[:, : code.latent_dim].float()
-    spread = (seen @ own).flatten(0, 1).std(dim=0).clamp_min(1e-6)
-    own = own * (spread / spread.mean()) ** -GAIN_POWER
+    own = own * flattening_gain((seen @ own).flatten(0, 1).std(dim=0))
     rate = RELATED_RATE * (352 / len(own)) ** 0.5  # as entries of unit vectors
     own = learn_relations(own, torch.matmul, seen, cosines, rate).double()
     whole = torch.linalg.qr(torch.cat([own, torch.eye(len(own), dtype=own.dtype, device=own.device)], dim=1)).Q
     spans = whole.split([code.latent_dim, code.input_dim - code.latent_dim], dim=1)
-    return torch.cat([span @ principal_components(span.mT @ moment @ span) for span in spans], dim=1)
+    basis = torch.cat([span @ principal_components(span.mT @ moment @ span) for span in spans], dim=1)
+    seen = seen @ basis[:, : code.latent_dim].float()
+    gain = flattening_gain(seen.flatten(0, 1).std(dim=0))
+    more = learn_relations(torch.zeros_like(gain), lambda x, log: x * log.exp(), seen * gain, cosines, GAIN_RATE)
+    return basis, gain * more.exp()
 
 
 def coupling_of_extras(code: SpaceTimeCode, clips: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -420,7 +439,7 @@ def coupling_of_extras(code: SpaceTimeCode, clips: Iterable[tuple[Tensor, Tensor
     def look(x: Tensor) -> Tensor:  # normalised features [T, ..., C] -> their latent and its extras, [T, ..., C]
         z = code.by_block(lambda block, _: code.encode(block), x[None], code.latent_dim)
         components = code.by_block(lambda block, _: code.components(block, code.input_dim), z, code.input_dim)
-        return torch.cat([z + code.centre(code.mean_at(components.shape)), components[..., code.latent_dim :]], -1)[0]
+        return torch.cat([z + code.centre(code.mean_at(z.shape)), components[..., code.latent_dim :]], dim=-1)[0]
 
     def couple(seen: Tensor, coupling: Tensor) -> Tensor:
         return seen[..., : code.latent_dim] + seen[..., code.latent_dim :] @ coupling
@@ -442,9 +461,9 @@ def fit_code(
     """Write the tables of the linear code, measured on clips [T, N, C] or [T, H, W, C], of any sizes; all of
     `clip_shape`, where the code's config names one. Raises `UserError` for features too large to square.
 
-    Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). With a `relation_weight`, that is
-    `turned_basis`, and there is a `coupling_of_extras`: for the cosines of the clips that `related` gives, twice, since
-    more have more to teach; without it, of those measured on.
+    Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). With a `relation_weight`, basis and
+    gains are those of `turned_basis`, and large latents have a `coupling_of_extras`: for the cosines of the clips that
+    `related` gives, anew each time, since more have more to teach; without it, of those measured on.
 
     Coefficients kept: those of most energy, weighted by what an error in each frequency adds to the loss; components
     < D count more (`OWN_WEIGHT`), at any frequency alike, since the cosines between tokens feel what is lost of a
@@ -473,7 +492,7 @@ def fit_code(
 
     learns = relation_weight and code.latent_dim < code.input_dim
     if learns:
-        basis = turned_basis(code, basis, moment, to_relate(share))
+        basis, gain = turned_basis(code, basis, moment, to_relate(share))
     basis = basis.to(code.basis)
     energy = sum(code.block_energy(x @ basis) for x in normalised) / len(clips)
     parts = energy.split([code.latent_dim, code.input_dim - code.latent_dim], dim=-1)
@@ -483,7 +502,7 @@ def fit_code(
     weight = frequency_weight(code, recon_weight, motion_weight)
     importance = torch.stack([weight + OWN_WEIGHT * weight.mean(), weight], dim=1)
     spread = energy[..., : code.latent_dim].mean(dim=(0, 1, 2)).sqrt().clamp_min(1e-3)
-    gain = spread**-GAIN_POWER
+    gain = gain if learns else flattening_gain(spread)
     code.write_tables(
         energy,
         importance,
@@ -497,7 +516,7 @@ def fit_code(
         # decoding undoes. A fifth of the weight: the default then changes the error of the cosines by 1 %.
         smoothing=torch.tensor(smooth_weight / 5),
     )
-    if learns:
+    if learns and code.latent_dim / code.input_dim >= COUPLED_FROM:
         code.coupling.copy_(coupling_of_extras(code, to_relate(0.0)))
 
 
@@ -897,7 +916,10 @@ def main() -> int:
     if not last or last["epoch"] < args.epochs:
         shapes = len({file.shape for file in files[0]})
         where = f"{ranks.count} x {device.type}" if ranks.count > 1 else device
-        report(f"{len(files[0])} training files, {len(files[1])} held out, {shapes} shapes; on {where}")
+        ratio = f"C = {args.input_dim} -> {args.latent_dim} (C/{args.input_dim / args.latent_dim:.3g})"
+        report(f"{len(files[0])} training files, {len(files[1])} held out, {shapes} shapes; {ratio}; on {where}")
+        if not args.use_token:
+            report("without --use_token changes alone are coded: what stands still cannot come back")
         train(args, files, settings, last)
     return 0
 

@@ -273,11 +273,15 @@ def test_a_run_killed_between_any_two_files_goes_on(tmp_path, run_here, monkeypa
     flags = ["--feature_dir", tmp_path / "f", *SIZES, "--epochs", 2, "--use_token"]
     assert run_here("train.py", *flags, "--save_dir", tmp_path / "unbroken").returncode == 0
     replace = os.replace
-    for written in range(15):  # five files an epoch, with the best one
-        renamed = []
+    is_stopped = True
+    written = -1
+    while is_stopped:
+        written, is_stopped, renamed = written + 1, False, []
 
         def stop_there(source, target, written=written, renamed=renamed):
+            nonlocal is_stopped
             if len(renamed) == written:
+                is_stopped = True
                 raise KeyboardInterrupt  # nothing of the run is cleaned up after it but the temporary file
             replace(source, target)
             renamed.append(target)
@@ -285,10 +289,11 @@ def test_a_run_killed_between_any_two_files_goes_on(tmp_path, run_here, monkeypa
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", stop_there)
             stopped = run_here("train.py", *flags, "--save_dir", tmp_path / f"ck{written}")
-        assert stopped.returncode == (130 if len(renamed) == written else 0)
+        assert stopped.returncode == (130 if is_stopped else 0)
         result = run_here("train.py", *flags, "--save_dir", tmp_path / f"ck{written}", "--resume")
         assert result.returncode == 0, result.stderr
         assert_same_run(tmp_path / f"ck{written}", tmp_path / "unbroken", 2)
+    assert written >= 12  # four files an epoch, and those of the best
 
 
 def test_two_ranks_learn_what_one_learns_from_their_clips_together(tmp_path, run_here, one_thread):
@@ -413,8 +418,9 @@ def test_bfloat16_learns_the_same(trained, tmp_path, run_here):
     flags += ["--precision", "bfloat16", "--save_dir", tmp_path]
     assert run_here("train.py", *flags).returncode == 0
     low, full = (pd.read_csv(folder / "metrics.csv").iloc[-1] for folder in (tmp_path, trained[0] / "ck"))
-    assert low["train_loss"] != full["train_loss"]
-    assert low["val_loss"] == pytest.approx(full["val_loss"], rel=0.01)
+    assert low["train_loss"] != full["train_loss"]  # which falls by 7 % in the second epoch
+    assert low["train_loss"] == pytest.approx(full["train_loss"], rel=0.07)
+    assert low["val_loss"] == pytest.approx(full["val_loss"], rel=0.03)
     weights = torch.load(tmp_path / "motion_ae_best.pt", weights_only=True)["model"].values()
     assert all(weight.dtype in (torch.float32, torch.uint8, torch.int32) for weight in weights)
 
