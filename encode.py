@@ -46,6 +46,7 @@ from model import (
     describe_motion_embedding,
     file_fingerprint,
     find_features,
+    find_latents,
     group_by_reason,
     load_checked,
     load_feature,
@@ -90,7 +91,7 @@ def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstru
     names = describe_motion_embedding(model.config)
     embedding = model.embed(latent.to(model.code.mean.device))[0].cpu()  # [T, D]
     moves = dict.fromkeys(MOVEMENT, math.nan)
-    if feature.ndim == 4:
+    if feature.ndim == 4 and feature[0, ..., 0].numel() > 1:
         camera = [name.removeprefix("camera ") for name in names]
         means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over the steps, of which t = 0 is none
         moves |= {name: mean for name, mean in zip(camera, means, strict=True) if name in moves}
@@ -105,14 +106,16 @@ def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstru
     return result | ({"reconstruction": reconstruction} if save_reconstruction else {})
 
 
-def print_summary(rows: list[dict[str, Any]]) -> None:
-    """Mean and extremes of each metric and movement over the files that were encoded."""
+def print_summary(rows: list[dict[str, Any]], model: MotionFeatureAutoencoder) -> None:
+    """Mean and extremes of each metric and movement over the files that were encoded, and what they do not say."""
     table = pd.DataFrame([row for row in rows if row["outcome"] != "failed"], columns=[*METRICS, *MOVEMENT])
     known = table.dropna(axis=1, how="all")
     if not known.empty:
         print(known.agg(["mean", "min", "max"]).T.to_string(float_format="%.3f"))
+    if not model.config["use_token"]:
+        print("trained without --use_token, on changes alone: of the errors only motion_error has a meaning")
     if unknown := table["right"].isna().sum():
-        print(f"grid unknown in {unknown} files [T, N, C]: the embedding's motion channels are 0; give --grid H W")
+        print(f"no grid in {unknown} files: the embedding's motion channels are 0; of [T, H * W, C] give --grid H W")
     if still := table["motion_error"].isna().sum():
         print(f"no motion in {still} files: of one time step, or of steps that are all the same")
 
@@ -282,7 +285,7 @@ def write_preview(
             continue
         changes[name] = relative_motion(x)
         if x.ndim == 4:
-            moves = movement(x)
+            moves, moved = movement(x), name
         else:
             rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
             x = x.unflatten(1, (rows, -1))
@@ -296,7 +299,7 @@ def write_preview(
         pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
 
     plots = {"change a step\n(1: the clip's spread)": changes}
-    plots |= {f"camera, by {name}\n(cells a step)": moves} if moves else {}
+    plots |= {f"camera, by {moved}\n(cells a step)": moves} if moves else {}
     about = about or {}
     mark = "RANDOM WEIGHTS" if about.get("weights") == "random" else ""
     told = (about.get("video"), about.get("model"), mark, about.get("caption"))
@@ -353,11 +356,13 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
         make_folder(target.parent, "--output")
         return [(source, target)]
     jobs = []
-    makers = {target / STATS_NAME: "the latents' mean and variance"}  # of each output, what is written there
+    makers: dict[Path, Path] = {}  # of each output, what is written there
     for path in find_features(source):
         if path.parent.resolve().is_relative_to(target.resolve()):  # latents of an earlier run are no features
             continue
         output = target / path.relative_to(source).with_suffix(f".{output_format}")
+        if STATS_NAME in (path.name, output.name):
+            raise UserError(f"{path} is named as latents' statistics are; rename it, or give a folder of features")
         if output in makers:
             raise UserError(f"{makers[output]} and {path} would both write {output}; rename one")
         makers[output] = path
@@ -416,7 +421,14 @@ def report(rows: list[dict[str, Any]], planned: int, model: MotionFeatureAutoenc
     failures = {str(args.input / row["file"]): row["failure"] for row in rows if row["outcome"] == "failed"}
     for line in group_by_reason(failures):
         print(f"failed: {line}", file=sys.stderr)
-    print_summary(rows)
+    print_summary(rows, model)
+    suffix = f".{args.output_format}"
+    made = {(args.output / row["file"]).with_suffix(suffix) for row in rows if row["outcome"] != "failed"}
+    if len(rows) == planned and (others := sorted({*find_latents(args.output)} - made)):
+        told = f"{len(others)} files of other features, models or formats"
+        print(f"{args.output} also holds {told}, such as {others[0].relative_to(args.output)}")
+    if args.preview and any(row["outcome"] == "skipped" for row in rows):
+        print("--preview drew what is new; --overwrite makes and draws the other files too")
     count = Counter(row["outcome"] for row in rows)
     counts = [f"{count[outcome]} {outcome}" for outcome in ("written", "skipped", "failed")]
     if len(rows) < planned:

@@ -258,7 +258,8 @@ class SpaceTimeCode(nn.Module):
             if mean.shape[dim] not in (1, size):
                 if not torch.compiler.is_compiling():
                     warnings.warn(
-                        f"clips of {size} {name}, but the means of {mean.shape[dim]} are known: their mean is used",
+                        f"clips of {size} {name}, but those trained on have {mean.shape[dim]}: the mean over these "
+                        f"{name} is used, and errors are larger; train on clips of this size to avoid it",
                         stacklevel=1,
                     )
                 mean = mean.mean(dim=dim, keepdim=True)
@@ -990,6 +991,9 @@ def load_feature(
     data = load_checked(path, mmap, check)
     entries = data if isinstance(data, dict) else {"feature": data}
     key = next((key for key in ("feature", "features") if key in entries), next(iter(entries), None))
+    is_latent = key not in ("feature", "features") and {"latent", "motion_embedding"} <= entries.keys()
+    if is_latent or entries.keys() == {"mean", "var"}:
+        raise UserError(f"{path}: latents, not features; give the folder of features")
     feature, grid = entries.get(key), entries.get("grid")
     names = [name for name in entries if isinstance(name, str) and name not in (key, "grid")]
     metadata = {name: entries[name] for name in names if is_plain(entries[name])}
@@ -1034,11 +1038,12 @@ def group_by_reason(failures: dict[str, str]) -> list[str]:
 
 
 def provenance(metadata: dict[str, Any]) -> str:
-    """What a feature comes from, as far as its file says: the VFM, its weights and layers; "" if it does not."""
+    """What a feature comes from, as far as its file says: the VFM, its weights and layers, and whether it is a mean
+    over the grid; "" if it does not."""
     if not {"model", "weights"} <= metadata.keys():
         return ""
     layers = f", layers {metadata['layers']}" if "layers" in metadata else ""
-    return f"{metadata['model']} (weights {metadata['weights']}{layers})"
+    return f"{metadata['model']} (weights {metadata['weights']}{layers}{', pooled' * ('pool' in metadata)})"
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:
@@ -1328,6 +1333,8 @@ def run_script(main: Callable[[], int]) -> None:
     for number in (signal.SIGTERM, signal.SIGALRM):  # schedulers stop jobs with SIGTERM: end as after Ctrl-C
         signal.signal(number, signal.default_int_handler)
     sys.unraisablehook = interrupt_again
+    script = Path(sys.argv[0]).name
+    warnings.showwarning = lambda message, *_, **__: tqdm.write(f"{script}: warning: {message}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):  # file names can hold what a terminal cannot show
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -1346,8 +1353,9 @@ def run_script(main: Callable[[], int]) -> None:
         where = "the device's" if isinstance(error, torch.OutOfMemoryError) else "the machine's"
         status, told = 2, f"error: {where} memory is full; {hint}"
     except KeyboardInterrupt:
-        status, told = 130, "stopped; finished files are whole, and the same command goes on (train.py's with --resume)"
-    print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
+        flags = " with --resume" * (script == "train.py") + " without --overwrite" * ("--overwrite" in sys.argv)
+        status, told = 130, f"stopped; finished files are whole, and the same command{flags} goes on"
+    print(f"{script}: {told}", file=sys.stderr)
     sys.stdout.flush()
     leave = os._exit if dist.is_initialized() else sys.exit  # where other ranks go on, an orderly exit can abort
     leave(status)

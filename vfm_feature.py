@@ -130,12 +130,12 @@ class VFM:
 VIT_S = {"embed_dim": 384, "num_heads": 6}
 VIT_L = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 VIT_H = {"embed_dim": 1280, "depth": 32, "num_heads": 16}
-VIT_g = {"embed_dim": 1408, "depth": 40, "mlp_ratio": 48 / 11}
+VIT_g = {"embed_dim": 1408, "depth": 40, "mlp_ratio": 48 / 11, "num_heads": 22}
 VIT_G = {"embed_dim": 1664, "depth": 48, "mlp_ratio": 64 / 13, "num_heads": 26}
 VIDEOMAE_g = {**VIT_g, "num_heads": 16, "patch_size": 14, "trained_grid": (8, 16, 16)}
 VIDEOMAE_ZOO = "https://github.com/MCG-NJU/VideoMAE/blob/main/MODEL_ZOO.md"
 # `unused` of V-JEPA: what its authors' code does not use for videos either
-V_JEPA_2 = {"license": "mit", "position_encoding": "rotary", "unused": (r"pos_embed$",)}
+V_JEPA_2 = {"position_encoding": "rotary", "unused": (r"pos_embed$",)}
 FOR_IMAGES = (r"patch_embed_img\.", r"img_mod_embed$", r"pos_embed$", r"norms_block\.")
 V_JEPA_2_1 = {"license": "mit", "position_encoding": "rotary 2.1", "unused": FOR_IMAGES}
 V_JEPA_SITE = "https://github.com/facebookresearch/vjepa2"  # 2.1 is in no hub
@@ -149,12 +149,12 @@ VIDEO_MODELS = {
     "VideoMAE-H": VFM((VIDEOMAE_ZOO, "the pre-trained ViT-H"), "cc-by-nc-4.0", **VIT_H),
     "VideoMAEv2-S": VFM(("OpenGVLab/VideoMAE2", "distill/vit_s_k710_dl_from_giant.pth"), "apache-2.0", **VIT_S),
     "VideoMAEv2-g": VFM(("OpenGVLab/VideoMAE2", "mae-g/vit_g_hybrid_pt_1200e.pth"), "apache-2.0", **VIDEOMAE_g),
-    "VJEPA2": VFM(("facebook/vjepa2-vitl-fpc64-256", "model.safetensors"), **V_JEPA_2, **VIT_L),
-    "VJEPA2-h": VFM(("facebook/vjepa2-vith-fpc64-256", "model.safetensors"), **V_JEPA_2, **VIT_H),
-    "VJEPA2-g": VFM(("facebook/vjepa2-vitg-fpc64-256", "model.safetensors"), **V_JEPA_2, **VIT_g, num_heads=22),
+    "VJEPA2": VFM(("facebook/vjepa2-vitl-fpc64-256", "model.safetensors"), "mit", **V_JEPA_2, **VIT_L),
+    "VJEPA2-h": VFM(("facebook/vjepa2-vith-fpc64-256", "model.safetensors"), "apache-2.0", **V_JEPA_2, **VIT_H),
+    "VJEPA2-g": VFM(("facebook/vjepa2-vitg-fpc64-256", "model.safetensors"), "apache-2.0", **V_JEPA_2, **VIT_g),
     "VJEPA2.1-B": VFM((V_JEPA_SITE, "vjepa2_1_vitb_dist_vitG_384.pt"), **V_JEPA_2_1, **EMA),
     "VJEPA2.1-L": VFM((V_JEPA_SITE, "vjepa2_1_vitl_dist_vitG_384.pt"), **V_JEPA_2_1, **EMA, **VIT_L),
-    "VJEPA2.1-g": VFM((V_JEPA_SITE, "vjepa2_1_vitg_384.pt"), **V_JEPA_2_1, **TARGET, **VIT_g, num_heads=22),
+    "VJEPA2.1-g": VFM((V_JEPA_SITE, "vjepa2_1_vitg_384.pt"), **V_JEPA_2_1, **TARGET, **VIT_g),
     "VJEPA2.1-G": VFM((V_JEPA_SITE, "vjepa2_1_vitG_384.pt"), **V_JEPA_2_1, **TARGET, **VIT_G),
 }
 IMAGE_MODELS = {  # timm's names; timm knows the rest
@@ -342,9 +342,9 @@ def download(what: str, repository: str, patterns: Sequence[str], hint: str) -> 
     except Exception as error:  # its own, its HTTP library's, and the system's
         reason = first_line(error)
     raise FileNotFoundError(
-        f"{what} cannot be downloaded from {constants.ENDPOINT} ({reason}): unset HF_HUB_OFFLINE, set HF_ENDPOINT to a "
-        "mirror, or, if it is gated or private, accept its terms on its page and set HF_TOKEN or run `hf auth login`; "
-        f"or download it elsewhere and pass {hint}"
+        f"{what} cannot be downloaded from {constants.ENDPOINT} ({reason}): pass {hint}; or "
+        f"{'unset HF_HUB_OFFLINE, ' * constants.HF_HUB_OFFLINE}set HF_ENDPOINT to a mirror or, if it is gated or "
+        "private, accept its terms on its page and set HF_TOKEN or run `hf auth login`"
     )
 
 
@@ -352,8 +352,7 @@ def download_weights(name: str, vfm: VFM) -> Path:
     """The published file, or folder, of model `name`. Raises `FileNotFoundError` where it cannot be had."""
     if vfm.folder:
         return vfm.folder
-    flag = f"{name.lower()}_ckpt"
-    hint = f"it with --{flag}" if name in DEFAULT_MODELS else f"it with --weights {name}=FILE"
+    flag, hint = f"{name.lower()}_ckpt", f"it by --weights {name}=FILE, or try the rest with --random_weights"
     if not vfm.hub:
         raise FileNotFoundError(f"timm knows no published weights; pass {hint}")
     repository, file = vfm.hub
@@ -630,7 +629,8 @@ def resize_learned_positions(table: torch.Tensor, grid: tuple[int, int], name: s
 
     DINOv2 without registers: bicubic by the factor (size + 0.1) / side, without antialiasing: facebookresearch/dinov2
     `interpolate_pos_encoding`. PE: bilinear: facebookresearch/perception_models `_sample_abs_posemb`. timm's own way,
-    bicubic with antialiasing, is that of DINOv2 with registers.
+    bicubic with antialiasing, is that of DINOv2 with registers, and serves SigLIP 2, whose authors resize for squares
+    alone (google-research/big_vision `resample_posemb`).
     """
     side = int((table.shape[1] - 1) ** 0.5)
     if grid == (side, side):
@@ -765,7 +765,8 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
         raise UserError(f"row {len(rows) + 1}: {reason}; {hint}") from None
     header = [name.strip(AROUND_NAMES).lower() for name in rows[0]] if rows else []
     if "caption" not in header:
-        raise UserError(f"no column named caption; it has {', '.join(map(repr, header))[:300] or 'nothing'}")
+        told = ", ".join(map(repr, header))[:300] or "nothing"
+        raise UserError(f"no column named caption; it has {told}; name one so, and put commas between columns")
     for name in CAPTION_COLUMNS:
         if header.count(name) > 1:
             raise UserError(f"{header.count(name)} columns are named {name}; rename all but one")
@@ -829,7 +830,8 @@ def match_rows(header: list[str], rows: list[list[str]], videos: list[Path], fol
             raise UserError(f"row {row + 2}: {label} has {cells[row]!r}, {hint}")
     if rows and num_named < (1 if names else len(videos)):
         missing = min({*videos}.difference(*(ours for _, ours, _ in matches)))
-        raise UserError(f"nothing names {missing}: {label} has {cells[0][:40]!r}; add a column of file names")
+        hint = "give each row its video's file name"
+        raise UserError(f"nothing names {missing}: {label} has {cells[0][:40]!r}; {hint}")
     for other_label, other_cells, others in (column for column in found if merit(column)[0] == level):
         for row, ((_, ours, _), (_, theirs, _)) in enumerate(zip(matches, others, strict=True)):
             if theirs and not {*ours} & {*theirs}:
@@ -1607,7 +1609,8 @@ class ModelRun:
     def provenance(self) -> dict[str, Any]:
         """What its files say of the model."""
         layers = {"layers": self.settings["layers"]} if self.settings["layers"] else {}
-        return {"model": self.name, "weights": self.settings["weights"], "license": self.vfm.license, **layers}
+        pool = {"pool": True} if self.settings["pool"] else {}
+        return {"model": self.name, "weights": self.settings["weights"], "license": self.vfm.license, **layers, **pool}
 
     def path(self, clip: Clip, window: int) -> Path:
         number = f"_{window:03d}" if self.settings["window"] else ""
@@ -1622,8 +1625,9 @@ class ModelRun:
         """Keep what the reports say of the file `path`, whose entries are `data`. `outcome`: "written" or "skipped"."""
         figures = {name: data[name] for name in METRICS + MOVEMENT} if self.autoencoder is not None else {}
         repeats = len(data["frame_indices"]) - len(set(data["frame_indices"]))  # frames that repeat another
+        is_cut = clip.end is not None and not self.settings["window"] and clip.end - data["end"] > 1.5 / data["fps"]
         row = {"clip": clip, "file": path.relative_to(self.folder).as_posix(), "outcome": outcome, "failure": ""}
-        self.rows.append({**row, "shape": list(data[self.kind].shape), "repeats": repeats, **figures})
+        self.rows.append({**row, "shape": list(data[self.kind].shape), "repeats": repeats, "cut": is_cut, **figures})
 
     def fail(self, clip: Clip, window: Window | None, reason: str) -> None:
         """Keep why a clip, or one of the windows that --window cuts, has no file."""
@@ -1793,6 +1797,12 @@ def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
     run.succeed(clip, path, saved, "skipped")
 
 
+OF_CLIPS = {
+    "video": {"video", "video_fingerprint"},
+    "part of the video": {"start", "end"},
+}  # entries of `clip_settings`
+
+
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> dict[Clip, list[str]]:
     """What is to be done: clips, and the models, by name, that still need them. What is finished is kept; what was made
     with other settings is said.
@@ -1805,9 +1815,14 @@ def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> d
         for run in runs:
             first = read_saved(run, clip, 0, args)
             changes = changed_settings(run, clip, first) if first else {}
-            told = [name for name in changes if name in run.settings and changes[name][0] != "random"]
+            if changes.get("weights", ("", ""))[1] == "random":
+                hint = "give the dry run another --output_root, or --overwrite to lose what is there"
+                raise UserError(f"{run.path(clip, 0)} was made with weights; {hint}")
+            pairs = {name: pair for name, pair in changes.items() if name in run.settings and pair[0] != "random"}
+            told = [f"{name} {was} -> {now}" for name, (was, now) in pairs.items()]
+            told += [f"another {name}" for name, about in OF_CLIPS.items() if changes.keys() & about]
             if told:
-                replaced[run.name, ", ".join(f"{name} {changes[name][0]} -> {changes[name][1]}" for name in told)] += 1
+                replaced[run.name, ", ".join(told)] += 1
             files = [None if changes else first]
             if files[0]:
                 files += [read_finished(run, clip, window, args) for window in range(1, files[0]["windows"])]
@@ -1957,10 +1972,16 @@ def print_results(runs: list[ModelRun], left_out: Iterable[str], num_clips: int,
         repeating = [row for row in run.rows if row.get("repeats")]
         if repeating:
             worst = max(repeating, key=lambda row: row["repeats"])
-            example = f"in {worst['file']} {worst['repeats']} of {run.settings['num_frames']}"
+            count, step = run.settings["num_frames"], run.vfm.tubelet_size
+            fewer = max(step, (count - worst["repeats"]) // step * step)
+            example = f"in {worst['file']} {worst['repeats']} of {count}"
+            if not run.settings["fps"] and run.settings["fit"] != "videorepa":
+                example += f"; --num_frames {fewer} avoids it"
             print(f"{run.name}: {len(repeating)} clips show fewer frames than asked, and some repeat: {example}")
+        if cut := [row["file"] for row in run.rows if row.get("cut")]:
+            print(f"{run.name}: {len(cut)} parts were to end after their videos, and end with them, such as {cut[0]}")
         if run.autoencoder is not None:
-            print_summary(run.rows)
+            print_summary(run.rows, run.autoencoder)
         if preview and any(row["outcome"] == "skipped" for row in run.rows):
             print(f"{run.name}: --preview drew what was written now; --overwrite makes and draws the skipped files too")
         if unsettled := num_clips - len({row["clip"] for row in run.rows}):
@@ -1990,13 +2011,12 @@ def main() -> int:
             make_folder(run.folder, "--output_root")
     if args.random_weights:
         say("warning: --random_weights: a dry run; the features will mean NOTHING")
-    runs: list[ModelRun] = []
+    # all are looked for before the first is loaded, which can take minutes
+    paths = try_each(models, lambda name: find_weights(models[name], args), left_out, args)
+    runs = [*try_each(paths, lambda name: load_model(models[name], paths[name], args), left_out, args).values()]
+    todo = ranks.from_first(lambda: plan(runs, clips, args))
+    videos = {*[*dict.fromkeys(clip.video for clip in todo)][ranks.index :: ranks.count]}  # each is decoded once
     try:
-        # all are looked for before the first is loaded, which can take minutes
-        paths = try_each(models, lambda name: find_weights(models[name], args), left_out, args)
-        runs = [*try_each(paths, lambda name: load_model(models[name], paths[name], args), left_out, args).values()]
-        todo = ranks.from_first(lambda: plan(runs, clips, args))
-        videos = {*[*dict.fromkeys(clip.video for clip in todo)][ranks.index :: ranks.count]}  # each is decoded once
         extract(runs, {clip: names for clip, names in todo.items() if clip.video in videos}, args)
         for run in runs:
             run.rows = [row for rows in ranks.gather(run.rows) for row in rows]

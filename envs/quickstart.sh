@@ -64,7 +64,8 @@ step encode.py --checkpoint "$out/checkpoints/motion_ae_best.pt" --input "$out/f
     --output "$out/latents/VideoMAEv2" --preview
 
 say_what_is_there() {
-    local pictures=("$out"/features/VideoMAEv2/*.png)
+    local pictures=("$out"/features/VideoMAEv2/*.png) latents=("$out"/latents/VideoMAEv2/*.png)
+    grep "some repeat" "$out/vfm_feature.log" || true
     [ ! -f "$failed" ] || echo "Failed: $(wc -l <"$failed") of the videos; $failed says why"
     if [ -n "$weights" ]; then
         "$PYTHON" - "$out/checkpoints/metrics.csv" <<'END'
@@ -78,11 +79,11 @@ ours, theirs = (
 print(f"The latent, a quarter of the size, keeps {ours}; PCA of that size {theirs}.")
 END
     else
-        echo "The weights of VideoMAEv2 were not found, so the model is RANDOM: all runs, and no picture means anything."
+        echo "The weights of VideoMAEv2 were not found, so the model is RANDOM: the pictures show the layout alone."
         echo "Put ${published##*/} of huggingface.co/OpenGVLab/VideoMAE2 (folder distill) into ${published%/*}/, run again."
     fi
     echo "Files:  $out/: features, checkpoints, latents, and a log of each script"
-    echo "Open:   ${pictures[0]}"
+    echo "Open:   ${pictures[0]} (features), ${latents[0]} (latent)"
     echo "Next:   $next"
 }
 { echo "$made_of" && say_what_is_there; } >"$out/done.part"

@@ -116,6 +116,9 @@ def test_safetensors_hold_the_same(trained, tmp_path, run_here):
     for _ in range(2):
         counts, _ = encode_folder(run_here, trained, source, target, "--output_format", "safetensors")
     assert counts == [0, 4, 0]
+    sorted(source.glob("0003.*"))[0].unlink()
+    _, result = encode_folder(run_here, trained, source, target, "--output_format", "safetensors")
+    assert "also holds 5 files of other features, models or formats, such as 0000.pt\n" in result.stdout
     expected = torch.load(target / "0001.pt", weights_only=True)
     arrays = safetensors.numpy.load_file(target / "0001.safetensors")
     np.testing.assert_array_equal(arrays["latent"], expected["latent"].numpy())
@@ -171,7 +174,7 @@ def test_the_report_says_how_the_pictures_move(tmp_path, run_here):
     torch.save({"feature": flat, "grid": torch.tensor([10, 15])}, source / "says.pt")
     torch.save({"feature": flat, "grid": [[-10, -15], "10 x 15"]}, source / "unknown.pt")
     counts, result = encode_folder(run_here, [tmp_path], source, target, epoch=0)
-    assert counts == [3, 0, 0] and result.stdout.count("grid unknown in 1 files") == 1
+    assert counts == [3, 0, 0] and result.stdout.count("no grid in 1 files") == 1
     right = {name: row["right"] for name, row in rows(target).items()}
     assert float(right["whole.pt"]) == pytest.approx(0.3, abs=0.1)
     assert right["says.pt"] == right["whole.pt"] and right["unknown.pt"] == "nan"
@@ -181,7 +184,7 @@ def test_the_report_says_how_the_pictures_move(tmp_path, run_here):
     assert rows(target)["whole.pt"]["right"] == right["whole.pt"]
 
     counts, result = encode_folder(run_here, [tmp_path], source, target, "--grid", 10, 15, epoch=0)
-    assert counts == [3, 0, 0] and "grid unknown" not in result.stdout
+    assert counts == [3, 0, 0] and "no grid" not in result.stdout
     told_right = {name: row["right"] for name, row in rows(target).items()}
     assert told_right == right | {"unknown.pt": right["says.pt"]}
     told = torch.load(target / "unknown.pt", weights_only=True)

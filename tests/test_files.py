@@ -232,9 +232,7 @@ def test_a_lost_ctrl_c_comes_again(capfd, monkeypatch):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     assert ending.value.code == 130
-    assert capfd.readouterr().err.endswith(
-        ": stopped; finished files are whole, and the same command goes on (train.py's with --resume)\n"
-    )
+    assert capfd.readouterr().err.endswith(": stopped; finished files are whole, and the same command goes on\n")
 
 
 def test_names_that_cannot_be_shown_are_escaped(trained, tmp_path, run_here):

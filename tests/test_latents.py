@@ -241,7 +241,7 @@ def test_latents_are_normalised_by_the_statistics_beside_them(tmp_path, run_here
         LatentDataset(tmp_path / "z", normalise=True)
     (tmp_path / "f" / "0.pt").rename(tmp_path / "f" / "stats.pt")
     result = run_here("encode.py", *command)
-    assert result.returncode == 2 and "mean and variance and" in result.stderr
+    assert result.returncode == 2 and "named as latents' statistics are" in result.stderr
 
 
 def test_items_have_the_same_keys_whatever_their_files_hold(tmp_path):

@@ -26,6 +26,8 @@ BAD_FEATURES = {
     "huge.npy": (np.full((2, 3, 12), 1e300), "its largest number is 1e+300"),
     "batch.pt": (torch.zeros(1, 2, 3, 12), "shape [1, 2, 3, 12], but a feature is"),
     "batch_grid.npy": (np.zeros((1, 2, 3, 4, 12), dtype=np.float32), "of one clip, not empty; save [0] of a batch"),
+    "latents.pt": ({"latent": torch.ones(2, 3, 12), "motion_embedding": torch.ones(2, 12)}, ": latents, not features"),
+    "stats.pt": ({"mean": torch.ones(12), "var": torch.ones(12)}, ": latents, not features; give the folder"),
     "pointer.pt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "run `git lfs pull`"),
     "pointer.npy": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "run `git lfs pull`"),
 }
@@ -160,6 +162,7 @@ MISTAKES = [
     ("vfm_feature.py --video-dir clips", "unrecognized arguments: --video-dir clips"),
     ("train.py --feature_dir missing", "missing is not a folder"),
     ("train.py --feature_dir empty", "empty holds no"),
+    ("train.py --feature_dir same_name", "a.pt and same_name/a.pth are one clip in two formats; keep one of them"),
     ("train.py --feature_dir features --input_dim 12 --latent_dim 13", "--latent_dim 13 is above --input_dim 12"),
     (
         "train.py --feature_dir features --input_dim 12 --latent_dim 6 --model_dim 30",
@@ -190,6 +193,10 @@ MISTAKES = [
         "--latent_dim 7 contradicts ck/motion_ae_epoch1.pt, which was trained with 6",
     ),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input same_name --output z", "would both write"),
+    (
+        "encode.py --checkpoint ck/motion_ae_epoch1.pt --input of_latents --output z",
+        "of_latents/stats.pt is named as latents' statistics are; rename it, or give a folder of features",
+    ),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output features", "would be lost"),
     (
         "encode.py --checkpoint ck/motion_ae_epoch1.pt --input same_name/a.pt --output same_name/a.pt",
@@ -220,7 +227,7 @@ def test_mistakes_end_in_one_line(command, message, trained, run_here):
     (folder / "ragged.csv").write_text("caption,video\na,b\na,b,c,d\n")
     (folder / "clock.csv").write_text("video,caption,start\na,a dog,1:20\n")
     (folder / "backwards.csv").write_text("video,caption,start,end\na,a dog,3,2\n")
-    for name in ("same_name/a.pt", "same_name/a.pth"):
+    for name in ("same_name/a.pt", "same_name/a.pth", "of_latents/stats.pt"):
         save(folder / name, torch.zeros(2, 3, 12))
     script, *arguments = command.split()
     if script == "vfm_feature.py":

@@ -210,6 +210,7 @@ def test_the_table_of_models():
     assert (rows["VideoMAE"], rows["DINOv3-B"]) == (videomae, dinov3)
     assert rows["VideoMAEv2-g"].startswith("1408 14 2 24 x 11 x 17 no")
     assert rows["PE-Spatial-L"].startswith("1024 14 1 48 x 30 x 45 no apache-2.0")
+    assert " no mit " in rows["VJEPA2"] and " no apache-2.0 " in rows["VJEPA2-g"]  # their cards differ
 
 
 def test_dinov3_with_biases_is_refused(tmp_path):
@@ -493,11 +494,11 @@ def test_the_hub_s_refusals_say_what_to_do(tmp_path, monkeypatch):
         "empty": "the repository, or what the cache has of it, does not hold it",
         "private": "RepositoryNotFoundError: 401 Client Error",
     }
-    advice = "unset HF_HUB_OFFLINE, set HF_ENDPOINT to a mirror, or, if it is gated or private, accept its terms on "
-    advice += "its page and set HF_TOKEN or run `hf auth login`; or download it elsewhere and pass it with --weights"
+    advice = "pass it by --weights timm:x=FILE, or try the rest with --random_weights; or set HF_ENDPOINT to a mirror "
+    advice += "or, if it is gated or private, accept its terms on its page and set HF_TOKEN or run `hf auth login`"
     for name, reason in reasons.items():
         assert said[name].startswith(f"model.safetensors of timm/{name} cannot be downloaded from {address} ({reason}")
-        assert said[name].endswith(f"): {advice} timm:x=FILE")
+        assert said[name].endswith(f"): {advice}")
     next(tmp_path.glob("hub/models--timm--half/snapshots/*/model.safetensors")).unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
@@ -509,9 +510,10 @@ def test_the_hub_s_refusals_say_what_to_do(tmp_path, monkeypatch):
             ("other", "LocalEntryNotFoundError: "),
         ):
             cause = "HF_HUB_OFFLINE" if offline else "ConnectError: .* refused"
-            with pytest.raises(FileNotFoundError, match=rf"{reason}.*{cause}.*\): unset HF_HUB_OFFLINE, ") as refusal:
+            with pytest.raises(FileNotFoundError, match=rf"{reason}.*{cause}.*\): pass it by ") as refusal:
                 vfm.download_weights("timm:x", vfm.VFM((f"timm/{name}", "model.safetensors")))
             assert "\n" not in str(refusal.value)
+            assert ("; or unset HF_HUB_OFFLINE, set HF_ENDPOINT" in str(refusal.value)) == offline
 
 
 @pytest.fixture
@@ -588,7 +590,7 @@ def test_weights_by_flag(tmp_path, extract):
 def test_what_is_missing_is_said_and_can_be_skipped(extract, monkeypatch, tmp_path):
     said = {
         "VJEPA2.1-B": "vjepa2_1_vitb_dist_vitG_384.pt of https://github.com/facebookresearch/vjepa2 is in no hub; "
-        "download it as they say there and pass it with --weights VJEPA2.1-B=FILE",
+        "download it as they say there and pass it by --weights VJEPA2.1-B=FILE",
         "timm:vit_tiny_patch16_224": "model.safetensors of timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k cannot be "
         "downloaded from https://huggingface.co (LocalEntryNotFoundError: Cannot find",
         "hf:nobody/nothing": "there is no folder nobody/nothing, and it cannot be downloaded from https://",

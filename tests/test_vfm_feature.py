@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import vfm_feature as vfm
-from model import UserError, load_checked
+from model import UserError, load_checked, provenance
 
 
 @pytest.fixture
@@ -486,10 +486,13 @@ def test_parts_are_in_the_order_of_the_rows(tmp_path, capsys):
         (b'video,caption\na.mp4,"a dog\nb.mp4,"a cat"\n', "row 2: ',' expected after"),
         ("caption\ncafé\n".encode("latin-1"), "cannot be read as text in UTF-8 ('utf-8' codec can't decode"),
         (bytes(range(256)), "cannot be read as text in UTF-8"),
-        (b"caption\na dog\n", "nothing names a.mp4: the number of the row, 0000, 0001, ..., has '0000'; add a column"),
+        (
+            b"caption\na dog\n",
+            "nothing names a.mp4: the number of the row, 0000, 0001, ..., has '0000'; give each row its video",
+        ),
         (
             b"name,caption\n17,a dog\n18,a cat\n",
-            "nothing names a.mp4: column 'name' has '17'; add a column of file names",
+            "nothing names a.mp4: column 'name' has '17'; give each row its video's file name",
         ),
         (b"a,b,caption\na.mp4,b.mp4,x\nb.mp4,a.mp4,y\n", "column 'a' and column 'b' contradict each other: row 2 has"),
         (b"id,a,caption\nb,a,x\nz,b,y\n", "'a' and column 'id' contradict each other"),
@@ -599,13 +602,13 @@ def test_what_other_settings_replace_is_said_once(clips, tmp_path, run_here):
     shutil.copy(clips / "square.avi", clips / "ball.avi")
     (clips / "ball.avi").replace(clips / "ball.mp4")  # another video of that name
     result = run_here(*command, "--num_frames", 2, "--pool")
-    assert counts(result) == [1, 2, 0] and "made again" not in result.stderr
+    assert counts(result) == [1, 2, 0] and said.format(1, "another video") in result.stderr
     published_file("VideoMAE", tmp_path / "weights.pth")
     weights = ["--videomae_ckpt", tmp_path / "weights.pth"]
     result = run_here(*command[: -len(SMALL)], *SMALL[1:], *weights, "--num_frames", 2, "--pool")
     assert counts(result) == [3, 0, 0] and "made again" not in result.stderr
     result = run_here(*command, "--num_frames", 2, "--pool")  # which would lose what has a meaning
-    assert counts(result) == [3, 0, 0] and "made again: weights sha256:" in result.stderr
+    assert result.returncode == 2 and "ball.pt was made with weights; give the dry run another" in result.stderr
     result = run_here(*command, "--overwrite")
     assert counts(result) == [3, 0, 0] and "made again" not in result.stderr
 
@@ -754,7 +757,18 @@ def test_frames_that_repeat_are_counted(clips, tmp_path, run_here):
     for outcome in ([3, 0, 0], [0, 3, 0]):
         result = run_here(*command, *SMALL[3:])
         assert counts(result) == outcome
-        assert "VideoMAE: 1 clips show fewer frames than asked, and some repeat: in short.pt 3 of 6\n" in result.stdout
+        assert "VideoMAE: 1 clips show fewer frames than asked, and some repeat: in short.pt 3 of 6; " in result.stdout
+        assert "; --num_frames 2 avoids it\n" in result.stdout
+
+
+def test_parts_that_end_after_their_video_are_counted(clips, tmp_path, run_here):
+    (tmp_path / "parts.csv").write_text("video,caption,start,end\nball,short,0,99\nball,whole,0,0.3\nsquare,all,,\n")
+    command = ["--video_dir", clips, "--csv_path", tmp_path / "parts.csv", "--output_root", tmp_path / "out"]
+    for outcome in ([3, 0, 0], [0, 3, 0]):
+        result = run_here(*command, "--models", "VideoMAE", *SMALL)
+        assert counts(result) == outcome
+        said = "VideoMAE: 1 parts were to end after their videos, and end with them, such as ball_000.pt\n"
+        assert said in result.stdout
 
 
 def test_squashing_is_said_once(clips, tmp_path, run_here):
@@ -776,7 +790,9 @@ def test_pooled_features_and_safetensors(clips, tmp_path, run_here):
     whole = torch.load(out / "ball.pt", weights_only=True)["feature"]
     assert whole.shape == (2, 2, 3, 24)
     assert counts(run_here(*command, "--pool", "--preview")) == [2, 0, 0]  # another feature, so made again
-    pooled = torch.load(out / "ball.pt", weights_only=True)["feature"]
+    saved = torch.load(out / "ball.pt", weights_only=True)
+    pooled = saved["feature"]
+    assert provenance(saved) == "VideoMAE (weights random, pooled)"
     torch.testing.assert_close(pooled, whole.mean(dim=(1, 2), keepdim=True))
     assert (out / "ball.png").is_file()
 
