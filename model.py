@@ -1333,8 +1333,13 @@ def run_script(main: Callable[[], int]) -> None:
     for number in (signal.SIGTERM, signal.SIGALRM):  # schedulers stop jobs with SIGTERM: end as after Ctrl-C
         signal.signal(number, signal.default_int_handler)
     sys.unraisablehook = interrupt_again
-    script = Path(sys.argv[0]).name
-    warnings.showwarning = lambda message, *_, **__: tqdm.write(f"{script}: warning: {message}", file=sys.stderr)
+    script, plain = Path(sys.argv[0]).name, warnings.formatwarning
+
+    def format_warning(message: Warning | str, category: type, filename: str, *place: Any) -> str:
+        ours = f"{script}: warning: {message}\n"  # one line, as all that is said here
+        return ours if filename == __file__ else plain(message, category, filename, *place)
+
+    warnings.formatwarning = format_warning
     for stream in (sys.stdout, sys.stderr):  # file names can hold what a terminal cannot show
         stream.reconfigure(errors="backslashreplace")
     try:

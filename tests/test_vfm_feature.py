@@ -1010,8 +1010,8 @@ def test_weights_that_are_missing_are_told_once(clips, tmp_path, run_here, monke
     assert result.returncode == 2 and result.stderr.endswith(", or skip such models with --allow_skip_missing\n")
     assert not result.stdout
     assert [line.split(":")[0].strip() for line in block] == ["VideoMAEv2", "VideoMAE"]
-    assert "vit_b_k710_dl_from_giant.pth of OpenGVLab/VideoMAE2" in block[0] and "--videomaev2_ckpt" in block[0]
-    assert result.stderr.count("--videomae_ckpt") == 1
+    assert "vit_b_k710_dl_from_giant.pth of OpenGVLab/VideoMAE2" in block[0] and "--weights VideoMAEv2=FILE" in block[0]
+    assert result.stderr.count("--weights VideoMAE=FILE") == 1
 
 
 def test_a_feature_that_is_not_finite_is_not_written(clips, tmp_path, run_here):
@@ -1073,4 +1073,4 @@ def test_a_hub_out_of_reach(clips, tmp_path):
     result = subprocess.run(command, env=offline, capture_output=True, text=True, timeout=100)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "model.safetensors of timm/vit_base_patch14_dinov2.lvd142m cannot be downloaded from http" in result.stdout
-    assert "--dinov2_ckpt" in result.stdout
+    assert "--weights DINOv2=FILE" in result.stdout
