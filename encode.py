@@ -91,7 +91,7 @@ def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstru
     names = describe_motion_embedding(model.config)
     embedding = model.embed(latent.to(model.code.mean.device))[0].cpu()  # [T, D]
     moves = dict.fromkeys(MOVEMENT, math.nan)
-    if feature.ndim == 4 and feature[0, ..., 0].numel() > 1:
+    if feature.ndim == 4 and feature[0, ..., 0].numel() > 1:  # a mean over the grid does not tell
         camera = [name.removeprefix("camera ") for name in names]
         means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over the steps, of which t = 0 is none
         moves |= {name: mean for name, mean in zip(camera, means, strict=True) if name in moves}

@@ -76,10 +76,10 @@ LOW_PASS = 2  # times as many components as the latent has channels, half of who
 RELATED_CLIPS, RELATED_TOKENS = 512, 128  # whose cosines the code learns: clips, and tokens of each, all and moving
 RELATED_STEPS, STEPS_A_SET = 1600, 6  # steps: at most, and at most for each of these sets of tokens
 RELATED_BATCH = 12  # sets in a step
-# D / C from which extras are coupled: on clips of other sources that takes 5 % off the error of cosines at C/4, 2 % at
-# C/8; it adds 2 % at C/16 and 4 % at C/32, where nearly all of a token is extras.
-COUPLED_FROM = 1 / 8
 RELATED_RATE, GAIN_RATE = 3e-3, 0.02  # peak learning rates: of basis and coupling, of the logarithms of gains
+# D / C from which extras are coupled: on clips of other sources that takes 4 % off the error of cosines at C/4, 2 % at
+# C/8; it adds 2 % at C/16 and 3 % at C/32.
+COUPLED_FROM = 1 / 8
 STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
 STEP_PAIRED = 384  # tokens of a clip, between which a step sees all cosines
 SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured

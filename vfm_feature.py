@@ -1797,10 +1797,8 @@ def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
     run.succeed(clip, path, saved, "skipped")
 
 
-OF_CLIPS = {
-    "video": {"video", "video_fingerprint"},
-    "part of the video": {"start", "end"},
-}  # entries of `clip_settings`
+# What a clip is of: entries of `clip_settings`.
+OF_CLIPS = {"video": {"video", "video_fingerprint"}, "part of the video": {"start", "end"}}
 
 
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> dict[Clip, list[str]]:
