@@ -34,9 +34,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy", ".safetensors")
-CODE_VERSION = 5  # of what checkpoints and latents mean; those of another are refused, or made anew
+CODE_VERSION = 6  # of what checkpoints and latents mean; those of another are refused, or made anew
 LEVELS, TOP = 6, 255 - 6 * 22  # of energies, to an octave; and that of 1, the largest being 2 ** 22
-EXTRA_RMS = 0.14  # of extras, the channels having 1
+EXTRA_RMS = 0.1  # of extras, the channels having 1
 SLOTS_KEPT = 16  # sizes of blocks, of which the code remembers where coefficients lie
 CELLS = 256  # of features [T, N, C], that are coded at once
 STATS_NAME = "stats.pt"  # in a folder of latents
@@ -67,10 +67,9 @@ LEFTOVER_SECONDS = 24 * 3600  # after which a half-written file is nobody's
 #   x [B, T, H, W, 768] --> z = (x - mean) / scale; the mean is that of each position, if all clips have the same
 #    |  measured: SpaceTimeCode.encode
 #    +--> z @ basis --> cosine transform of each block: L = 24 * 10 * 15 frequencies x 768 components
-#    |        +--> of these L * 768 coefficients the L * 192 most important are kept, each times its gain:
-#    |             of the others, the extras: small, in the slots left empty ---------+                         |
-#    |             of components < 192: at their own frequency and channel, with a ---+--> inverse transform ---+
-#    |                 share of the extras of that frequency                                                    |
+#    |        +--> of these L * 768 coefficients the L * 192 most important are kept:
+#    |             of components < 192: at their own frequency and channel ---+--> inverse transform --> @ mix -+
+#    |             of the others, the extras: small, in the slots left empty -+                                 |
 #    |                                                                                                          v
 #    |                                                                       code's latent [B, T, H, W, 192]
 #    |  trained: InvertibleNetwork                                                                              |
@@ -194,12 +193,11 @@ class SpaceTimeCode(nn.Module):
     The features' mean is taken off: that of each position where all clips trained on have the same, since ViTs show a
     token's position in all clips. What is left is turned into components, much as by PCA, and each block of these into
     cosine coefficients. Of a block's L * C coefficients the L * D most important are kept (reverse water-filling). Of a
-    component j < D they stay at their frequency in channel j: transformed back, that channel of the latent is component
-    j of its own token, as far as it was kept. What was not kept leaves its slot to an extra, a kept coefficient of the
-    components beyond D; there are as many extras as empty slots. Extras are made small, so that they change the cosines
-    between tokens (VideoREPA's token relations) little. What cosines feel of extras and mean is added to the channels
-    of components < D: of the extras of the same frequency by the matrix `coupling` (additive coupling, as in NICE,
-    https://arxiv.org/abs/1410.8516), of the mean a share. Decoding reads the extras first, and takes it off again.
+    component j < D they stay at their frequency in channel j: transformed back, that channel is component j of its own
+    token, as far as it was kept. What was not kept leaves its slot to an extra, a kept coefficient of the components
+    beyond D; there are as many extras as empty slots. Extras are made small, so that they change the cosines between
+    tokens (VideoREPA's token relations) little. A share of the mean is added, which cosines feel too. At last each
+    token is multiplied by `mix` [D, D], nearly a diagonal matrix, which brings its cosines nearest to the features'.
 
     The tables are written by train.py's `fit_code`; nothing here is trained. Energies are kept as integers, their
     logarithms: by them all machines and precisions find the same slots, and they take a fourth of the memory.
@@ -214,12 +212,13 @@ class SpaceTimeCode(nn.Module):
         self.register_buffer("scale", torch.ones(()))  # one for all channels: one for each would weight them in errors
         self.register_buffer("basis", torch.eye(config.input_dim))  # columns: principal components
         self.register_buffer("mean_share", torch.ones(()))  # of the mean, that stays in the latent
-        self.register_buffer("gain", torch.ones(config.latent_dim))
-        self.register_buffer("coupling", torch.zeros(config.input_dim - config.latent_dim, config.latent_dim))
+        self.register_buffer("mix", torch.eye(config.latent_dim))
+        self.register_buffer("unmix", torch.eye(config.latent_dim))  # its inverse
         self.register_buffer("smoothing", torch.zeros(()))
         self.register_buffer("energy", torch.full((*self.size, config.input_dim), TOP, dtype=torch.uint8))  # levels
-        # Levels that make a coefficient's energy its importance, by frequency over time: of components < D, of others.
-        self.register_buffer("weight", torch.tensor([1, 0], dtype=torch.int32).repeat(self.size[0], 1))
+        # Levels that make a coefficient's energy its importance, by frequency over time and component.
+        own = torch.arange(config.input_dim) < config.latent_dim
+        self.register_buffer("weight", own.int().repeat(self.size[0], 1))
         self.slots_of: dict[Size, tuple[Tensor, Tensor, Tensor]] = {}  # what `slots` found
         self.register_load_state_dict_post_hook(lambda code, _: code.slots_of.clear())
 
@@ -268,26 +267,23 @@ class SpaceTimeCode(nn.Module):
     def centre(self, mean: Tensor) -> Tensor:
         """The part of the mean [..., C] that stays in the latent, [..., D]: cosines between features feel it."""
         share = self.mean_share * self.codes_still_part / self.scale
-        return mean @ (share * self.basis[:, : self.latent_dim] * self.gain)
+        return mean @ (share * self.basis[:, : self.latent_dim]) @ self.mix
 
     def write_tables(self, energy: Tensor, importance: Tensor, **tables: Tensor) -> None:
         """Set the mean energy of each coefficient of a block [*size, C], the importance of one of energy 1, by
-        frequency over time, of components < D and of the others [l, 2], and the other buffers."""
+        frequency over time and component [l, C], and the other buffers."""
         energy, importance = ((x.clamp_min(2.0**-30).log2() * LEVELS).round().int() for x in (energy, importance))
         self.load_state_dict({**tables, "energy": (energy + TOP).clamp(0, 255), "weight": importance})
 
     def energies(self, size: Size, weighted: bool = False) -> Tensor:
         """The mean energy of each coefficient of a block of `size`, or its importance, [l, h, w, C] in float64."""
-        levels = self.energy.int() - TOP
-        if weighted:
-            levels[..., : self.latent_dim] += self.weight[:, None, None, :1]
-            levels[..., self.latent_dim :] += self.weight[:, None, None, 1:]
+        levels = self.energy.int() - TOP + (self.weight[:, None, None] if weighted else 0)
         return resize_table((levels.double() / LEVELS).exp2(), size)
 
     @torch.no_grad()
     def slots(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the L * D slots of a block of `size` in the latent: which of its L * C coefficients lies there, its gain,
-        and its energy in the latent, [L * D] each. Assigned once for each size: that takes longer than encoding."""
+        """Of the L * D slots of a block of `size`, before it is mixed: which of its L * C coefficients lies there, its
+        gain, and its energy then, [L * D] each. Assigned once for each size: that takes longer than encoding."""
         if size not in self.slots_of:
             if len(self.slots_of) >= SLOTS_KEPT:
                 self.slots_of.clear()
@@ -307,11 +303,12 @@ class SpaceTimeCode(nn.Module):
         empty = ~kept[first]
         slot = torch.where(empty, extras[empty.cumsum(0) - 1], first)  # the first extra to the first empty slot
         energy = self.energies(size).flatten()[slot].to(self.basis)
-        # An extra's energy in the latent goes with its amplitude: of all ways to share out a sum among them, noise on
-        # the latent then costs least (the derivative of the error that Wiener's filter leaves).
+        # An extra's energy goes with its amplitude: of all ways to share out a sum among them, noise on the latent then
+        # costs least (the derivative of the error that Wiener's filter leaves).
         amplitude, is_extra = energy.sqrt().clamp_min(1e-3), ~own[slot]
         mean = (amplitude * is_extra).sum() / is_extra.sum().clamp_min(1)
-        gain = torch.where(is_extra, EXTRA_RMS / (amplitude * mean).sqrt(), self.gain.repeat(math.prod(size)))
+        gain = EXTRA_RMS / (amplitude * mean).sqrt() / self.mix.diagonal().repeat(math.prod(size))  # once it is mixed
+        gain = torch.where(is_extra, gain, 1.0)
         frequency = torch.arange(size[0], device=gain.device) * torch.pi / size[0]
         damping = 1 / (1 + self.smoothing * (2 - 2 * frequency.cos()))  # Whittaker's smoother, undone by decoding
         gain = gain * damping.to(gain).repeat_interleave(len(slot) // size[0])
@@ -328,39 +325,29 @@ class SpaceTimeCode(nn.Module):
         """The root mean square of each component, [C]."""
         return self.energies(self.size).mean(dim=(0, 1, 2)).sqrt().clamp_min(1e-3).to(self.basis)
 
-    def unpack(self, kept: Tensor, slot: Tensor, size: Size) -> Tensor:
-        """The coefficients that lie in the slots of a block, [B, L * D], each where it comes from: [B, *size, C]."""
-        coefficients = kept.new_zeros(len(kept), math.prod(size) * self.input_dim).index_copy(1, slot, kept)
-        return coefficients.view(-1, *size, self.input_dim)
-
-    def coupled(self, coefficients: Tensor, slot: Tensor) -> Tensor:
-        """What the extras among a block's kept coefficients [B, *size, C] add to each slot, [B, L * D]; nothing to one
-        in which an extra lies."""
-        added = (coefficients[..., self.latent_dim :] @ self.coupling).flatten(1)
-        return added * (slot % self.input_dim < self.latent_dim)
-
     def encode(self, z: Tensor) -> Tensor:
         """Normalised features of a block [B, t, n, C] or [B, t, h, w, C] -> its latent, without the mean's share."""
         grid = to_grid(z)
         size = tuple(grid.shape[1:4])
         slot, gain, _ = self.slots(size)
-        kept = transform(grid @ self.basis).flatten(1).index_select(1, slot)  # [B, L * D]
-        kept = kept * gain + self.coupled(self.unpack(kept, slot, size), slot)
-        return from_grid(transform(kept.view(*grid.shape[:4], -1), inverse=True), like=z)
+        kept = transform(grid @ self.basis).flatten(1).index_select(1, slot) * gain  # [B, L * D]
+        return from_grid(transform(kept.view(*grid.shape[:4], -1), inverse=True) @ self.mix, like=z)
 
     def components(self, latent: Tensor, count: int, noise: Tensor | None = None) -> Tensor:
         """The latent of a block, without the mean's share -> the first `count` principal components of its normalised
         features, as far as it holds them. `noise`: the variance in each channel [D] of noise on the latent, of which
         each slot is relieved by Wiener's filter."""
-        grid = to_grid(latent)
+        grid = to_grid(latent) @ self.unmix
         size = tuple(grid.shape[1:4])
         slot, gain, energy = self.slots(size)
         trust = 1 / gain
         if noise is not None:
+            noise = noise @ self.unmix.square()
             trust = trust * (energy / (energy + noise.repeat(len(slot) // len(noise)))).to(gain)
-        kept = transform(grid).flatten(1)  # [B, L * D]
-        kept = kept - self.coupled(self.unpack(kept * trust, slot, size), slot)
-        return from_grid(transform(self.unpack(kept * trust, slot, size)[..., :count], inverse=True), like=latent)
+        kept = transform(grid).flatten(1) * trust  # [B, L * D]
+        coefficients = kept.new_zeros(len(kept), math.prod(size) * self.input_dim).index_copy(1, slot, kept)
+        coefficients = coefficients.view(-1, *size, self.input_dim)[..., :count]
+        return from_grid(transform(coefficients, inverse=True), like=latent)
 
     def by_block(self, function: Callable[[Tensor, Place], Tensor], x: Tensor, channels: int) -> Tensor:
         """What `function` makes of each block of x [B, T, ..., K] and its place, put together where x lies:

@@ -22,7 +22,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +43,6 @@ from losses import (
     motion_autoencoder_loss,
     relation_error,
     relation_errors,
-    token_relations,
 )
 from model import (
     ArgumentParser,
@@ -70,16 +69,13 @@ from model import (
 
 FIT_TOKENS = 2**18  # that the linear code is measured on, at most
 WHOLE_TOKENS = 2**13  # of clips that it is measured on whole; of larger ones it sees a block
-OWN_WEIGHT = 0.3  # of the energy of components < D beside its own, in the choice of coefficients
+OWN_WEIGHT = 0.5  # of the energy of components < D beside its own, in the choice of coefficients
 GAIN_POWER = 0.4  # each channel is divided by its spread to this power, before its gain is learned
 LOW_PASS = 2  # times as many components as the latent has channels, half of whose frequencies are kept
-RELATED_CLIPS, RELATED_TOKENS = 512, 128  # whose cosines the code learns: clips, and tokens of each, all and moving
-RELATED_STEPS, STEPS_A_SET = 1600, 6  # steps: at most, and at most for each of these sets of tokens
-RELATED_BATCH = 12  # sets in a step
-RELATED_RATE, GAIN_RATE = 3e-3, 0.02  # peak learning rates: of basis and coupling, of the logarithms of gains
-# D / C from which extras are coupled: on clips of other sources that takes 4 % off the error of cosines at C/4, 2 % at
-# C/8; it adds 2 % at C/16 and 3 % at C/32.
-COUPLED_FROM = 1 / 8
+RELATED_CLIPS, RELATED_TOKENS = 512, 256  # whose cosines the code learns: clips, and tokens of each, all and moving
+RELATED_STEPS, STEPS_A_SET = 3200, 6  # steps: at most, and at most for each of these sets of tokens
+RELATED_BATCH, RELATED_AT_ONCE = 12, 128  # in a step: sets, and tokens of each
+RELATED_RATE = 7e-3  # peak learning rate
 STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
 STEP_PAIRED = 384  # tokens of a clip, between which a step sees all cosines
 SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured
@@ -370,26 +366,20 @@ def frequency_weight(code: SpaceTimeCode, recon_weight: float, motion_weight: fl
 
 def choose_related(clips: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Of clips x [T, ..., C], and what is `seen` of them [T, ..., P]: of `RELATED_TOKENS` of each clip, and of as many
-    of those that move most, what is seen [n, K, P], and their cosines [n, K, K]."""
+    of those that move most, what is seen [n, K, P], and their directions, of length 1, [n, K, C]."""
     chance, sets = torch.Generator().manual_seed(0), []
     for x, seen in itertools.islice(clips, RELATED_CLIPS):
         for some in compared_tokens(x).values():
-            some = some[torch.randint(len(some), (RELATED_TOKENS,), generator=chance).to(some.device)]
-            sets.append((seen.flatten(0, -2)[some], token_relations(x.flatten(0, -2)[some])))
-    seen, cosines = map(torch.stack, zip(*sets, strict=True))
-    return seen, cosines
+            order = torch.randperm(len(some), generator=chance)[torch.arange(RELATED_TOKENS) % len(some)]
+            some = some[order.to(some.device)]
+            sets.append((seen.flatten(0, -2)[some], nn.functional.normalize(x.flatten(0, -2)[some], dim=-1)))
+    seen, directions = map(torch.stack, zip(*sets, strict=True))
+    return seen, directions
 
 
 @torch.enable_grad()
-def learn_relations(
-    matrix: Tensor,
-    make: Callable[[Tensor, Tensor], Tensor],
-    seen: Tensor,
-    cosines: Tensor,
-    rate: float = RELATED_RATE,
-) -> Tensor:
-    """The `matrix`, trained by AdamW until what `make` makes of tokens `seen` [n, K, P] and it has their `cosines`
-    [n, K, K].
+def learn_relations(matrix: Tensor, seen: Tensor, directions: Tensor, rate: float = RELATED_RATE) -> Tensor:
+    """The `matrix` [P, D], trained by AdamW until tokens seen @ matrix have the cosines between their `directions`.
 
     No closed form knows them: PCA's leading components keep the most energy, but what lies beyond belongs to a token's
     length and to its likeness to others.
@@ -399,8 +389,9 @@ def learn_relations(
     steps = min(RELATED_STEPS, STEPS_A_SET * len(seen))
     for step in tqdm(range(steps), "learning cosines", leave=False, disable=None, delay=1):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, rate)
-        some = torch.randint(len(seen), (RELATED_BATCH,), generator=chance).to(seen.device)
-        loss = (token_relations(make(seen[some], matrix)) - cosines[some]).abs().mean()
+        some = torch.randint(len(seen), (RELATED_BATCH, 1), generator=chance).to(seen.device)
+        tokens = torch.randint(seen.shape[1], (RELATED_BATCH, RELATED_AT_ONCE), generator=chance).to(seen.device)
+        loss = relation_error(directions[some, tokens], seen[some, tokens] @ matrix)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -417,35 +408,18 @@ def turned_basis(
     code: SpaceTimeCode, basis: Tensor, moment: Tensor, clips: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """A basis [C, C] whose first D components are those of `basis`, turned until they keep the cosines of clips, and
-    the principal ones of `moment` within their span; the others are those of what is left. And the gains [D] at which
-    the first keep cosines best. clips: features [T, ..., C] and what components see of them."""
-    (seen, cosines), own = choose_related(clips), basis[:, : code.latent_dim].float()
+    the principal ones of `moment` within their span; the others are those of what is left. And the matrix `mix` [D, D]
+    by which the first keep these cosines. clips: features [T, ..., C] and what components see of them."""
+    (seen, directions), own = choose_related(clips), basis[:, : code.latent_dim].float()
     own = own * flattening_gain((seen @ own).flatten(0, 1).std(dim=0))
     rate = RELATED_RATE * (352 / len(own)) ** 0.5  # as entries of unit vectors
-    own = learn_relations(own, torch.matmul, seen, cosines, rate).double()
+    own = learn_relations(own, seen, directions, rate).double()
     whole = torch.linalg.qr(torch.cat([own, torch.eye(len(own), dtype=own.dtype, device=own.device)], dim=1)).Q
     spans = whole.split([code.latent_dim, code.input_dim - code.latent_dim], dim=1)
     basis = torch.cat([span @ principal_components(span.mT @ moment @ span) for span in spans], dim=1)
-    seen = seen @ basis[:, : code.latent_dim].float()
-    gain = flattening_gain(seen.flatten(0, 1).std(dim=0))
-    more = learn_relations(torch.zeros_like(gain), lambda x, log: x * log.exp(), seen * gain, cosines, GAIN_RATE)
-    return basis, gain * more.exp()
-
-
-def coupling_of_extras(code: SpaceTimeCode, clips: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The code's `coupling` [C - D, D] that brings the cosines of its latent nearer to those of clips. clips: features
-    [T, ..., C], and normalised ones."""
-
-    def look(x: Tensor) -> Tensor:  # normalised features [T, ..., C] -> their latent and its extras, [T, ..., C]
-        z = code.by_block(lambda block, _: code.encode(block), x[None], code.latent_dim)
-        components = code.by_block(lambda block, _: code.components(block, code.input_dim), z, code.input_dim)
-        return torch.cat([z + code.centre(code.mean_at(z.shape)), components[..., code.latent_dim :]], dim=-1)[0]
-
-    def couple(seen: Tensor, coupling: Tensor) -> Tensor:
-        return seen[..., : code.latent_dim] + seen[..., code.latent_dim :] @ coupling
-
-    seen, cosines = choose_related((x, look(normalised)) for x, normalised in clips)
-    return learn_relations(code.coupling, couple, seen, cosines)
+    # Turning the latent changes no cosine: of all such matrices the symmetric one, which is nearest to a diagonal.
+    turn, stretch, _ = torch.linalg.svd(basis[:, : code.latent_dim].mT @ own)
+    return basis, turn * stretch @ turn.mT
 
 
 @torch.no_grad()
@@ -456,14 +430,14 @@ def fit_code(
     motion_weight: float = 1.0,
     smooth_weight: float = 0.05,
     relation_weight: float = 0.0,
-    related: Callable[[], Iterable[Tensor]] | None = None,
+    related: Iterable[Tensor] | None = None,
 ) -> None:
     """Write the tables of the linear code, measured on clips [T, N, C] or [T, H, W, C], of any sizes; all of
     `clip_shape`, where the code's config names one. Raises `UserError` for features too large to square.
 
-    Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). With a `relation_weight`, basis and
-    gains are those of `turned_basis`, and large latents have a `coupling_of_extras`: for the cosines of the clips that
-    `related` gives, anew each time, since more have more to teach; without it, of those measured on.
+    Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). With a `relation_weight` it is
+    turned, and `mix` learned, for the cosines of the clips `related`, else of those measured on: more have more to
+    teach.
 
     Coefficients kept: those of most energy, weighted by what an error in each frequency adds to the loss; components
     < D count more (`OWN_WEIGHT`), at any frequency alike, since the cosines between tokens feel what is lost of a
@@ -485,14 +459,14 @@ def fit_code(
     # The mean becomes as much shorter as what is left of the rest.
     share = (kept / code.input_dim).sqrt() * code.codes_still_part
 
-    def to_relate(mean_share: float | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for x in related() if related else clips:  # one by one: they are many
+    def to_relate() -> Iterator[tuple[Tensor, Tensor]]:
+        for x in clips if related is None else related:  # one by one: they are many
             own = x - (mean.to(x) if code.codes_still_part else x.mean(dim=0))
-            yield (x if code.codes_still_part else own), (own + mean_share * mean.to(x)) / scale
+            yield (x if code.codes_still_part else own), (own + share * mean.to(x)) / scale
 
     learns = relation_weight and code.latent_dim < code.input_dim
     if learns:
-        basis, gain = turned_basis(code, basis, moment, to_relate(share))
+        basis, mix = turned_basis(code, basis, moment, to_relate())
     basis = basis.to(code.basis)
     energy = sum(code.block_energy(x @ basis) for x in normalised) / len(clips)
     parts = energy.split([code.latent_dim, code.input_dim - code.latent_dim], dim=-1)
@@ -500,9 +474,11 @@ def fit_code(
     energy = torch.cat([part.sort(dim=-1, descending=True).values for part in parts], dim=-1)
     energy[0] = energy[:2].amax(dim=0)  # a block's constant differs from the clip's, where that is not coded
     weight = frequency_weight(code, recon_weight, motion_weight)
-    importance = torch.stack([weight + OWN_WEIGHT * weight.mean(), weight], dim=1)
     spread = energy[..., : code.latent_dim].mean(dim=(0, 1, 2)).sqrt().clamp_min(1e-3)
-    gain = gain if learns else flattening_gain(spread)
+    mix = mix if learns else flattening_gain(spread).diag()
+    mix = mix / ((spread[:, None] * mix).square().sum() / len(mix)).sqrt()
+    own = torch.arange(code.input_dim, device=weight.device) < code.latent_dim
+    importance = weight[:, None] + OWN_WEIGHT * weight.mean() * own
     code.write_tables(
         energy,
         importance,
@@ -510,14 +486,12 @@ def fit_code(
         scale=torch.tensor(scale),
         basis=basis,
         mean_share=share,
-        coupling=torch.zeros_like(code.coupling),
-        gain=gain / (spread * gain).square().mean().sqrt(),
+        mix=mix,
+        unmix=torch.linalg.inv(mix),
         # Whittaker's smoother, argmin_y |z - y|^2 + smoothing * |delta y|^2, divides each frequency by a number, which
         # decoding undoes. A fifth of the weight: the default then changes the error of the cosines by 1 %.
         smoothing=torch.tensor(smooth_weight / 5),
     )
-    if learns and code.latent_dim / code.input_dim >= COUPLED_FROM:
-        code.coupling.copy_(coupling_of_extras(code, to_relate(0.0)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -857,7 +831,7 @@ def train(
     if ranks.index == 0:
         sample = train_set.to_fit(args.seed, args.device)
         if not last:
-            fit_code(model.code, sample, *loss_weights(args), lambda: train_set.shuffled(args.seed, args.device))
+            fit_code(model.code, sample, *loss_weights(args), train_set.shuffled(args.seed, args.device))
             last = start_run(args, model, sample, val_set, measured_on) | {"settings": settings}
             last["trained_on"] = next((file.origin for file in files[0] if file.origin), "")
             if args.overwrite:

@@ -3,9 +3,8 @@
 In: a folder of features, as train.py takes it. The files whose `video` matches --held_out (else a seeded fifth) are
 kept out of training; hold out whole sources where files come from several, or all codes look better than they are.
 Out: tables of what was held out, for latents of C / 4 channels or those of --ratios: of motion-weighted PCA, low-pass
-PCA (see train.py's `PrincipalComponents`), of the closed form on PCA's basis, of the code on its turned basis, of the
-same with coupled extras (epoch 0 of train.py) and of the trained model (its best epoch). Their columns are those of
-train.py's `measure`:
+PCA (see train.py's `PrincipalComponents`), of the closed form on PCA's basis, of the code on its turned basis (epoch 0
+of train.py) and of the trained model (its best epoch). Their columns are those of train.py's `measure`:
 - reconstruction, motion: `FeatureErrors` over all held-out clips; total: the weighted sum of the mean squared errors,
   relative to PCA's
 - relations, of moving: the mean absolute change of the cosine between two tokens of a clip, from features to latent; of
@@ -156,8 +155,8 @@ def noise_errors(
 
 
 class Codes:
-    """What is compared at one size, by name in `all`: PCA, low-pass PCA, the closed form, the turned code, epoch 0,
-    the trained model."""
+    """What is compared at one size, by name in `all`: PCA, low-pass PCA, the closed form, epoch 0, the
+    trained model."""
 
     def __init__(
         self, files: list[FeatureFile], held_out: Clips, latent_dim: int, args: argparse.Namespace, flags: list[str]
@@ -173,10 +172,7 @@ class Codes:
         code = models[0].code
         self.all = {name: PrincipalComponents(code, self.sample, self.weights, size) for name, size in sizes.items()}
         self.all |= {"closed form": self.closed_form(models[0].config, args.motion_weight)}
-        turned = copy.deepcopy(models[0])
-        turned.code.coupling.zero_()
-        measure_spread(turned, sample_latents(turned, self.sample))
-        self.all |= {"turned": turned, "epoch 0": models[0], "trained": models[1]}
+        self.all |= {"epoch 0": models[0], "trained": models[1]}
         self.pca_errors = self.errors(self.all["PCA"])
 
     def errors(self, code: Any) -> Row:
@@ -204,8 +200,9 @@ class Codes:
         """The closed form without each of its parts."""
         whole = self.all["closed form"]
         block = whole.config["block"]
-        models = {name: copy.deepcopy(whole) for name in ("gain", "extras", "smoothing")}
-        models["gain"].code.gain.fill_(whole.code.gain.square().mean().sqrt())
+        models = {name: copy.deepcopy(whole) for name in ("mix", "extras", "smoothing")}
+        unmixed, size = models["mix"].code, whole.code.mix.diagonal().square().mean().sqrt()
+        unmixed.mix, unmixed.unmix = size * torch.eye(len(unmixed.mix)), torch.eye(len(unmixed.mix)) / size
         models["extras"].code.energy[..., whole.config["latent_dim"] :] = 0
         models["smoothing"].code.smoothing.zero_()
         for model in models.values():

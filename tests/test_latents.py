@@ -41,7 +41,8 @@ def write_checkpoint(path, input_dim=24, gain=1.0):
     torch.manual_seed(0)
     model = MotionFeatureAutoencoder(input_dim, 16, latent_dim=8, num_heads=2, num_layers=1, use_token=True)
     fit_code(model.code, [torch.randn(6, 2, 3, input_dim) for _ in range(4)])
-    model.code.gain *= gain
+    model.code.mix *= gain
+    model.code.unmix /= gain
     torch.nn.init.normal_(model.network.networks[0].head.weight, std=0.1)
     torch.save({"config": model.config, "model": model.state_dict()}, path)
     return path

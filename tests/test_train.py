@@ -79,7 +79,7 @@ def test_training_lowers_the_error_of_relations(tmp_path, run_here):
     """On clips that it has not seen, more than a tenth; the code's errors stay."""
     make_features(tmp_path / "f", 24, (6, 4, 4, 12))
     flags = ["--feature_dir", tmp_path / "f", "--save_dir", tmp_path / "ck", *SIZES, "--use_token"]
-    result = run_here("train.py", *flags, "--epochs", 10, "--lr", 5e-3, "--keep_epochs", "best")
+    result = run_here("train.py", *flags, "--epochs", 14, "--lr", 5e-3, "--keep_epochs", "best")
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(tmp_path / "ck" / "metrics.csv").set_index("epoch")
     assert table["val_relations_loss"].min() < 0.9 * table["val_relations_loss"][0]
@@ -352,7 +352,7 @@ def test_checkpoints_are_neither_lost_nor_mixed(tmp_path, run_here):
     refused("the content of --feature_dir", "--epochs", 2, "--resume")
     whole = newest.read_bytes()
     other = torch.load(newest) | {"epoch": 1}
-    del other["model"]["code.gain"]
+    del other["model"]["code.mix"]
     shutil.rmtree(tmp_path / "f" / "more")
     save(newest, other)
     result = run_here("train.py", *flags, "--epochs", 2, "--resume")
