@@ -356,16 +356,12 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
         make_folder(target.parent, "--output")
         return [(source, target)]
     jobs = []
-    makers: dict[Path, Path] = {}  # of each output, what is written there
     for path in find_features(source):
         if path.parent.resolve().is_relative_to(target.resolve()):  # latents of an earlier run are no features
             continue
         output = target / path.relative_to(source).with_suffix(f".{output_format}")
         if STATS_NAME in (path.name, output.name):
             raise UserError(f"{path} is named as latents' statistics are; rename it, or give a folder of features")
-        if output in makers:
-            raise UserError(f"{makers[output]} and {path} would both write {output}; rename one")
-        makers[output] = path
         jobs.append((path, output))
     if not jobs:
         raise UserError(f"--input {source} holds no features beside those in --output {target}")

@@ -875,14 +875,24 @@ def find_files(folder: Path, suffixes: tuple[str, ...], recursive: bool = True) 
     return sorted(found)
 
 
+def check_names(paths: list[Path]) -> list[Path]:
+    """The `paths`. Raises `UserError` for two that differ in their suffix alone: what is made of them has one name."""
+    by_name: dict[Path, Path] = {}
+    for path in paths:
+        if (other := by_name.setdefault(path.with_suffix(""), path)) != path:
+            raise UserError(f"{other} and {path} differ in their suffix alone; rename or remove one")
+    return paths
+
+
 def find_features(folder: Path) -> list[Path]:
-    """Every feature file below `folder`. Raises `UserError` when `folder` is no folder or holds no feature file."""
+    """Every feature file below `folder`. Raises `UserError` when `folder` is no folder or holds no feature file, and
+    what `check_names` raises."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder that holds the features")
     paths = find_files(folder, FEATURE_SUFFIXES)
     if not paths:
         raise UserError(f"{folder} holds no {', '.join(FEATURE_SUFFIXES)} file; run vfm_feature.py first")
-    return paths
+    return check_names(paths)
 
 
 def check_file(path: Path) -> None:
@@ -1065,12 +1075,8 @@ class LatentDataset(Dataset):
 
     def __init__(self, folder: str | Path, normalise: bool = False) -> None:
         folder = Path(folder)
-        self.paths: dict[str, Path] = {}
-        for path in find_latents(folder) if folder.is_dir() else []:
-            stem = path.relative_to(folder).with_suffix("").as_posix()
-            if stem in self.paths:
-                raise UserError(f"{self.paths[stem]} and {path} are both {stem}; keep one of them")
-            self.paths[stem] = path
+        paths = check_names(find_latents(folder)) if folder.is_dir() else []
+        self.paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
         if not self.paths:
             raise UserError(
                 f"{folder} holds no latents; make them with encode.py or vfm_feature.py --motion_checkpoint"

@@ -156,10 +156,6 @@ def look_at_files(folder: Path, input_dim: int | None) -> list[FeatureFile]:
             return str(error)
 
     paths = find_features(folder)
-    by_stem: dict[Path, Path] = {}
-    for path in paths:
-        if (other := by_stem.setdefault(path.with_suffix(""), path)) is not path:
-            raise UserError(f"{other} and {path} are one clip in two formats; keep one of them")
     with ThreadPoolExecutor() as pool:
         files = list(tqdm(pool.map(look, paths), "files", len(paths), leave=False, disable=None, delay=1))
     failures = {str(path): reason for path, reason in zip(paths, files, strict=True) if isinstance(reason, str)}

@@ -70,6 +70,7 @@ from model import (
     MotionFeatureAutoencoder,
     UserError,
     check_file,
+    check_names,
     file_fingerprint,
     find_files,
     find_latents,
@@ -709,20 +710,15 @@ def extract_features(
 def list_videos(folder: Path, recursive: bool = False) -> list[Path]:
     """The videos of `folder`, relative to it, sorted; hidden files and folders are left out.
 
-    Raises `UserError` if there is none, or if two of them would write the same file.
+    Raises `UserError` if there is none, and what `check_names` raises.
     """
     if not folder.is_dir():
         raise UserError(f"--video_dir {folder}: no such folder; give the one that holds your clips")
-    by_stem: dict[Path, Path] = {}
-    for path in find_files(folder, VIDEO_SUFFIXES, recursive):
-        video = path.relative_to(folder)
-        other = by_stem.setdefault(video.with_suffix(""), video)
-        if other is not video:
-            raise UserError(f"{other} and {video} would both write {video.with_suffix('.pt')}; rename one")
-    if not by_stem:
+    videos = [path.relative_to(folder) for path in find_files(folder, VIDEO_SUFFIXES, recursive)]
+    if not videos:
         hint = "" if recursive else "; --recursive searches subfolders"
         raise UserError(f"--video_dir {folder}: no videos in it ({' '.join(VIDEO_SUFFIXES)}{hint})")
-    return list(by_stem.values())
+    return check_names(videos)
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,9 @@ def test_items_have_the_same_keys_whatever_their_files_hold(tmp_path):
     assert batch["caption"] == ["a dog", "", "12"] and batch["latent"].shape == (3, 2, 3, 8)
     assert set(batch) == {"stem", "latent", "motion_embedding", "caption"}
     torch.save(clip, tmp_path / "c.pt")
-    with pytest.raises(UserError, match=r"c\.pt and .*c\.safetensors are both c; keep one of them"):
+    with pytest.raises(
+        UserError, match=r"c\.pt and .*c\.safetensors differ in their suffix alone; rename or remove one"
+    ):
         LatentDataset(tmp_path)
 
 

@@ -53,7 +53,7 @@ def test_bad_features_are_named(name, trained, tmp_path, run_here):
 MISTAKES = [
     ("vfm_feature.py --video_dir nowhere", "--video_dir nowhere: no such folder"),
     ("vfm_feature.py --video_dir empty", "--video_dir empty: no videos in it"),
-    ("vfm_feature.py --video_dir twice", "a.MP4 and a.mov would both write a.pt"),
+    ("vfm_feature.py --video_dir twice", "a.MP4 and a.mov differ in their suffix alone"),
     ("vfm_feature.py --video_dir clips --csv_path nowhere.csv", "--csv_path nowhere.csv: no such file"),
     (
         "vfm_feature.py --video_dir clips --csv_path words.csv",
@@ -162,7 +162,7 @@ MISTAKES = [
     ("vfm_feature.py --video-dir clips", "unrecognized arguments: --video-dir clips"),
     ("train.py --feature_dir missing", "missing is not a folder"),
     ("train.py --feature_dir empty", "empty holds no"),
-    ("train.py --feature_dir same_name", "a.pt and same_name/a.pth are one clip in two formats; keep one of them"),
+    ("train.py --feature_dir same_name", "a.pt and same_name/a.pth differ in their suffix alone; rename or remove one"),
     ("train.py --feature_dir features --input_dim 12 --latent_dim 13", "--latent_dim 13 is above --input_dim 12"),
     (
         "train.py --feature_dir features --input_dim 12 --latent_dim 6 --model_dim 30",
@@ -192,7 +192,7 @@ MISTAKES = [
         "encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output z --latent_dim 7",
         "--latent_dim 7 contradicts ck/motion_ae_epoch1.pt, which was trained with 6",
     ),
-    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input same_name --output z", "would both write"),
+    ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input same_name --output z", "differ in their suffix alone"),
     (
         "encode.py --checkpoint ck/motion_ae_epoch1.pt --input of_latents --output z",
         "of_latents/stats.pt is named as latents' statistics are; rename it, or give a folder of features",
