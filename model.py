@@ -36,7 +36,7 @@ from tqdm import tqdm
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy", ".safetensors")
 CODE_VERSION = 6  # of what checkpoints and latents mean; those of another are refused, or made anew
 LEVELS, TOP = 6, 255 - 6 * 22  # of energies, to an octave; and that of 1, the largest being 2 ** 22
-EXTRA_RMS = 0.1  # of extras, the channels having 1
+EXTRA_RMS = 0.14  # of extras, the channels having 1
 SLOTS_KEPT = 16  # sizes of blocks, of which the code remembers where coefficients lie
 CELLS = 256  # of features [T, N, C], that are coded at once
 STATS_NAME = "stats.pt"  # in a folder of latents

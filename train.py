@@ -69,11 +69,11 @@ from model import (
 
 FIT_TOKENS = 2**18  # that the linear code is measured on, at most
 WHOLE_TOKENS = 2**13  # of clips that it is measured on whole; of larger ones it sees a block
-OWN_WEIGHT = 0.5  # of the energy of components < D beside its own, in the choice of coefficients
+OWN_WEIGHT = 0.8  # of the energy of components < D beside its own, in the choice of coefficients
 GAIN_POWER = 0.4  # each channel is divided by its spread to this power, before its gain is learned
 LOW_PASS = 2  # times as many components as the latent has channels, half of whose frequencies are kept
 RELATED_CLIPS, RELATED_TOKENS = 512, 256  # whose cosines the code learns: clips, and tokens of each, all and moving
-RELATED_STEPS, STEPS_A_SET = 3200, 6  # steps: at most, and at most for each of these sets of tokens
+RELATED_STEPS, STEPS_A_SET = 4800, 8  # steps: at most, and at most for each of these sets of tokens
 RELATED_BATCH, RELATED_AT_ONCE = 12, 128  # in a step: sets, and tokens of each
 RELATED_RATE = 7e-3  # peak learning rate
 STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
