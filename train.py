@@ -70,7 +70,7 @@ from model import (
 FIT_TOKENS = 2**18  # that the linear code is measured on, at most
 WHOLE_TOKENS = 2**13  # of clips that it is measured on whole; of larger ones it sees a block
 OWN_WEIGHT = 0.8  # of the energy of components < D beside its own, in the choice of coefficients
-GAIN_POWER = 0.4  # each channel is divided by its spread to this power, before its gain is learned
+GAIN_POWER = 0.4  # each channel is divided by its spread to this power, before `mix` is learned
 LOW_PASS = 2  # times as many components as the latent has channels, half of whose frequencies are kept
 RELATED_CLIPS, RELATED_TOKENS = 512, 256  # whose cosines the code learns: clips, and tokens of each, all and moving
 RELATED_STEPS, STEPS_A_SET = 4800, 8  # steps: at most, and at most for each of these sets of tokens
@@ -864,7 +864,9 @@ def train(
         save_atomically(last, args.save_dir / "motion_ae_last.pt")
         write_outputs(last, measured_on, args.save_dir, args.keep_epochs)
     if ranks.index == 0:
-        report(f"best: epoch {best_row(last['history'])['epoch']}, which is motion_ae_best.pt")
+        best = best_row(last["history"])["epoch"]
+        flags = f"--checkpoint {args.save_dir}/motion_ae_best.pt --input {args.feature_dir} --output latents"
+        report(f"best: epoch {best}, which is motion_ae_best.pt; to encode by it: python encode.py {flags}")
 
 
 def main() -> int:
