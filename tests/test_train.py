@@ -81,6 +81,9 @@ def test_training_lowers_the_error_of_relations(tmp_path, run_here):
     flags = ["--feature_dir", tmp_path / "f", "--save_dir", tmp_path / "ck", *SIZES, "--use_token"]
     result = run_here("train.py", *flags, "--epochs", 14, "--lr", 5e-3, "--keep_epochs", "best")
     assert result.returncode == 0, result.stderr
+    ck, features = tmp_path / "ck", tmp_path / "f"
+    flags = f"--checkpoint {ck}/motion_ae_best.pt --input {features} --output latents"
+    assert result.stdout.splitlines()[-1].endswith(f"to encode by it: python encode.py {flags}")
     table = pd.read_csv(tmp_path / "ck" / "metrics.csv").set_index("epoch")
     assert table["val_relations_loss"].min() < 0.9 * table["val_relations_loss"][0]
     assert sorted(path.name for path in (tmp_path / "ck").glob("*.pt")) == ["motion_ae_best.pt", "motion_ae_last.pt"]
