@@ -651,7 +651,7 @@ def camera_motion(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, gri
     fifth = speed[0].numel() // 5 + 1  # not `quantile`, which torch 2.10 does not compile
     slowest = speed.flatten(1).kthvalue(fifth, dim=1).values[:, None, None] + 0.003
     weights = borders * (slowest / speed.maximum(slowest)) ** 4
-    for _ in range(2):
+    for _ in range(4):
         moved = torch.einsum("nk,kihw->nihw", fit(weights).detach(), flows)
         expected = moved.norm(dim=1)
         beside = (taper * (flow.detach() - moved)).square().sum(dim=1)
