@@ -75,7 +75,7 @@ LOW_PASS = 2  # times as many components as the latent has channels, half of who
 RELATED_CLIPS, RELATED_TOKENS = 512, 256  # whose cosines the code learns: clips, and tokens of each, all and moving
 RELATED_STEPS, STEPS_A_SET = 4800, 8  # steps: at most, and at most for each of these sets of tokens
 RELATED_BATCH, RELATED_AT_ONCE = 12, 128  # in a step: sets, and tokens of each
-RELATED_RATE = 7e-3  # peak learning rate
+RELATED_RATE = 7e-3  # peak learning rate, of C = 352
 STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
 STEP_PAIRED = 384  # tokens of a clip, between which a step sees all cosines
 SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured
@@ -374,13 +374,14 @@ def choose_related(clips: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
 
 
 @torch.enable_grad()
-def learn_relations(matrix: Tensor, seen: Tensor, directions: Tensor, rate: float = RELATED_RATE) -> Tensor:
+def learn_relations(matrix: Tensor, seen: Tensor, directions: Tensor) -> Tensor:
     """The `matrix` [P, D], trained by AdamW until tokens seen @ matrix have the cosines between their `directions`.
 
     No closed form knows them: PCA's leading components keep the most energy, but what lies beyond belongs to a token's
     length and to its likeness to others.
     """
     matrix, chance = nn.Parameter(matrix.float().clone()), torch.Generator().manual_seed(0)
+    rate = RELATED_RATE * (352 / len(matrix)) ** 0.5  # as entries of unit vectors
     optimizer = torch.optim.AdamW([matrix], lr=rate)
     steps = min(RELATED_STEPS, STEPS_A_SET * len(seen))
     for step in tqdm(range(steps), "learning cosines", leave=False, disable=None, delay=1):
@@ -408,8 +409,7 @@ def turned_basis(
     by which the first keep these cosines. clips: features [T, ..., C] and what components see of them."""
     (seen, directions), own = choose_related(clips), basis[:, : code.latent_dim].float()
     own = own * flattening_gain((seen @ own).flatten(0, 1).std(dim=0))
-    rate = RELATED_RATE * (352 / len(own)) ** 0.5  # as entries of unit vectors
-    own = learn_relations(own, seen, directions, rate).double()
+    own = learn_relations(own, seen, directions).double()
     whole = torch.linalg.qr(torch.cat([own, torch.eye(len(own), dtype=own.dtype, device=own.device)], dim=1)).Q
     spans = whole.split([code.latent_dim, code.input_dim - code.latent_dim], dim=1)
     basis = torch.cat([span @ principal_components(span.mT @ moment @ span) for span in spans], dim=1)
