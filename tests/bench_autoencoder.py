@@ -4,7 +4,8 @@ In: a folder of features, as train.py takes it. The files whose `video` matches 
 kept out of training; hold out whole sources where files come from several, or all codes look better than they are.
 Out: tables of what was held out, for latents of C / 4 channels or those of --ratios: of motion-weighted PCA, low-pass
 PCA (see train.py's `PrincipalComponents`), of the closed form on PCA's basis, of the code on its turned basis (epoch 0
-of train.py) and of the trained model (its best epoch). Their columns are those of train.py's `measure`:
+of train.py), of the trained model (its best epoch) and of the last epoch. Their columns are those of train.py's
+`measure`:
 - reconstruction, motion: `FeatureErrors` over all held-out clips; total: the weighted sum of the mean squared errors,
   relative to PCA's
 - relations, of moving: the mean absolute change of the cosine between two tokens of a clip, from features to latent; of
@@ -156,7 +157,7 @@ def noise_errors(
 
 class Codes:
     """What is compared at one size, by name in `all`: PCA, low-pass PCA, the closed form, epoch 0, the
-    trained model."""
+    trained model, the last epoch."""
 
     def __init__(
         self, files: list[FeatureFile], held_out: Clips, latent_dim: int, args: argparse.Namespace, flags: list[str]
@@ -165,14 +166,13 @@ class Codes:
         self.weights = (1.0, args.motion_weight, args.smooth_weight, 0.0)
         self.sample = Clips(files).to_fit(args.seed, "cpu")
         epochs = train(files, [f"--latent_dim={latent_dim}", "--resume", *flags], args.models / f"latent_{latent_dim}")
-        paths = epochs[0], epochs[0].with_name("motion_ae_best.pt")
-        models = [MotionFeatureAutoencoder.from_checkpoint(path) for path in paths]
+        paths = {"epoch 0": epochs[0], "trained": epochs[0].with_name("motion_ae_best.pt"), "last epoch": epochs[-1]}
+        models = {name: MotionFeatureAutoencoder.from_checkpoint(path) for name, path in paths.items()}
         self.seconds = sum(row["seconds"] for row in load_checked(epochs[-1])["history"])
         sizes = {"PCA": latent_dim, "low-pass PCA": min(LOW_PASS * latent_dim, args.input_dim)}
-        code = models[0].code
+        code = models["epoch 0"].code
         self.all = {name: PrincipalComponents(code, self.sample, self.weights, size) for name, size in sizes.items()}
-        self.all |= {"closed form": self.closed_form(models[0].config, args.motion_weight)}
-        self.all |= {"epoch 0": models[0], "trained": models[1]}
+        self.all |= {"closed form": self.closed_form(models["epoch 0"].config, args.motion_weight), **models}
         self.pca_errors = self.errors(self.all["PCA"])
 
     def errors(self, code: Any) -> Row:
