@@ -10,6 +10,13 @@ from torch.nn import functional as F
 
 RELATION_TOKENS = 512  # of a clip, whose cosines are compared
 METRICS = ["reconstruction_error", "motion_error", "cosine"]  # of `FeatureErrors`
+COMPARED = {  # with PCA: the columns of metrics.csv
+    "reconstruction": "reconstruction_error",
+    "motion": "motion_error",
+    "relations": "relations_loss",
+    "of moving": "relations_of_moving_loss",
+}
+LossWeights = tuple[float, float, float, float]  # of reconstruction, temporal difference, smoothness, relations
 
 
 def motion_autoencoder_loss(
@@ -97,6 +104,16 @@ class FeatureErrors:
         }
 
 
+def compare(ours: dict[str, float], theirs: dict[str, float], weights: LossWeights) -> dict[str, float]:
+    """Each error over PCA's, and `total`, the weighted reconstruction and motion loss over PCA's; NaN where PCA makes
+    none."""
+    pairs = {name: (ours[column], theirs[column]) for name, column in COMPARED.items()}
+    pairs["total"] = tuple(
+        weights[0] * means["reconstruction_loss"] + weights[1] * means["motion_loss"] for means in (ours, theirs)
+    )
+    return {name: a / b if b > 1e-6 else math.nan for name, (a, b) in pairs.items()}
+
+
 def token_relations(tokens: Tensor) -> Tensor:
     """The cosine similarity of every pair of tokens: [..., K, C] -> [..., K, K]."""
     tokens = F.normalize(tokens, dim=-1)
@@ -129,6 +146,36 @@ def relation_errors(x: Tensor, latent: Tensor) -> dict[str, Tensor]:
     """The `relation_error` of a clip [1, T, ..., C] and its latent, of each of its `compared_tokens`."""
     tokens = [part.flatten(1, -2) for part in (x, latent)]
     return {name: relation_error(*(part[:, some] for part in tokens)) for name, some in compared_tokens(x[0]).items()}
+
+
+def find_moving(x: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Of clips [B, T, N, C]: the quarter of the positions that moves most in any of the clips, or the `least` that are
+    needed, [Q]; and of all tokens which are of the tenth that moves most, [B, T, N]."""
+    moves = F.pad(x.diff(dim=1).norm(dim=-1), (0, 0, 1, 0))  # [B, T, N]
+    fast = (moves / moves.mean(dim=(1, 2), keepdim=True).clamp_min(1e-12)).mean(dim=(0, 1)).argsort(descending=True)
+    ranks_of = moves.flatten(1).argsort(descending=True).argsort()
+    moving = (ranks_of < -(-ranks_of.shape[1] // 10)).view_as(moves)
+    return fast[: max(least, len(fast) // 4)], moving
+
+
+def relation_loss(
+    x: Tensor, latent: Tensor, moving: Tensor, smooth_weight: float = 0.05, relation_weight: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The terms of the training loss that a network on the code's latent changes, weighted and added up, and each by
+    itself (detached). Reconstruction and motion error are the code's whatever it does, since decoding takes it off
+    again.
+
+    x: features [B, T, P, C] of P positions, the first half of them of all and the others of those that move, latent:
+    [B, T, P, D], moving: [B, T, P], which of these tokens are of the tenth that moves most.
+    """
+    half = -(-x.shape[2] // 2)
+    terms = {
+        "relations": relation_error(x[:, :, :half].flatten(1, 2), latent[:, :, :half].flatten(1, 2)),
+        "relations_of_moving": relation_error(x.flatten(1, 2), latent.flatten(1, 2), moving.flatten(1)),
+        "smoothness": latent_smoothness(latent),
+    }
+    loss = relation_weight * (terms["relations"] + terms["relations_of_moving"]) / 2
+    return loss + smooth_weight * terms["smoothness"], {name: term.detach() for name, term in terms.items()}
 
 
 def token_relation_distillation(align: Tensor, target: Tensor, margin: float = 0.1) -> Tensor:

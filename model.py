@@ -140,11 +140,6 @@ def from_grid(grid: Tensor, like: Tensor) -> Tensor:
     return grid if like.ndim == 5 else from_sequences(grid[:, :, 0, 0], like)
 
 
-def temporal_difference(x: Tensor) -> Tensor:
-    """delta_x[:, t] = x[:, t] - x[:, t - 1] of x [B, T, ...], 0 at t = 0."""
-    return torch.cat([torch.zeros_like(x[:, :1]), x.diff(dim=1)], dim=1)
-
-
 def cut(length: int, most: int) -> list[slice]:
     """An axis in as few parts of at most `most` as it takes, of sizes that differ by one at most: 25 -> 13 + 12."""
     count = -(-length // most)
@@ -219,12 +214,8 @@ class SpaceTimeCode(nn.Module):
         # Levels that make a coefficient's energy its importance, by frequency over time and component.
         own = torch.arange(config.input_dim) < config.latent_dim
         self.register_buffer("weight", own.int().repeat(self.size[0], 1))
-        self.slots_of: dict[Size, tuple[Tensor, Tensor, Tensor]] = {}  # what `slots` found
+        self.slots_of: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}  # what `slots` found
         self.register_load_state_dict_post_hook(lambda code, _: code.slots_of.clear())
-
-    def _apply(self, *args: Any, **kwargs: Any) -> SpaceTimeCode:  # of .to(device), .half() and their like
-        self.slots_of.clear()
-        return super()._apply(*args, **kwargs)
 
     def check(self, shape: tuple[int, ...], channels: int) -> None:
         """Raise `UserError` for features (or latents) of another rank or number of channels than the model takes, and
@@ -284,12 +275,13 @@ class SpaceTimeCode(nn.Module):
     def slots(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:
         """Of the L * D slots of a block of `size`, before it is mixed: which of its L * C coefficients lies there, its
         gain, and its energy then, [L * D] each. Assigned once for each size: that takes longer than encoding."""
-        if size not in self.slots_of:
+        key = size, self.basis.device, self.basis.dtype
+        if key not in self.slots_of:
             if len(self.slots_of) >= SLOTS_KEPT:
                 self.slots_of.clear()
             with torch.inference_mode(False):  # a trainer's next call may need gradients
-                self.slots_of[size] = self.assign_slots(size)
-        return self.slots_of[size]
+                self.slots_of[key] = self.assign_slots(size)
+        return self.slots_of[key]
 
     def assign_slots(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:  # of constant shapes, for torch.compile
         importance = (self.energies(size, weighted=True).log2() * 2**16).round().int()
@@ -302,7 +294,7 @@ class SpaceTimeCode(nn.Module):
         first, extras = (some.byte().argsort(descending=True, stable=True)[:count] for some in (own, kept & ~own))
         empty = ~kept[first]
         slot = torch.where(empty, extras[empty.cumsum(0) - 1], first)  # the first extra to the first empty slot
-        energy = self.energies(size).flatten()[slot].to(self.basis)
+        energy = self.energies(size).flatten()[slot].float()
         # An extra's energy goes with its amplitude: of all ways to share out a sum among them, noise on the latent then
         # costs least (the derivative of the error that Wiener's filter leaves).
         amplitude, is_extra = energy.sqrt().clamp_min(1e-3), ~own[slot]
@@ -312,7 +304,7 @@ class SpaceTimeCode(nn.Module):
         frequency = torch.arange(size[0], device=gain.device) * torch.pi / size[0]
         damping = 1 / (1 + self.smoothing * (2 - 2 * frequency.cos()))  # Whittaker's smoother, undone by decoding
         gain = gain * damping.to(gain).repeat_interleave(len(slot) // size[0])
-        return slot, gain, energy * gain.square()
+        return slot, gain.to(self.basis), energy * gain.square()
 
     def block_energy(self, components: Tensor) -> Tensor:
         """The mean energy of the coefficients of the blocks of a clip's components [T, ..., C], [*size, C] in
@@ -394,7 +386,8 @@ class TemporalNetwork(nn.Module):
 
 
 class InvertibleNetwork(nn.Module):
-    """What training adds to the code's latent [B, T, ..., D], over time for each position, and takes off again.
+    """What training adds to the code's latent [B, T, ..., D], over time for each position, and takes off again; of a
+    long one for each part that is a block long.
 
     Additive coupling (NICE, https://arxiv.org/abs/1410.8516; RealNVP, https://arxiv.org/abs/1605.08803): to odd
     channels is added what a `TemporalNetwork` makes of even ones, then the other way round, `num_layers` times; at last
@@ -404,7 +397,8 @@ class InvertibleNetwork(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.sees_still_part, self.at_rest = config.use_token, False  # at rest: known to change nothing, and not run
+        self.sees_still_part, self.steps = config.use_token, config.block[0]
+        self.at_rest = False  # known to change nothing, and not run
         half = [-(-config.latent_dim // 2), config.latent_dim // 2]  # even channels, odd ones
         self.networks = nn.ModuleList(
             TemporalNetwork(half[layer % 2] * (1 + config.use_token), half[1 - layer % 2], config)
@@ -419,12 +413,13 @@ class InvertibleNetwork(nn.Module):
         return not any(parameter.any() for parameter in (*heads, self.log_gain, self.offset))
 
     def couple(self, z: Tensor, layer: int, sign: int) -> Tensor:
-        halves = [z[..., 0::2], z[..., 1::2]]
-        seen = halves[layer % 2]
-        delta = temporal_difference(seen)
-        change = self.networks[layer](torch.cat([seen, delta], dim=-1) if self.sees_still_part else delta)
+        changes = []
+        for part in cut(z.shape[1], self.steps):
+            seen = z[:, part, layer % 2 :: 2]
+            delta = nn.functional.pad(seen.diff(dim=1), (0, 0, 1, 0))  # 0 at t = 0
+            changes.append(self.networks[layer](torch.cat([seen, delta], dim=-1) if self.sees_still_part else delta))
         z = z.clone()
-        z[..., 1 - layer % 2 :: 2] += sign * change
+        z[..., 1 - layer % 2 :: 2] += sign * torch.cat(changes, dim=1)
         return z
 
     def forward(self, z: Tensor) -> Tensor:
@@ -672,47 +667,43 @@ def motion_channels(maps: Tensor) -> Tensor:
     """How the picture moves, from feature maps [B, T, H, W, P] whose channels have a root mean square near 1:
     [B, T, M], the channels of `FRAME_MOTION`, in float32. Differentiable; 0 at t = 0.
 
-    In parts of time of `TOKENS` tokens or little more, each with the steps around it that smoothing needs: a long clip
-    takes bounded memory, and has no seams.
+    So many pairs of steps at once as have `TOKENS` tokens or little more: a long clip takes bounded memory.
     """
-    length, steps = maps.shape[1], max(16, TOKENS // maps[0, 0, ..., 0].numel())
-    parts = []
-    for start in range(0, length, steps):
-        first, stop = max(0, start - 1 - CAMERA_OVER), min(length, start + steps)
-        part = motion_of_part(maps[:, first : stop + CAMERA_OVER])
-        parts.append(part[:, start - first : stop - first])
-    return torch.cat(parts, dim=1)
-
-
-def motion_of_part(maps: Tensor) -> Tensor:
-    """`motion_channels` of all steps at once."""
+    batch, length, height, width, _ = maps.shape
+    if length == 1:
+        return maps.new_zeros(batch, 1, len(FRAME_MOTION), dtype=torch.float32)
+    at_once = max(16, TOKENS // (height * width))
+    pairs = zip(*(x.flatten(0, 1).split(at_once) for x in (maps[:, :-1], maps[:, 1:])), strict=True)
     with torch.autocast(maps.device.type, enabled=False):
-        batch, length, height, width, channels = maps.shape
-        if length == 1:
-            return maps.new_zeros(batch, 1, len(FRAME_MOTION), dtype=torch.float32)
-        maps = maps.float().permute(0, 1, 4, 2, 3)
-        a, b = maps[:, :-1].flatten(0, 1), maps[:, 1:].flatten(0, 1)  # [N, P, H, W], N = B * (T - 1)
-        flow, left, matrix = cell_motion(a, b)
-        camera = camera_motion(flow, matrix, left, apparent_speed(a.detach(), b.detach()), (height, width))
-        floor = STILL**2 * channels
-        trust = (1 / (left + left.mean(dim=(1, 2), keepdim=True) + floor)).detach()[:, None]
-        picture = (flow * trust).mean(dim=(2, 3)) / trust.mean(dim=(2, 3))
-
-        change = inner((b - a).square().sum(dim=1)).mean(dim=(1, 2))  # [N]
-        fit = (change - left.mean(dim=(1, 2))).clamp_min(0) / (change + floor)
-        texture = matrix.diagonal(dim1=1, dim2=2).sum(dim=-1).mean(dim=(1, 2))
-        apparent = 2 * change / (texture + floor)  # squared cells
-        camera_flow = torch.einsum("nk,kihw->nihw", camera, inner(camera_flows(height, width, a)))
-        objects = (flow - camera_flow).square().sum(dim=1).mean(dim=(1, 2))
-        length_of_change = (change / channels + STILL**2).sqrt() - STILL
-        camera, picture, apparent, fit, objects, length_of_change = (
-            x.reshape(batch, length - 1, -1) for x in (camera, picture, apparent, fit, objects, length_of_change)
-        )
+        found = torch.cat([compare_maps(a, b) for a, b in pairs]).unflatten(0, (batch, length - 1))
+        camera, length_of_change, apparent, fit, picture, objects = found.split([4, 1, 1, 1, 2, 1], dim=2)
         camera, picture = smooth_over_time(camera, CAMERA_OVER), smooth_over_time(picture, CELLS_OVER)
         speed = camera[..., :2].square().sum(dim=2, keepdim=True)
         speed, apparent, objects = ((1 + square / REST**2).log() / 2 for square in (speed, apparent, objects))
         moving = torch.cat([camera, length_of_change, speed, apparent, fit, picture, objects], dim=2)
         return nn.functional.pad(moving, (0, 0, 1, 0))
+
+
+def compare_maps(a: Tensor, b: Tensor) -> Tensor:
+    """What happens from feature maps a to b [N, H, W, P], before it is smoothed: [N, 10]: the camera's motion (4), the
+    length of the change, the squared movement that it would be, its share that the flow explains, the picture's motion
+    (2), the squared movement beside the camera's."""
+    a, b = (x.float().permute(0, 3, 1, 2) for x in (a, b))  # [N, P, H, W]
+    flow, left, matrix = cell_motion(a, b)
+    camera = camera_motion(flow, matrix, left, apparent_speed(a.detach(), b.detach()), a.shape[2:])
+    floor = STILL**2 * a.shape[1]
+    trust = (1 / (left + left.mean(dim=(1, 2), keepdim=True) + floor)).detach()[:, None]
+    picture = (flow * trust).mean(dim=(2, 3)) / trust.mean(dim=(2, 3))
+
+    change = inner((b - a).square().sum(dim=1)).mean(dim=(1, 2))  # [N]
+    fit = (change - left.mean(dim=(1, 2))).clamp_min(0) / (change + floor)
+    texture = matrix.diagonal(dim1=1, dim2=2).sum(dim=-1).mean(dim=(1, 2))
+    apparent = 2 * change / (texture + floor)  # squared cells
+    camera_flow = torch.einsum("nk,kihw->nihw", camera, inner(camera_flows(*a.shape[2:], a)))
+    objects = (flow - camera_flow).square().sum(dim=1).mean(dim=(1, 2))
+    length_of_change = (change / a.shape[1] + STILL**2).sqrt() - STILL
+    scalars = [x[:, None] for x in (length_of_change, apparent, fit)]
+    return torch.cat([camera, *scalars, picture, objects[:, None]], dim=1)
 
 
 class MotionFeatureAutoencoder(nn.Module):
@@ -732,19 +723,12 @@ class MotionFeatureAutoencoder(nn.Module):
         self.trained_on = ""  # `provenance` of the features
         self.frozen = False
         self.code, self.network = SpaceTimeCode(config), InvertibleNetwork(config)
-        # In a tuple, so that the state dict names each weight once.
-        self.halves = MotionFeatureEncoder(self.code, self.network), MotionFeatureDecoder(self.code, self.network)
+        shared = self.code, self.network
+        # Not as submodules, so that the state dict names each weight once.
+        self.__dict__ |= {"encoder": MotionFeatureEncoder(*shared), "decoder": MotionFeatureDecoder(*shared)}
         # Of each channel over the training clips: for noise on a latent, and for those who train on latents.
         self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
         self.register_buffer("latent_var", torch.ones(config.latent_dim))
-
-    @property
-    def encoder(self) -> MotionFeatureEncoder:
-        return self.halves[0]
-
-    @property
-    def decoder(self) -> MotionFeatureDecoder:
-        return self.halves[1]
 
     @property
     def compression_ratio(self) -> float:
@@ -895,9 +879,9 @@ def find_features(folder: Path) -> list[Path]:
     return check_names(paths)
 
 
-def check_file(path: Path) -> None:
-    """Raise `UserError` if `path` is no file (a pipe would be waited for), a link to nothing, or only the pointer that
-    Git LFS or git-annex leaves in place of a file that was not fetched."""
+def check_file(path: Path) -> bytes:
+    """The first bytes of a file. Raises `UserError` if it is none (a pipe would be waited for), a link to nothing,
+    or only the pointer that Git LFS or git-annex leaves in place of a file that was not fetched."""
     if path.is_symlink() and not path.exists():
         told = f"{path} is a link to {os.readlink(path)}, which is not there"
         raise UserError(f"{told}; run `git annex get` in its repository, or mend the link")
@@ -908,6 +892,7 @@ def check_file(path: Path) -> None:
     for mark, command in POINTERS.items():
         if start.startswith(mark):
             raise UserError(f"{path} is a pointer, not the file itself; run `{command}` in its repository")
+    return start
 
 
 def read_torch(path: Path, mmap: bool, check: bool) -> Any:
@@ -933,17 +918,14 @@ def load_checked(path: Path, mmap: bool = False, check: bool = True) -> Any:
     its checksums, which torch.save alone writes. Raises `UserError` when the file is absent, damaged, larger than
     memory, or holds more than tensors and plain values.
     """
-    check_file(path)
-    suffix = path.suffix.lower()
+    start, suffix = check_file(path), path.suffix.lower()
     try:
-        with open(path, "rb") as file:
-            start = file.read(32)
         writer, is_its = {
             ".npy": ("np.save", start.startswith(b"\x93NUMPY")),
             ".safetensors": ("safetensors", start[8:9] == b"{"),
         }.get(suffix, ("torch.save", start.startswith((b"PK", b"\x80"))))  # a zip archive; of torch < 1.6 a pickle
         if not is_its:
-            raise ValueError(f"no file of {writer} begins with {start.decode('latin-1')!r}")
+            raise ValueError(f"no file of {writer} begins with {start[:32].decode('latin-1')!r}")
         if suffix == ".npy":
             return torch.from_numpy(np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False))
         if suffix == ".safetensors":
@@ -1030,8 +1012,7 @@ def group_by_reason(failures: dict[str, str]) -> list[str]:
     files: dict[str, list[str]] = {}
     for file, message in failures.items():
         files.setdefault(message.removeprefix(file), []).append(file)
-    more = {reason: f" and {len(group) - 1} more" if len(group) > 1 else "" for reason, group in files.items()}
-    return [f"{group[0]}{more[reason]}{reason}" for reason, group in files.items()]
+    return [f"{one}{f' and {len(more)} more' if more else ''}{reason}" for reason, (one, *more) in files.items()]
 
 
 def provenance(metadata: dict[str, Any]) -> str:
@@ -1048,7 +1029,7 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(weights[name].cpu().contiguous().flatten().view(torch.uint8).numpy())
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
@@ -1137,10 +1118,10 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 
 MODEL_FLAGS = {  # fields of `Config`: what they are, and how argparse reads them
     "input_dim": ("channels C of the features; if not given, the files or the checkpoint say it", number(int, 1)),
-    "model_dim": ("width of encoder and decoder", number(int, 1)),
+    "model_dim": ("width of the networks", number(int, 1)),
     "latent_dim": ("channels of the latent", number(int, 2)),
     "num_heads": ("attention heads", number(int, 1)),
-    "num_layers": ("transformer layers, each way", number(int, 1)),
+    "num_layers": ("transformer layers, each in a network of its own", number(int, 1)),
     "dropout": ("dropout while training", number(float, 0, 1)),
     "use_token": ("the encoder sees [x, delta_x], not delta_x alone", None),
 }
@@ -1326,13 +1307,8 @@ def run_script(main: Callable[[], int]) -> None:
     for number in (signal.SIGTERM, signal.SIGALRM):  # schedulers stop jobs with SIGTERM: end as after Ctrl-C
         signal.signal(number, signal.default_int_handler)
     sys.unraisablehook = interrupt_again
-    script, plain = Path(sys.argv[0]).name, warnings.formatwarning
-
-    def format_warning(message: Warning | str, category: type, filename: str, *place: Any) -> str:
-        ours = f"{script}: warning: {message}\n"  # one line, as all that is said here
-        return ours if filename == __file__ else plain(message, category, filename, *place)
-
-    warnings.formatwarning = format_warning
+    script = Path(sys.argv[0]).name
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}")  # one line, as all that is said here
     for stream in (sys.stdout, sys.stderr):  # file names can hold what a terminal cannot show
         stream.reconfigure(errors="backslashreplace")
     try:

@@ -38,12 +38,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from losses import (
+    COMPARED,
     FeatureErrors,
+    LossWeights,
+    compare,
     compared_tokens,
-    latent_smoothness,
+    find_moving,
     motion_autoencoder_loss,
     relation_error,
     relation_errors,
+    relation_loss,
 )
 from model import (
     ArgumentParser,
@@ -83,8 +87,6 @@ SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured
 EARNED = 0.01  # of epoch 0's loss, that a network has to take off: it is three quarters of the encoding time
 # With the features and the clips of a step, all other flags decide the result; --resume checks that they are the same.
 HARMLESS = ("feature_dir", "save_dir", "resume", "overwrite", "batch_size", "num_workers", "keep_epochs", "device")
-
-LossWeights = tuple[float, float, float, float]  # of reconstruction, temporal difference, smoothness, relations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ class FeatureFile(NamedTuple):
     channels: int
     content: str  # `file_fingerprint`
     origin: str
-    video: str  # `video_of`
+    video: str  # which it is of: its entry `video`, else its path in the folder without a window's number _NNN
 
 
 def look_at_files(folder: Path, input_dim: int | None) -> list[FeatureFile]:
@@ -152,7 +154,7 @@ def look_at_files(folder: Path, input_dim: int | None) -> list[FeatureFile]:
                     f"{path}: shape {[*shape, channels]} can have its channels on any axis; give --input_dim "
                     f"{channels} if it is the last"
                 )
-            video = video_of(path.relative_to(folder), metadata)
+            video = str(metadata.get("video") or path.relative_to(folder).with_name(re.sub(r"_\d{3,}$", "", path.stem)))
             return FeatureFile(path, tuple(shape), channels, file_fingerprint(path), provenance(metadata), video)
         except (UserError, OSError) as error:
             return str(error)
@@ -181,11 +183,6 @@ def look_at_files(folder: Path, input_dim: int | None) -> list[FeatureFile]:
     if len(origins) > 1:
         raise UserError(f"{folder} holds features of {' and of '.join(origins)}; give a folder of one of them")
     return files
-
-
-def video_of(path: Path, metadata: dict[str, Any]) -> str:
-    """Which video a feature is of: its entry `video`, else its path in the folder without a window's number `_NNN`."""
-    return str(metadata.get("video") or path.with_name(re.sub(r"_\d{3,}$", "", path.stem)))
 
 
 def hash_of_files(files: list[FeatureFile], folder: Path) -> str:
@@ -224,9 +221,6 @@ class Clips:
             for lengths, most in zip(zip(*sizes, strict=True), Config.block, strict=True)
         )
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def read(self, index: int, place: tuple[slice, ...] = (slice(None),)) -> Tensor:
         """A part of a clip [T, N, C] or [T, H, W, C], in the dtype of its file."""
         file = self.files[index]
@@ -253,14 +247,15 @@ class Clips:
 
     def to_measure(self, seed: int, device: str) -> Iterator[Tensor]:
         """Every clip by itself, or a random part of it, the same each time: [1, T, ..., C] in float32."""
-        for index in tqdm(range(len(self)), unit="clip", leave=False, disable=None):
+        for index in tqdm(range(len(self.files)), unit="clip", leave=False, disable=None):
             part = random.Random(f"{seed} {index}").choice(self.parts(index))
             yield self.read(index, (part,))[None].to(device).float()
 
     def shuffled(self, seed: int, device: str) -> Iterator[Tensor]:
         """Clips in random order, of large ones a random block each: [T, ..., C] in float32."""
         chance = random.Random(f"{seed} fit")
-        for index in tqdm(chance.sample(range(len(self)), len(self)), "clips", leave=False, disable=None, delay=1):
+        order = chance.sample(range(len(self.files)), len(self.files))
+        for index in tqdm(order, "clips", leave=False, disable=None, delay=1):
             shape = self.files[index].shape
             is_small = math.prod(shape) <= WHOLE_TOKENS
             place = (slice(None),) if is_small else chance.choice(blocks(shape, self.block))[1:]
@@ -433,7 +428,7 @@ def fit_code(
     related: Iterable[Tensor] | None = None,
 ) -> None:
     """Write the tables of the linear code, measured on clips [T, N, C] or [T, H, W, C], of any sizes; all of
-    `clip_shape`, where the code's config names one. Raises `UserError` for features too large to square.
+    `clip_shape`, where the code's config names one.
 
     Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). With a `relation_weight` it is
     turned, and `mix` learned, for the cosines of the clips `related`, else of those measured on: more have more to
@@ -448,8 +443,6 @@ def fit_code(
     mean = position_means(clips, code.mean.shape[:-1] if code.codes_still_part else (1,))
     centred = [x - (mean.to(x) if code.codes_still_part else x.mean(dim=0)) for x in clips]
     scale = (sum(x.square().mean().item() for x in centred) / len(clips)) ** 0.5
-    if not math.isfinite(scale):
-        raise UserError("the features' squares overflow float32; divide the features by a constant first")
     scale = scale or 1.0
     normalised = [x / scale for x in centred]
 
@@ -556,80 +549,20 @@ def measure(
     return {**pd.DataFrame(losses).mean().to_dict(), **errors.figures()}
 
 
-COMPARED = {  # with PCA: the columns of metrics.csv
-    "reconstruction": "reconstruction_error",
-    "motion": "motion_error",
-    "relations": "relations_loss",
-    "of moving": "relations_of_moving_loss",
-}
-
-
-def compare(ours: dict[str, float], theirs: dict[str, float], weights: LossWeights) -> dict[str, float]:
-    """Each error over PCA's, and `total`, the weighted reconstruction and motion loss over PCA's; NaN where PCA makes
-    none."""
-    pairs = {name: (ours[column], theirs[column]) for name, column in COMPARED.items()}
-    pairs["total"] = tuple(
-        weights[0] * means["reconstruction_loss"] + weights[1] * means["motion_loss"] for means in (ours, theirs)
-    )
-    return {name: a / b if b > 1e-6 else math.nan for name, (a, b) in pairs.items()}
-
-
 def loss_weights(args: argparse.Namespace) -> LossWeights:
     return args.recon_weight, args.motion_weight, args.smooth_weight, args.relation_weight
 
 
-def describe(ratios: dict[str, float]) -> str:
-    known = {name: ratio for name, ratio in ratios.items() if not math.isnan(ratio)}
-    return "  ".join(f"{name} {ratio:.3f}" for name, ratio in known.items()) or "PCA makes no error"
-
-
-class TrainingStep(nn.Module):
-    """What a step runs: the network on the code's latents of some positions of clips, and the loss of what it gives.
-
-    Reconstruction and motion error are the code's whatever the network does, since decoding takes it off again: a step
-    decodes nothing.
-    """
-
-    def __init__(self, model: MotionFeatureAutoencoder, args: argparse.Namespace) -> None:
-        super().__init__()
-        self.network, self.steps = model.network, model.code.size[0]
-        self.weights = args.relation_weight, args.smooth_weight
-
-    def forward(self, x: Tensor, z: Tensor, moving: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """x: features [B, T, P, C] of P positions, the first half of them of all and the others of those that move, z:
-        their latents [B, T, P, D], moving: [B, T, P], which of these tokens are of the tenth that moves most."""
-        parts = [z[:, part] for part in cut(z.shape[1], self.steps)]
-        latent = torch.cat([self.network(part) for part in parts], dim=1)
-        latent, half = latent.float(), -(-x.shape[2] // 2)
-        terms = {
-            "relations": relation_error(x[:, :, :half].flatten(1, 2), latent[:, :, :half].flatten(1, 2)),
-            "relations_of_moving": relation_error(x.flatten(1, 2), latent.flatten(1, 2), moving.flatten(1)),
-            "smoothness": latent_smoothness(latent),
-        }
-        loss = self.weights[0] * (terms["relations"] + terms["relations_of_moving"]) / 2
-        return loss + self.weights[1] * terms["smoothness"], {name: term.detach() for name, term in terms.items()}
-
-
-def find_moving(x: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """Of clips [B, T, N, C]: the quarter of the positions that moves most in any of the clips, or the `least` that are
-    needed, [Q]; and of all tokens which are of the tenth that moves most, [B, T, N]."""
-    moves = nn.functional.pad(x.diff(dim=1).norm(dim=-1), (0, 0, 1, 0))  # [B, T, N]
-    fast = (moves / moves.mean(dim=(1, 2), keepdim=True).clamp_min(1e-12)).mean(dim=(0, 1)).argsort(descending=True)
-    ranks_of = moves.flatten(1).argsort(descending=True).argsort()
-    moving = (ranks_of < -(-ranks_of.shape[1] // 10)).view_as(moves)
-    return fast[: max(least, len(fast) // 4)], moving
-
-
 def train_epoch(
     model: MotionFeatureAutoencoder,
-    step: nn.Module,
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Tensor],
     rates: list[float],
     args: argparse.Namespace,
 ) -> dict[str, float]:
     """A step for each batch [B, T, ..., C], at its learning rate; the mean loss and its terms, on rank 0.
-    `step`: a `TrainingStep` of the model. Raises `UserError` for a loss that is not finite."""
+    `network`: the model's, alone or in DistributedDataParallel. Raises `UserError` for a loss that is not finite."""
     model.train()
     losses = []
     for x, rate in zip(batches, rates, strict=True):
@@ -643,7 +576,8 @@ def train_epoch(
         some, some_fast = (torch.randperm(size, device=x.device)[:count] for size in (x.shape[2], len(fast)))
         chosen = torch.cat([some, fast[some_fast]])
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
-            loss, terms = step(x[:, :, chosen], z[:, :, chosen], moving[:, :, chosen])
+            latent = network(z[:, :, chosen])
+        loss, terms = relation_loss(x[:, :, chosen], latent.float(), moving[:, :, chosen], *loss_weights(args)[2:])
         if not loss.isfinite():
             raise UserError(f"the loss is {loss.item()}; lower --lr")
         optimizer.zero_grad()
@@ -667,8 +601,7 @@ def sample_latents(model: MotionFeatureAutoencoder, clips: list[Tensor]) -> list
 @torch.no_grad()
 def measure_spread(model: MotionFeatureAutoencoder, sample: list[Tensor]) -> None:
     """Write the latent's mean and variance over `sample_latents` of the training clips."""
-    parts = (z[:, part] for z in sample for part in cut(z.shape[1], model.code.size[0]))
-    tokens = torch.cat([model.network(part).flatten(0, 1) for part in parts])
+    tokens = torch.cat([model.network(z).flatten(0, 1) for z in sample])
     model.latent_mean.copy_(tokens.mean(dim=0))
     model.latent_var.copy_(tokens.var(dim=0, correction=0))
 
@@ -732,7 +665,8 @@ def draw_curves(history: list[dict[str, float]], measured_on: str) -> bytes:
             if f"{group}_{column}" in table:
                 axes.plot(table[f"{group}_{column}"], ".-", color=style, label=told)
         axes.plot(table[f"pca_{column}"], "--", color="gray", label=f"{measured_on}, PCA")
-        axes.set(title=name, xlabel="epoch", ylim=(0, 1.1 * axes.dataLim.ymax or None))
+        top = 1.1 * axes.dataLim.ymax
+        axes.set(title=name, xlabel="epoch", ylim=(0, top if math.isfinite(top) and top else None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
@@ -836,11 +770,11 @@ def train(
             if args.overwrite:
                 remove_outputs(args.save_dir)
         latents = sample_latents(model, sample)
-    step = TrainingStep(model, args)
+    network = model.network
     if ranks.count > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
-        step = DistributedDataParallel(step)  # its buffers: none
+        network = DistributedDataParallel(network)  # its buffers: none
 
     for epoch in range(first, args.epochs + 1):
         start = time.perf_counter()
@@ -851,7 +785,7 @@ def train(
             steps = range((epoch - 1) * len(parts), epoch * len(parts))
             rates = [learning_rate(index, args.epochs * len(parts), args.lr) for index in steps]
             batches = train_set.read_batches(parts, args.num_workers, args.device)
-            trained = train_epoch(model, step, optimizer, batches, rates, args)
+            trained = train_epoch(model, network, optimizer, batches, rates, args)
         if ranks.index > 0:
             continue
         measure_spread(model, latents)
@@ -863,7 +797,9 @@ def train(
         last["history"].append(row)
         last |= {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         told = f"training loss {trained['loss']:.4f}" if epoch else "the code alone"
-        report(f"epoch {epoch}: {told} | {measured_on}, x PCA's: {describe(ratios)} | {row['seconds']:.1f} s")
+        known = [f"{name} {ratio:.3f}" for name, ratio in ratios.items() if not math.isnan(ratio)]
+        told += f" | {measured_on}, x PCA's: {'  '.join(known) or 'PCA makes no error'}"
+        report(f"epoch {epoch}: {told} | {row['seconds']:.1f} s")
         save_atomically(last, args.save_dir / "motion_ae_last.pt")
         write_outputs(last, measured_on, args.save_dir, args.keep_epochs)
     if ranks.index == 0:

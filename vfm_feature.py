@@ -186,11 +186,9 @@ DEFAULT_MODELS = ["VideoMAEv2", "VideoMAE", "DINOv2", "VJEPA2"]
 
 def model_name(text: str) -> str:
     """An argparse type: a name of `MODELS`, in any case, or one for `find_vfm`."""
-    names = {name.lower(): name for name in MODELS}
-    if text.lower() in names:
-        return names[text.lower()]
-    if re.match("(timm|hf):.", text):
-        return text
+    name = {name.lower(): name for name in MODELS}.get(text.lower(), text)
+    if name in MODELS or re.match("(timm|hf):.", name):
+        return name
     raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(MODELS)}, timm:NAME, hf:REPO)")
 
 
@@ -486,25 +484,6 @@ def load_weights(vit: nn.Module, vfm: VFM, weights: dict[str, torch.Tensor]) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class TubeletEmbed(nn.Module):
-    """Patch embedding of a video: [B, 3, T, H, W] -> [B, (T/t)(H/p)(W/p), C], tubelets of t frames and p x p pixels.
-
-    The weight has the layout of the Conv3d that the models are published with. Tubelets do not overlap, so the
-    convolution is one matrix product, which every device runs at full speed.
-    """
-
-    def __init__(self, embed_dim: int, patch_size: int, tubelet_size: int):
-        super().__init__()
-        kernel = (tubelet_size, patch_size, patch_size)
-        self.proj = nn.Conv3d(3, embed_dim, kernel_size=kernel, stride=kernel)
-
-    def forward(self, video: torch.Tensor) -> torch.Tensor:
-        t, p, _ = self.proj.kernel_size
-        x = video.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, t))  # [B, 3, T/t, t, H/p, p, W/p, p]
-        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # [B, T/t, H/p, W/p, 3*t*p*p]
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias).flatten(1, 3)
-
-
 class RotaryPositions(nn.Module):
     """V-JEPA 2's rotary positions: turns queries or keys [B, heads, N, D] by their tokens' time, height and width.
 
@@ -533,9 +512,7 @@ class RotaryPositions(nn.Module):
         return (x * self.cos + quarter_turn * self.sin).to(x.dtype)
 
 
-def sinusoid_positions(
-    grid: tuple[int, int, int], embed_dim: int, trained_grid: tuple[int, int, int] = (8, 14, 14)
-) -> torch.Tensor:
+def sinusoid_positions(grid: tuple[int, int, int], embed_dim: int, trained_grid: tuple[int, int, int]) -> torch.Tensor:
     """VideoMAE's fixed position table [1, T*H*W, C] for a grid of T x H x W tokens.
 
     The table of the grid that the model was trained with, resized bicubic in space, then trilinear in time, as
@@ -559,7 +536,8 @@ class VideoViT(nn.Module):
         from timm.models.vision_transformer import Block, init_weights_vit_timm
 
         super().__init__()
-        self.patch_embed = TubeletEmbed(vfm.embed_dim, vfm.patch_size, vfm.tubelet_size)
+        kernel = (vfm.tubelet_size, vfm.patch_size, vfm.patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, vfm.embed_dim, kernel, stride=kernel)})
         block = functools.partial(Block, qkv_bias=True, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
         shape = (vfm.embed_dim, vfm.num_heads, vfm.mlp_ratio)
         self.blocks = nn.ModuleList(block(*shape) for _ in range(vfm.depth))
@@ -577,9 +555,21 @@ class VideoViT(nn.Module):
         for block in self.blocks:  # timm's attention sends queries and keys through these two before it compares them
             block.attn.q_norm = block.attn.k_norm = rotary
 
+    def embed(self, video: torch.Tensor) -> torch.Tensor:
+        """[B, 3, T, H, W] -> [B, (T/t)(H/p)(W/p), C], tubelets of t frames and p x p pixels.
+
+        The weight has the layout of the Conv3d that the models are published with. Tubelets do not overlap, so the
+        convolution is one matrix product, which every device runs at full speed.
+        """
+        proj = self.patch_embed["proj"]
+        t, p, _ = proj.kernel_size
+        x = video.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, t))  # [B, 3, T/t, t, H/p, p, W/p, p]
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # [B, T/t, H/p, W/p, 3*t*p*p]
+        return F.linear(x, proj.weight.flatten(1), proj.bias).flatten(1, 3)
+
     def forward(self, video: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
         """[B, 3, T, H, W] -> the outputs of the blocks `layers` (from 1), side by side: [B, N, C * len(layers)]."""
-        x = self.patch_embed(video)
+        x = self.embed(video)
         if self.pos_embed is not None:
             x = x + self.pos_embed
         outputs = {}
@@ -1222,9 +1212,7 @@ def decode_windows(
     planned_times, tick, rate = read_packets(path)
     if backend != "pyav":
         check_plain(path, len(planned_times), backend)
-    compare_times = backend == "pyav" and any(
-        [sampling.fps, sampling.window, *((clip.start or clip.end) for clip in clips)]
-    )
+    compare_times = backend == "pyav" and (sampling.fps or sampling.window or any(c.start or c.end for c in clips))
     done, as_planned, shape = set(), False, 1.0
     while not as_planned:
         windows = plan_windows(clips, planned_times, tick, rate, sampling)
@@ -1559,7 +1547,7 @@ def fill_in(args: argparse.Namespace, given: dict[str, Any]) -> None:
     args.csv_path = find_file("csv_path", given, [REPOSITORY] if has_default_videos else [])
     args.weights = dict(args.weights or [])
     for name in DEFAULT_MODELS:
-        if name in args.models and not args.random_weights:
+        if name in args.models and name not in args.weights and not args.random_weights:
             path = find_file(f"{name.lower()}_ckpt", given, [REPOSITORY, REPOSITORY.parent])
             args.weights |= {name: path} if path else {}
 
@@ -1604,9 +1592,8 @@ class ModelRun:
     @property
     def provenance(self) -> dict[str, Any]:
         """What its files say of the model."""
-        layers = {"layers": self.settings["layers"]} if self.settings["layers"] else {}
-        pool = {"pool": True} if self.settings["pool"] else {}
-        return {"model": self.name, "weights": self.settings["weights"], "license": self.vfm.license, **layers, **pool}
+        given = {name: self.settings[name] for name in ("layers", "pool") if self.settings[name]}
+        return {"model": self.name, "weights": self.settings["weights"], "license": self.vfm.license, **given}
 
     def path(self, clip: Clip, window: int) -> Path:
         number = f"_{window:03d}" if self.settings["window"] else ""
@@ -1760,29 +1747,21 @@ def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> Mo
     return run
 
 
-def read_saved(run: ModelRun, clip: Clip, window: int, args: argparse.Namespace) -> dict | None:
-    """The file of an earlier run, or of one beside this, if it can be read; its tensors stay on disk."""
-    if args.overwrite:
-        return None
+def read_finished(
+    run: ModelRun, clip: Clip, window: int, args: argparse.Namespace
+) -> tuple[dict | None, dict[str, tuple[Any, Any]]]:
+    """The file of an earlier run, or of one beside this, its tensors on disk, and {}. Of one that was made with other
+    settings None, and those that differ: what they were, and are now. Of one that cannot be read None and {}."""
     try:
-        saved = load_checked(run.path(clip, window), mmap=True, check=False)
+        saved = None if args.overwrite else load_checked(run.path(clip, window), mmap=True, check=False)
     except (UserError, OSError):  # absent, or damaged: then it is made again
-        return None
-    is_ours = isinstance(saved, dict) and isinstance(saved.get("settings"), dict)
-    return saved if is_ours and isinstance(saved.get(run.kind), torch.Tensor) else None
-
-
-def changed_settings(run: ModelRun, clip: Clip, saved: dict) -> dict[str, tuple[Any, Any]]:
-    """What a file was made with and what it would be made with now, where these differ; if nowhere, it is finished."""
-    made_with, wanted = saved["settings"], run.clip_settings(clip)
+        saved = None
+    made_with, wanted = saved.get("settings") if isinstance(saved, dict) else None, run.clip_settings(clip)
+    if not isinstance(made_with, dict) or not isinstance(saved.get(run.kind), torch.Tensor):
+        return None, {}
     pairs = {name: (made_with.get(name), wanted.get(name)) for name in {**wanted, **made_with}}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def read_finished(run: ModelRun, clip: Clip, window: int, args: argparse.Namespace) -> dict | None:
-    """A file that was made already, with the same settings."""
-    saved = read_saved(run, clip, window, args)
-    return None if saved is None or changed_settings(run, clip, saved) else saved
+    changes = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    return None if changes else saved, changes
 
 
 def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
@@ -1791,10 +1770,6 @@ def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
     if clip.caption is not None and clip.caption != saved.get("caption"):
         save_atomically({**saved, "caption": clip.caption}, path)
     run.succeed(clip, path, saved, "skipped")
-
-
-# What a clip is of: entries of `clip_settings`.
-OF_CLIPS = {"video": {"video", "video_fingerprint"}, "part of the video": {"start", "end"}}
 
 
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> dict[Clip, list[str]]:
@@ -1807,19 +1782,19 @@ def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> d
     replaced: Counter[tuple[str, ...]] = Counter()
     for clip in tqdm(clips, "looking for finished features", leave=False, delay=1):
         for run in runs:
-            first = read_saved(run, clip, 0, args)
-            changes = changed_settings(run, clip, first) if first else {}
+            first, changes = read_finished(run, clip, 0, args)
             if changes.get("weights", ("", ""))[1] == "random":
                 hint = "give the dry run another --output_root, or --overwrite to lose what is there"
                 raise UserError(f"{run.path(clip, 0)} was made with weights; {hint}")
-            pairs = {name: pair for name, pair in changes.items() if name in run.settings and pair[0] != "random"}
-            told = [f"{name} {was} -> {now}" for name, (was, now) in pairs.items()]
-            told += [f"another {name}" for name, about in OF_CLIPS.items() if changes.keys() & about]
+            told = []
+            for name, (was, now) in changes.items():
+                if was != "random":
+                    of_clip = f"another {name.removesuffix('_fingerprint')}"
+                    told.append(f"{name} {was} -> {now}" if name in run.settings else of_clip)
             if told:
-                replaced[run.name, ", ".join(told)] += 1
-            files = [None if changes else first]
-            if files[0]:
-                files += [read_finished(run, clip, window, args) for window in range(1, files[0]["windows"])]
+                replaced[run.name, ", ".join(dict.fromkeys(told))] += 1
+            others = range(1, first["windows"]) if first else ()
+            files = [first, *(read_finished(run, clip, window, args)[0] for window in others)]
             if None in files:
                 todo.setdefault(clip, []).append(run.name)
                 continue
@@ -1902,7 +1877,7 @@ def extract(runs: list[ModelRun], todo: dict[Clip, list[str]], args: argparse.Na
                         continue
                     if isinstance(frames, str):
                         run.fail(clip, window, frames)
-                    elif saved := read_finished(run, clip, window.index, args):
+                    elif saved := read_finished(run, clip, window.index, args)[0]:
                         keep_finished(run, clip, window.index, saved)
                     else:
                         good.append((clip, window, frames[run.size][-run.settings["num_frames"] :]))

@@ -67,7 +67,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from losses import FeatureErrors, token_relations  # noqa: E402
+from losses import COMPARED, FeatureErrors, compare, token_relations  # noqa: E402
 from model import (  # noqa: E402  (the scripts are no installed package)
     MotionFeatureAutoencoder,
     UserError,
@@ -79,12 +79,10 @@ from model import (  # noqa: E402  (the scripts are no installed package)
     save_atomically,
 )
 from train import (  # noqa: E402
-    COMPARED,
     LOW_PASS,
     Clips,
     FeatureFile,
     PrincipalComponents,
-    compare,
     fit_code,
     look_at_files,
     measure,

@@ -49,10 +49,10 @@ def row_loop(feature_dir: Path) -> None:
     args, clips = settings(feature_dir)
     parts = clips.batches(args.batch_size, args.seed, epoch=1)
     model = train.start_model(args, clips, None)
-    step, optimizer = train.TrainingStep(model, args), torch.optim.AdamW(model.network.parameters())
+    optimizer = torch.optim.AdamW(model.network.parameters())
 
     def epoch(batches: Iterable[Tensor], count: int) -> None:
-        train.train_epoch(model, step, optimizer, batches, [1e-4] * count, args)
+        train.train_epoch(model, model.network, optimizer, batches, [1e-4] * count, args)
 
     at_hand = list(clips.read_batches(parts, args.num_workers, args.device))
     epoch(at_hand[:2], 2)  # warms up

@@ -404,6 +404,15 @@ def test_the_latent_survives_float16():
     assert sum(errors(x, model.decode(model.encode(x).half().float()))) < 1.01 * sum(whole)
 
 
+def test_the_model_in_float16_codes_what_stands_still():
+    """Energies of coefficients beyond the range of float16: the constant of a block has that of all of its tokens."""
+    x = torch.randn(8, 1, 1, 1, 1) * torch.randn(48) + 0.01 * torch.randn(8, 24, 10, 15, 48)
+    model = fitted(x)
+    assert model.code.energies(model.code.size).max() > torch.finfo(torch.float16).max
+    whole, half = model.encode(x[:1]), copy.deepcopy(model).half().encode(x[:1].half())
+    torch.testing.assert_close(half.float(), whole, atol=1e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("use_token", [True, False])
 def test_a_clip_is_coded_block_by_block(use_token, tmp_path):
     """Each as a clip by itself: but for motion alone, where the mean over time of the whole clip is taken off. Features

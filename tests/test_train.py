@@ -14,6 +14,7 @@ import torch
 from made_up import ROOT, SIZES, make_features, run, save
 
 import train
+from losses import COMPARED
 from model import MotionFeatureAutoencoder, load_feature
 
 
@@ -57,7 +58,7 @@ def test_train_says_how_it_stands_against_pca(trained):
     folder, stdout = trained
     row = torch.load(folder / "ck" / "motion_ae_epoch2.pt", weights_only=True)["history"][2]
     (line,) = (line for line in stdout.splitlines() if line.startswith("epoch 2: "))
-    for name, column in train.COMPARED.items():
+    for name, column in COMPARED.items():
         ratio = row[f"val_{column}"] / row[f"pca_{column}"]
         assert f"{name} {ratio:.3f}" in line and row[f"ratio_{name}"] == pytest.approx(ratio)
     ours, pca = (row[f"{part}_reconstruction_loss"] + row[f"{part}_motion_loss"] for part in ("val", "pca"))
@@ -394,6 +395,13 @@ def test_metrics_and_curves_tell_the_run(trained):
     assert all(f"total {ratio:.3f}" in stdout for ratio in table["ratio_total"])
     assert 0 <= table["lr"][2] < table["lr"][1] <= 2e-4
     assert (folder / "ck" / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_are_drawn_of_what_is_known():
+    """Held-out clips that never change have no motion error, and no relations of what moves."""
+    row = {f"{group}_{column}": float("nan") for group in ("val", "pca") for column in COMPARED.values()}
+    known = {"epoch": 0, "val_reconstruction_error": 0.1, "pca_reconstruction_error": 0.5}
+    assert train.draw_curves([row | known], "held out").startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

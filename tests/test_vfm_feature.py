@@ -662,6 +662,17 @@ def test_every_flag_is_in_the_settings_or_harmless():
     assert flags.keys() == settings | HARMLESS and not settings & HARMLESS
 
 
+def test_weights_that_are_given_beat_those_in_the_default_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(vfm, "REPOSITORY", tmp_path)
+    default, given = tmp_path / vfm.DEFAULT_PATHS["videomaev2_ckpt"], tmp_path / "given.pth"
+    default.parent.mkdir(parents=True)
+    default.touch()
+    given.touch()
+    assert vfm.parse_args([]).weights["VideoMAEv2"] == default
+    for flags in (["--weights", f"VideoMAEv2={given}"], ["--videomaev2_ckpt", str(given)]):
+        assert vfm.parse_args(flags).weights["VideoMAEv2"] == given
+
+
 def test_the_default_captions_go_with_the_default_videos(clips, tmp_path, run_here, monkeypatch):
     (tmp_path / "repository").mkdir()
     monkeypatch.setattr(vfm, "REPOSITORY", tmp_path / "repository")
