@@ -192,6 +192,7 @@ def draw_curves(axes: Any, curves: dict[str, np.ndarray], steps: list[int], colo
     values = np.concatenate([[0.0], *curves.values()])
     room = 0.1 * max(0.1, np.ptp(values))
     axes.set(xlim=(0, max(1, steps[-1])), ylim=(values.min() - room, values.max() + room))
+    axes.locator_params(axis="x", integer=True)
     for name, curve in curves.items():
         axes.plot(range(1, len(curve) + 1), curve, linewidth=1.2, label=name, color=next(colours))
     for step in steps:
@@ -290,7 +291,11 @@ def write_preview(
             rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
             x = x.unflatten(1, (rows, -1))
         components, share = leading_components(x, steps)
-        told = f"{share:.0%} of the variance" if components.abs().max() > 0.01 else "NOTHING VARIES"
+        told = (
+            f"3 principal components, {share:.0%} of the variance"
+            if components.abs().max() > 0.01
+            else "NOTHING VARIES"
+        )
         if name == "features":
             reference = components
         elif reference.abs().max() > 0.01:  # rotated towards the features' colours (orthogonal Procrustes)
@@ -361,7 +366,7 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
             continue
         output = target / path.relative_to(source).with_suffix(f".{output_format}")
         if STATS_NAME in (path.name, output.name):
-            raise UserError(f"{path} is named as latents' statistics are; rename it, or give a folder of features")
+            raise UserError(f"{path} is named as latents' statistics are; give a folder of features, or rename it")
         jobs.append((path, output))
     if not jobs:
         raise UserError(f"--input {source} holds no features beside those in --output {target}")
@@ -407,8 +412,9 @@ def encode_file(
         told = str(error) if str(path) in str(error) else f"{path}: {error}"
         return row | {"failure": told, "outcome": "failed"}
     kept = {name: value for name, value in metadata.items() if name not in result}
+    row |= {"outcome": "written", "replaced": output.exists()}
     save_atomically({**result, **kept, "settings": settings}, output)
-    return row | {name: result[name] for name in METRICS + MOVEMENT} | {"outcome": "written"}
+    return row | {name: result[name] for name in METRICS + MOVEMENT}
 
 
 def report(rows: list[dict[str, Any]], planned: int, model: MotionFeatureAutoencoder, args: argparse.Namespace) -> None:
@@ -429,8 +435,10 @@ def report(rows: list[dict[str, Any]], planned: int, model: MotionFeatureAutoenc
     counts = [f"{count[outcome]} {outcome}" for outcome in ("written", "skipped", "failed")]
     if len(rows) < planned:
         counts.append(f"{planned - len(rows)} of {planned} not reached")
+    replaced = sum(row.get("replaced", False) for row in rows)
+    told = f"; {replaced} in place of those of another checkpoint, feature or flag" if replaced else ""
     why = "; its column failure says why" if failures else ""
-    print(f"{', '.join(counts)}; file by file: {args.output / 'encode_report.csv'}{why}")
+    print(f"{', '.join(counts)}{told}; file by file: {args.output / 'encode_report.csv'}{why}")
 
 
 @torch.inference_mode()

@@ -1308,7 +1308,7 @@ def run_script(main: Callable[[], int]) -> None:
         signal.signal(number, signal.default_int_handler)
     sys.unraisablehook = interrupt_again
     script = Path(sys.argv[0]).name
-    warnings.showwarning = lambda message, *_: say(f"warning: {message}")  # one line, as all that is said here
+    warnings.formatwarning = lambda message, *_: f"{script}: warning: {message}\n"  # one line, as all that is said here
     for stream in (sys.stdout, sys.stderr):  # file names can hold what a terminal cannot show
         stream.reconfigure(errors="backslashreplace")
     try:

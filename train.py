@@ -660,13 +660,14 @@ def draw_curves(history: list[dict[str, float]], measured_on: str) -> bytes:
     """A PNG of the errors over the epochs, of the files measured on and of PCA; relations while training too."""
     table = pd.DataFrame(history).set_index("epoch")
     figure = Figure(figsize=(12, 3), layout="constrained")
-    for axes, (name, column) in zip(figure.subplots(1, len(COMPARED)), COMPARED.items(), strict=True):
+    for axes, column in zip(figure.subplots(1, len(COMPARED)), COMPARED.values(), strict=True):
         for group, told, style in (("train", "training, with dropout", "tab:green"), ("val", measured_on, "tab:blue")):
             if f"{group}_{column}" in table:
                 axes.plot(table[f"{group}_{column}"], ".-", color=style, label=told)
         axes.plot(table[f"pca_{column}"], "--", color="gray", label=f"{measured_on}, PCA")
         top = 1.1 * axes.dataLim.ymax
-        axes.set(title=name, xlabel="epoch", ylim=(0, top if math.isfinite(top) and top else None))
+        title = column.rpartition("_")[0].replace("_", " ")
+        axes.set(title=title, xlabel="epoch", ylim=(0, top if math.isfinite(top) and top else None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)

@@ -736,7 +736,7 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     try:
         text = csv_path.read_bytes().decode("utf-8-sig").lstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read as text in UTF-8 ({error})") from error
+        raise UserError(f"cannot be read as text in UTF-8 ({error}); save it as CSV UTF-8") from error
     csv.field_size_limit(2**31 - 1)  # characters in one caption; 2**17 by default
     rows: list[list[str]] = []
     try:
@@ -747,7 +747,7 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
                 raise csv.Error(f"{len(fields)} fields where the header has {len(rows[0])}")
     except csv.Error as error:
         reason = "a carriage return outside quotes" if "new-line character" in str(error) else error
-        hint = "quote captions that hold commas or line breaks"
+        hint = "put commas between columns, and quotes around captions that hold commas or line breaks"
         raise UserError(f"row {len(rows) + 1}: {reason}; {hint}") from None
     header = [name.strip(AROUND_NAMES).lower() for name in rows[0]] if rows else []
     if "caption" not in header:
@@ -871,7 +871,8 @@ def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> 
     if has_parts:
         found += f"; start and end cut them into {len(clips)} clips, _000, _001 and so on of each"
     elif repeated := num_rows - sum(map(bool, rows_of.values())):
-        found += f"; {repeated} rows name a video again, and its first counts"
+        example = next(video for video in videos if len(rows_of[video]) > 1)
+        found += f"; {repeated} rows name a video again, such as {example}, and its first counts"
     say(f"captions: {csv_path}: {found}")
     return clips
 
@@ -1609,8 +1610,11 @@ class ModelRun:
         figures = {name: data[name] for name in METRICS + MOVEMENT} if self.autoencoder is not None else {}
         repeats = len(data["frame_indices"]) - len(set(data["frame_indices"]))  # frames that repeat another
         is_cut = clip.end is not None and not self.settings["window"] and clip.end - data["end"] > 1.5 / data["fps"]
+        fps = self.settings["fps"]
+        is_unseen = bool(fps) and data["end"] - data["start"] > (self.settings["num_frames"] + 0.5) / fps
         row = {"clip": clip, "file": path.relative_to(self.folder).as_posix(), "outcome": outcome, "failure": ""}
-        self.rows.append({**row, "shape": list(data[self.kind].shape), "repeats": repeats, "cut": is_cut, **figures})
+        about = {"repeats": repeats, "cut": is_cut, "unseen": is_unseen, "shape": list(data[self.kind].shape)}
+        self.rows.append({**row, **about, **figures})
 
     def fail(self, clip: Clip, window: Window | None, reason: str) -> None:
         """Keep why a clip, or one of the windows that --window cuts, has no file."""
@@ -1767,9 +1771,10 @@ def read_finished(
 def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
     """Count a finished file as skipped; its caption is renewed where a CSV names the video."""
     path = run.path(clip, window)
+    run.succeed(clip, path, saved, "skipped")
     if clip.caption is not None and clip.caption != saved.get("caption"):
         save_atomically({**saved, "caption": clip.caption}, path)
-    run.succeed(clip, path, saved, "skipped")
+        run.rows[-1]["renewed"] = True
 
 
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> dict[Clip, list[str]]:
@@ -1943,12 +1948,18 @@ def print_results(runs: list[ModelRun], left_out: Iterable[str], num_clips: int,
             worst = max(repeating, key=lambda row: row["repeats"])
             count, step = run.settings["num_frames"], run.vfm.tubelet_size
             fewer = max(step, (count - worst["repeats"]) // step * step)
-            example = f"in {worst['file']} {worst['repeats']} of {count}"
-            if not run.settings["fps"] and run.settings["fit"] != "videorepa":
-                example += f"; --num_frames {fewer} avoids it"
+            example = f"{worst['repeats']} of the {count} of {worst['file']}"
+            if run.settings["fit"] != "videorepa":
+                example += f"; --num_frames {fewer} avoids it" + ", or a lower --fps" * bool(run.settings["fps"])
             print(f"{run.name}: {len(repeating)} clips show fewer frames than asked, and some repeat: {example}")
         if cut := [row["file"] for row in run.rows if row.get("cut")]:
             print(f"{run.name}: {len(cut)} parts were to end after their videos, and end with them, such as {cut[0]}")
+        if unseen := [row["file"] for row in run.rows if row.get("unseen")]:
+            seen = f"{run.settings['num_frames'] / run.settings['fps']:g}"
+            hint = f"--window {seen} makes files of the rest too"
+            print(f"{run.name}: of {len(unseen)} clips only the first {seen} s are seen, such as {unseen[0]}; {hint}")
+        if renewed := sum(row.get("renewed", False) for row in run.rows):
+            print(f"{run.name}: {renewed} of the skipped files have another caption now")
         if run.autoencoder is not None:
             print_summary(run.rows, run.autoencoder)
         if preview and any(row["outcome"] == "skipped" for row in run.rows):

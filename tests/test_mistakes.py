@@ -195,7 +195,7 @@ MISTAKES = [
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input same_name --output z", "differ in their suffix alone"),
     (
         "encode.py --checkpoint ck/motion_ae_epoch1.pt --input of_latents --output z",
-        "of_latents/stats.pt is named as latents' statistics are; rename it, or give a folder of features",
+        "of_latents/stats.pt is named as latents' statistics are; give a folder of features, or rename it",
     ),
     ("encode.py --checkpoint ck/motion_ae_epoch1.pt --input features --output features", "would be lost"),
     (

@@ -464,7 +464,7 @@ def test_parts_are_in_the_order_of_the_rows(tmp_path, capsys):
         "into 4 clips, _000, _001 and so on of each\n"
     )
     read_captions(tmp_path, "video,caption\na,one\na.mkv,two\n", ["a.mkv"])
-    assert "; 1 rows name a video again, and its first counts\n" in capsys.readouterr().err
+    assert "; 1 rows name a video again, such as a.mkv, and its first counts\n" in capsys.readouterr().err
     read_captions(tmp_path, "caption\none\ntwo\n", ["0000.mkv"])
     assert "; 1 of its 2 rows belong to no video\n" in capsys.readouterr().err
 
@@ -480,8 +480,8 @@ def test_parts_are_in_the_order_of_the_rows(tmp_path, capsys):
         (b"video,caption\na.mp4,a dog, running\nb.mp4,a cat, asleep\n", "row 2: 3 fields where the header has 2"),
         (b"video,caption\n" + b"x.mp4,word\n" * 10000 + b"a.mp4,a dog, running\n", "row 10002: 3 fields"),
         (b"video,caption\na.mp4\n", "row 2: 1 fields where the header has 2"),
-        (b"video,caption\na.mp4,a\rdog\n", "row 2: a carriage return outside quotes; quote captions"),
-        (b"caption\na dog\na\rcat\n", "row 3: a carriage return outside quotes; quote captions"),
+        (b"video,caption\na.mp4,a\rdog\n", "row 2: a carriage return outside quotes; put commas between columns"),
+        (b"caption\na dog\na\rcat\n", "row 3: a carriage return outside quotes; put commas between columns"),
         (b'video,caption\na.mp4,a dog\nb.mp4,"a cat\nc.mp4,a cow\n', "row 3: unexpected end of data"),
         (b'video,caption\na.mp4,"a dog\nb.mp4,"a cat"\n', "row 2: ',' expected after"),
         ("caption\ncafé\n".encode("latin-1"), "cannot be read as text in UTF-8 ('utf-8' codec can't decode"),
@@ -496,7 +496,7 @@ def test_parts_are_in_the_order_of_the_rows(tmp_path, capsys):
         ),
         (b"a,b,caption\na.mp4,b.mp4,x\nb.mp4,a.mp4,y\n", "column 'a' and column 'b' contradict each other: row 2 has"),
         (b"id,a,caption\nb,a,x\nz,b,y\n", "'a' and column 'id' contradict each other"),
-        (b"caption\ra dog\ra cat\r", "row 1: a carriage return outside quotes; quote captions"),
+        (b"caption\ra dog\ra cat\r", "row 1: a carriage return outside quotes; put commas between columns"),
     ],
     ids=[
         *(
@@ -682,7 +682,8 @@ def test_the_default_captions_go_with_the_default_videos(clips, tmp_path, run_he
     result = run_here(*command, clips)
     assert counts(result) == [2, 0, 0] and "no captions: --csv_path names a CSV file" in result.stderr
     assert torch.load(tmp_path / "out" / "VideoMAE" / "ball.pt", weights_only=True)["caption"] == ""
-    assert counts(run_here(*command[:-1])) == [0, 2, 0]
+    result = run_here(*command[:-1])
+    assert counts(result) == [0, 2, 0] and "VideoMAE: 1 of the skipped files have another caption now" in result.stdout
     assert (
         torch.load(tmp_path / "out" / "VideoMAE" / "ball.pt", weights_only=True)["caption"] == "of the other data set"
     )
@@ -768,8 +769,21 @@ def test_frames_that_repeat_are_counted(clips, tmp_path, run_here):
     for outcome in ([3, 0, 0], [0, 3, 0]):
         result = run_here(*command, *SMALL[3:])
         assert counts(result) == outcome
-        assert "VideoMAE: 1 clips show fewer frames than asked, and some repeat: in short.pt 3 of 6; " in result.stdout
+        assert (
+            "VideoMAE: 1 clips show fewer frames than asked, and some repeat: 3 of the 6 of short.pt; " in result.stdout
+        )
         assert "; --num_frames 2 avoids it\n" in result.stdout
+
+
+def test_clips_that_go_on_after_their_last_frame_are_counted(clips, tmp_path, run_here):
+    """Frames at a fixed rate, without --window, are of a clip's beginning."""
+    gray_clip(clips / "long.mp4", 30)  # at 25 frames a second
+    command = ["--video_dir", clips, "--output_root", tmp_path / "out", "--models", "VideoMAE", *SMALL[:2], "4"]
+    said = "VideoMAE: of 1 clips only the first 1 s are seen, such as long.pt; --window 1 makes files of the rest too"
+    for outcome in ([3, 0, 0], [0, 3, 0]):
+        result = run_here(*command, *SMALL[3:], "--fps", 4)
+        assert counts(result) == outcome and said in result.stdout.splitlines()
+    assert "are seen" not in run_here(*command, *SMALL[3:], "--overwrite").stdout
 
 
 def test_parts_that_end_after_their_video_are_counted(clips, tmp_path, run_here):
