@@ -269,7 +269,7 @@ def write_preview(
 
     feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: uint8 RGB
     [F, h, w, 3], spread over the clip; all pictures have their aspect ratio, or without them the grid's. about:
-    `video`, `model` and `caption`, for the title.
+    `video`, `model` and `caption`, for the title; `motion_embedding` and `embedding_channels`, for the camera's motion.
 
     The file is written whole or not at all. Raises `OSError` if it cannot be written, and `UserError` where another
     picture has its name.
@@ -278,16 +278,14 @@ def write_preview(
     if path.exists() and not is_preview(path):
         raise UserError(f"--preview would write over {path}, which it has not made; move that away")
     steps = evenly(len(feature), 6)
-    pictures, changes, moves = {}, {}, {}
+    about, pictures, changes, moves = about or {}, {}, {}, {}
     if frames is not None:
         pictures["frames"] = frames[[step * len(frames) // len(feature) for step in steps]]
     for name, x in {"features": feature, "latent": latent}.items():
         if x is None:
             continue
         changes[name] = relative_motion(x)
-        if x.ndim == 4:
-            moves, moved = movement(x), name
-        else:
+        if x.ndim == 3:
             rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
             x = x.unflatten(1, (rows, -1))
         components, share = leading_components(x, steps)
@@ -303,9 +301,14 @@ def write_preview(
             components = components @ (u @ v)
         pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
 
+    if feature.ndim == 4 and "motion_embedding" in about:
+        channels = dict(zip(about["embedding_channels"], about["motion_embedding"][1:].numpy().T, strict=True))
+        moves = {name: channels[f"camera {name}"] for name in ("right", "down") if f"camera {name}" in channels}
+        moved = "embedding"
+    elif feature.ndim == 4:
+        moves, moved = movement(feature), "features"
     plots = {"change a step\n(1: the clip's spread)": changes}
-    plots |= {f"camera, by {moved}\n(cells a step)": moves} if moves else {}
-    about = about or {}
+    plots |= {f"camera, cells a step\n(by {moved})": moves} if moves else {}
     mark = "RANDOM WEIGHTS" if about.get("weights") == "random" else ""
     told = (about.get("video"), about.get("model"), mark, about.get("caption"))
     title = "  |  ".join(str(part) for part in told if part)
@@ -405,7 +408,7 @@ def encode_file(
         model.check_provenance(provenance(metadata))
         result = encode_clip(model, feature, args.save_reconstruction)
         if args.preview:
-            write_preview(output, feature, result["latent"], about={"video": path.name, **metadata})
+            write_preview(output, feature, result["latent"], about={"video": path.name, **metadata, **result})
         elif is_preview(output.with_suffix(".png")):  # of the latent that is replaced
             output.with_suffix(".png").unlink()
     except (UserError, OSError) as error:

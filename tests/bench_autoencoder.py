@@ -36,7 +36,8 @@ spread than the errors. VIDEOS has the files that the features' `video` names.
 
 --models FOLDER keeps what is trained, and goes on with what it holds. --json FILE adds the tables to those in the file.
 --ablation adds what the closed form is worth without each of its parts; --front PICTURE draws its errors at several
-motion weights. Other flags are train.py's.
+motion weights; --sheet FEATURE VIDEO draws README's picture beside FEATURE, titled by its entries. Other flags are
+train.py's.
 
     python tests/bench_autoencoder.py ../dataset/vfm_features_motion_top100/VideoMAEv2
     python tests/bench_autoencoder.py features --held_out "^main" --ratios 4 8 16 32 --camera stills --json figures.json
@@ -67,6 +68,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from encode import encode_clip, write_preview  # noqa: E402
 from losses import COMPARED, FeatureErrors, compare, token_relations  # noqa: E402
 from model import (  # noqa: E402  (the scripts are no installed package)
     MotionFeatureAutoencoder,
@@ -225,6 +227,15 @@ def draw_front(rows: dict[str, Row], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=100)
+
+
+def draw_sheet(model: MotionFeatureAutoencoder, path: Path, video: Path) -> None:
+    """The preview of a feature file, its latent and the frames of its video."""
+    feature, about = load_feature(path)
+    sampling = Sampling(2 * len(feature), ((320, 480),))
+    ((_, frames),) = filter(None, decode_windows(str(video), [Clip(video)], sampling))
+    result = encode_clip(model, feature.float())
+    write_preview(path, feature.float(), result["latent"], frames[320, 480], about | result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -539,6 +550,7 @@ def main() -> int:
     add("--camera", type=Path, nargs="+", help="folders of features of stills under a camera of known motion")
     add("--ablation", action="store_true", help="what each part of the closed form is worth")
     add("--front", type=Path, metavar="PICTURE", help="the closed form at several motion weights")
+    add("--sheet", type=Path, nargs=2, metavar=("FEATURE", "VIDEO"), help="draw a feature, its latent and video")
     add("--models", type=Path, metavar="FOLDER", help="where what is trained is kept")
     add("--student", type=Path, metavar="VIDEOS", help="folder of the videos of the features")
     add("--student_steps", type=number(int, 1), default=720, help="training steps of a student")
@@ -573,6 +585,8 @@ def main() -> int:
             config = first.all["closed form"].config
             fronts = {f"weight {w:g}": first.closed_form(config, w) for w in FRONT} | first.all
             draw_front({name: first.row(code) for name, code in fronts.items()}, args.front)
+        if args.sheet:
+            draw_sheet(first.all["trained"], *args.sheet)
         for folder in args.camera or ():
             model, pca = first.all["trained"], first.all["PCA"]
             tables[f"embedding, {folder.name}"] = camera_table(model, pca, folder, held_out, args.held_out)

@@ -64,6 +64,16 @@ def test_the_features_are_shown_where_and_as_wide_as_they_are(tmp_path):
         np.testing.assert_allclose(found, (2 / 6, 5 / 6, column / 9, (column + 3) / 9), atol=0.03)
 
 
+def test_the_camera_is_drawn_by_the_embedding_if_there_is_one(tmp_path):
+    """The figures that outputs hold, not what the latent's own channels would say."""
+    feature, latent = moving_square(), moving_square()[..., :8]
+    right = torch.stack([torch.zeros(8), torch.linspace(0, 1, 8)], dim=1)
+    about = [{"embedding_channels": ["content 1", "camera right"], "motion_embedding": x} for x in (right, -right)]
+    curves = [draw(tmp_path / "clip.pt", feature, latent, about=x)[-110:] for x in (None, *about)]
+    differ = [(a != b).any(axis=-1).mean() for a, b in ((curves[0], curves[1]), (curves[1], curves[2]))]
+    assert min(differ) > 0.005
+
+
 def test_another_picture_is_not_written_over(tmp_path):
     write_preview(tmp_path / "clip.pt", moving_square())
     before = (tmp_path / "clip.png").read_bytes()
