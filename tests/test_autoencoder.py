@@ -410,7 +410,7 @@ def test_the_model_in_float16_codes_what_stands_still():
     model = fitted(x)
     assert model.code.energies(model.code.size).max() > torch.finfo(torch.float16).max
     whole, half = model.encode(x[:1]), copy.deepcopy(model).half().encode(x[:1].half())
-    torch.testing.assert_close(half.float(), whole, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(half.float(), whole, atol=3e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("use_token", [True, False])
