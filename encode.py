@@ -289,11 +289,8 @@ def write_preview(
             rows = max(divisor for divisor in range(1, math.isqrt(x.shape[1]) + 1) if x.shape[1] % divisor == 0)
             x = x.unflatten(1, (rows, -1))
         components, share = leading_components(x, steps)
-        told = (
-            f"3 principal components, {share:.0%} of the variance"
-            if components.abs().max() > 0.01
-            else "NOTHING VARIES"
-        )
+        is_dead = components.abs().max() <= 0.01
+        told = "NOTHING VARIES" if is_dead else f"3 principal components, {share:.0%} of the variance"
         if name == "features":
             reference = components
         elif reference.abs().max() > 0.01:  # rotated towards the features' colours (orthogonal Procrustes)
