@@ -298,11 +298,12 @@ def write_preview(
             components = components @ (u @ v)
         pictures[f"{name} {list(x.shape)}: {told}"] = ((components + 0.5).clamp(0, 1) * 255).byte().numpy()
 
-    if feature.ndim == 4 and "motion_embedding" in about:
+    has_grid = feature.ndim == 4 and feature[0, ..., 0].numel() > 1
+    if has_grid and "motion_embedding" in about:
         channels = dict(zip(about["embedding_channels"], about["motion_embedding"][1:].numpy().T, strict=True))
         moves = {name: channels[f"camera {name}"] for name in ("right", "down") if f"camera {name}" in channels}
         moved = "embedding"
-    elif feature.ndim == 4:
+    elif has_grid:
         moves, moved = movement(feature), "features"
     plots = {"change a step\n(1: the clip's spread)": changes}
     plots |= {f"camera, cells a step\n(by {moved})": moves} if moves else {}
@@ -412,7 +413,7 @@ def encode_file(
         told = str(error) if str(path) in str(error) else f"{path}: {error}"
         return row | {"failure": told, "outcome": "failed"}
     kept = {name: value for name, value in metadata.items() if name not in result}
-    row |= {"outcome": "written", "replaced": output.exists()}
+    row |= {"outcome": "written", "replaced": may_skip and output.exists()}
     save_atomically({**result, **kept, "settings": settings}, output)
     return row | {name: result[name] for name in METRICS + MOVEMENT}
 
@@ -436,7 +437,7 @@ def report(rows: list[dict[str, Any]], planned: int, model: MotionFeatureAutoenc
     if len(rows) < planned:
         counts.append(f"{planned - len(rows)} of {planned} not reached")
     replaced = sum(row.get("replaced", False) for row in rows)
-    told = f"; {replaced} in place of those of another checkpoint, feature or flag" if replaced else ""
+    told = f"; {replaced} in place of others, of another checkpoint, feature or flag, or damaged" if replaced else ""
     why = "; its column failure says why" if failures else ""
     print(f"{', '.join(counts)}{told}; file by file: {args.output / 'encode_report.csv'}{why}")
 

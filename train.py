@@ -366,8 +366,9 @@ def choose_related(clips: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
         for some in compared_tokens(x).values():
             order = torch.randperm(len(some), generator=chance)[torch.arange(RELATED_TOKENS) % len(some)]
             some = some[order.to(some.device)]
-            directions = nn.functional.normalize(x.flatten(0, -2)[some], dim=-1)
-            sets.append((seen.flatten(0, -2)[some].half(), directions.half()))
+            directions, tokens = nn.functional.normalize(x.flatten(0, -2)[some], dim=-1), seen.flatten(0, -2)[some]
+            shrink = (tokens.abs().amax(dim=-1, keepdim=True) / 2**15).clamp_min(1.0)  # else float16 overflows
+            sets.append(((tokens / shrink).half(), directions.half()))
     seen, directions = map(torch.stack, zip(*sets, strict=True))
     return seen, directions
 
@@ -805,7 +806,7 @@ def train(
         write_outputs(last, measured_on, args.save_dir, args.keep_epochs)
     if ranks.index == 0:
         best = best_row(last["history"])["epoch"]
-        told = f"epoch {best}" if best else "epoch 0, the code alone (no network takes 1 % off its loss)"
+        told = f"epoch {best}" + " (no network takes 1 % off its loss)" * (not best and args.epochs > 0)
         flags = ["--checkpoint", f"{args.save_dir}/motion_ae_best.pt", "--input", str(args.feature_dir)]
         command = shlex.join(["python", "encode.py", *flags, "--output", "latents"])
         report(f"best: {told}, which is motion_ae_best.pt; to encode by it: {command}")

@@ -736,7 +736,8 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     try:
         text = csv_path.read_bytes().decode("utf-8-sig").lstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read as text in UTF-8 ({error}); save it as CSV UTF-8") from error
+        hint = "; save it as CSV UTF-8" * isinstance(error, UnicodeDecodeError)
+        raise UserError(f"cannot be read as text in UTF-8 ({error}){hint}") from error
     csv.field_size_limit(2**31 - 1)  # characters in one caption; 2**17 by default
     rows: list[list[str]] = []
     try:
@@ -1613,8 +1614,8 @@ class ModelRun:
         fps = self.settings["fps"]
         is_unseen = bool(fps) and data["end"] - data["start"] > (self.settings["num_frames"] + 0.5) / fps
         row = {"clip": clip, "file": path.relative_to(self.folder).as_posix(), "outcome": outcome, "failure": ""}
-        about = {"repeats": repeats, "cut": is_cut, "unseen": is_unseen, "shape": list(data[self.kind].shape)}
-        self.rows.append({**row, **about, **figures})
+        about = {"repeats": repeats, "cut": is_cut, "unseen": is_unseen, "rate": data["fps"]}
+        self.rows.append({**row, **about, "shape": list(data[self.kind].shape), **figures})
 
     def fail(self, clip: Clip, window: Window | None, reason: str) -> None:
         """Keep why a clip, or one of the windows that --window cuts, has no file."""
@@ -1681,7 +1682,7 @@ def find_models(args: argparse.Namespace, left_out: dict[str, str]) -> dict[str,
     vfms = try_each(args.models, find_vfm, left_out, args)
     if args.num_frames is None and args.fps and args.window:
         step = math.lcm(*(vfm.tubelet_size for vfm in vfms.values()))
-        tokens = math.floor(args.fps * args.window / step + 1e-9)  # 10 * 0.7 is a little less than 7
+        tokens = math.floor(args.fps * args.window / step + 1e-3)  # 10 * 0.7 is less than 7, 7 * 6.85714 than 48
         args.num_frames = max(1, tokens) * step
         say(f"{args.num_frames} frames of each window: {args.window:g} s at {args.fps:g} frames a second")
     args.num_frames = args.num_frames or DEFAULT_FRAMES
@@ -1950,7 +1951,8 @@ def print_results(runs: list[ModelRun], left_out: Iterable[str], num_clips: int,
             fewer = max(step, (count - worst["repeats"]) // step * step)
             example = f"{worst['repeats']} of the {count} of {worst['file']}"
             if run.settings["fit"] != "videorepa":
-                example += f"; --num_frames {fewer} avoids it" + ", or a lower --fps" * bool(run.settings["fps"])
+                is_fast = (run.settings["fps"] or 0) > worst["rate"]
+                example += f"; {'a lower --fps' if is_fast else f'--num_frames {fewer}'} avoids it"
             print(f"{run.name}: {len(repeating)} clips show fewer frames than asked, and some repeat: {example}")
         if cut := [row["file"] for row in run.rows if row.get("cut")]:
             print(f"{run.name}: {len(cut)} parts were to end after their videos, and end with them, such as {cut[0]}")

@@ -390,6 +390,15 @@ def test_still_features_and_dead_channels_are_no_harm():
     torch.testing.assert_close(constant["reconstruction"], torch.ones(1, 24, 10, 48))
 
 
+def test_a_channel_far_from_zero_is_learned_from():
+    """In float16, in which tokens are kept for it, one of 1e5 spreads overflows."""
+    x = torch.randn(8, 6, 3, 3, 12)
+    x[..., 3] += 1e5
+    model = MotionFeatureAutoencoder(**SMALL, use_token=True, block=(6, 3, 3), clip_shape=(6, 3, 3)).eval()
+    fit_code(model.code, list(x), relation_weight=1.0)
+    assert model.encode(x).isfinite().all()
+
+
 @pytest.mark.parametrize("factor", [1e-6, 1.0, 1e4])
 def test_the_latent_has_one_scale(factor):
     x = made_up_clips() * factor

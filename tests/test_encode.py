@@ -83,9 +83,9 @@ def test_finished_files_are_skipped_and_keep_their_row(trained, tmp_path, run_he
     assert {path for path in made if path.read_bytes() != made[path]} == {target / "0004.pt"}
     assert [name for name, row in rows(target).items() if row != report[name]] == ["0004.pt"]
     assert len(rows(target)) == 6 and "cosine" in result.stdout
-    counts, result = encode_folder(run_here, trained, source, target, "--overwrite")
-    assert counts == [6, 0, 0] and "; 6 in place of those of another checkpoint, feature or flag" in result.stdout
-    assert encode_folder(run_here, trained, source, target, epoch=2)[0] == [6, 0, 0]
+    assert encode_folder(run_here, trained, source, target, "--overwrite")[0] == [6, 0, 0]
+    counts, result = encode_folder(run_here, trained, source, target, epoch=2)
+    assert counts == [6, 0, 0] and "; 6 in place of others, of another checkpoint, feature or flag" in result.stdout
     assert encode_folder(run_here, trained, source, target, "--save_reconstruction", epoch=2)[0] == [6, 0, 0]
     assert encode_folder(run_here, trained, source, target, "--save_reconstruction", epoch=2)[0] == [0, 6, 0]
 
