@@ -443,8 +443,7 @@ def fit_code(
         recon_weight, motion_weight = 0.0, 1.0
     mean = position_means(clips, code.mean.shape[:-1] if code.codes_still_part else (1,))
     centred = [x - (mean.to(x) if code.codes_still_part else x.mean(dim=0)) for x in clips]
-    scale = (sum(x.square().mean().item() for x in centred) / len(clips)) ** 0.5
-    scale = scale or 1.0
+    scale = (sum(x.square().mean().item() for x in centred) / len(clips)) ** 0.5 or 1.0
     normalised = [x / scale for x in centred]
 
     moment = weighted_moment([x[None] for x in normalised], recon_weight, motion_weight)
@@ -806,7 +805,7 @@ def train(
         write_outputs(last, measured_on, args.save_dir, args.keep_epochs)
     if ranks.index == 0:
         best = best_row(last["history"])["epoch"]
-        told = f"epoch {best}" + " (no network takes 1 % off its loss)" * (not best and args.epochs > 0)
+        told = f"epoch {best}" + f" (no network takes {EARNED:.0%} off its loss)" * (not best and args.epochs > 0)
         flags = ["--checkpoint", f"{args.save_dir}/motion_ae_best.pt", "--input", str(args.feature_dir)]
         command = shlex.join(["python", "encode.py", *flags, "--output", "latents"])
         report(f"best: {told}, which is motion_ae_best.pt; to encode by it: {command}")

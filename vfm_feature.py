@@ -1772,10 +1772,11 @@ def read_finished(
 def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
     """Count a finished file as skipped; its caption is renewed where a CSV names the video."""
     path = run.path(clip, window)
-    run.succeed(clip, path, saved, "skipped")
-    if clip.caption is not None and clip.caption != saved.get("caption"):
+    is_renewed = clip.caption is not None and clip.caption != saved.get("caption")
+    if is_renewed:
         save_atomically({**saved, "caption": clip.caption}, path)
-        run.rows[-1]["renewed"] = True
+    run.succeed(clip, path, saved, "skipped")
+    run.rows[-1]["renewed"] = is_renewed
 
 
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> dict[Clip, list[str]]:
