@@ -462,6 +462,9 @@ def fit_code(
         basis, mix = turned_basis(code, basis, moment, to_relate())
     basis = basis.to(code.basis)
     energy = sum(code.block_energy(x @ basis) for x in normalised) / len(clips)
+    parts = energy.split([code.latent_dim, code.input_dim - code.latent_dim], dim=-1)
+    # True energies fall with the rank, of own components and of the others; another order is the chance of few clips.
+    energy = torch.cat([part.sort(dim=-1, descending=True).values for part in parts], dim=-1)
     energy[0] = energy[:2].amax(dim=0)  # a block's constant differs from the clip's, where that is not coded
     weight = frequency_weight(code, recon_weight, motion_weight)
     spread = energy[..., : code.latent_dim].mean(dim=(0, 1, 2)).sqrt().clamp_min(1e-3)
