@@ -359,16 +359,15 @@ def frequency_weight(code: SpaceTimeCode, recon_weight: float, motion_weight: fl
 
 def choose_related(clips: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Of clips x [T, ..., C], and what is `seen` of them [T, ..., P]: of `RELATED_TOKENS` of each clip, and of as many
-    of those that move most, what is seen [n, K, P], and their directions, of length 1, [n, K, C], both in float16: of
-    512 clips with C = 768 each takes 0.4 GB."""
+    of those that move most, what is seen [n, K, P], and their directions, of length 1, [n, K, C], both in bfloat16,
+    which holds all that float32 does: of 512 clips with C = 768 each takes 0.4 GB."""
     chance, sets = torch.Generator().manual_seed(0), []
     for x, seen in itertools.islice(clips, RELATED_CLIPS):
         for some in compared_tokens(x).values():
             order = torch.randperm(len(some), generator=chance)[torch.arange(RELATED_TOKENS) % len(some)]
             some = some[order.to(some.device)]
-            directions, tokens = nn.functional.normalize(x.flatten(0, -2)[some], dim=-1), seen.flatten(0, -2)[some]
-            shrink = (tokens.abs().amax(dim=-1, keepdim=True) / 2**15).clamp_min(1.0)  # else float16 overflows
-            sets.append(((tokens / shrink).half(), directions.half()))
+            directions = nn.functional.normalize(x.flatten(0, -2)[some], dim=-1)
+            sets.append((seen.flatten(0, -2)[some].bfloat16(), directions.bfloat16()))
     seen, directions = map(torch.stack, zip(*sets, strict=True))
     return seen, directions
 

@@ -391,7 +391,7 @@ def test_still_features_and_dead_channels_are_no_harm():
 
 
 def test_a_channel_far_from_zero_is_learned_from():
-    """In float16, in which tokens are kept for it, one of 1e5 spreads overflows."""
+    """Were tokens kept for it in float16, one of 1e5 spreads would overflow."""
     x = torch.randn(8, 6, 3, 3, 12)
     x[..., 3] += 1e5
     model = MotionFeatureAutoencoder(**SMALL, use_token=True, block=(6, 3, 3), clip_shape=(6, 3, 3)).eval()
