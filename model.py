@@ -1294,19 +1294,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and told)
 
 
-def interrupt_again(lost: Any) -> None:
-    """As `sys.unraisablehook`: Python drops what is raised within a callback, so Ctrl-C is raised anew after it."""
-    if issubclass(lost.exc_type, KeyboardInterrupt):
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
-    else:
-        sys.__unraisablehook__(lost)
-
-
 def run_script(main: Callable[[], int]) -> None:
     """Run a script's `main` and exit with its status; a `UserError` becomes one line on standard error and status 2."""
-    for number in (signal.SIGTERM, signal.SIGALRM):  # schedulers stop jobs with SIGTERM: end as after Ctrl-C
-        signal.signal(number, signal.default_int_handler)
-    sys.unraisablehook = interrupt_again
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop jobs with it: end as after Ctrl-C
     script = Path(sys.argv[0]).name
     warnings.formatwarning = lambda message, *_: f"{script}: warning: {message}\n"  # one line, as all that is said here
     for stream in (sys.stdout, sys.stderr):  # file names can hold what a terminal cannot show
