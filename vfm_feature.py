@@ -1,13 +1,13 @@
 """Turn a folder of videos into features of video foundation models (VFMs).
 
-In:  a folder of videos and, if there is one, a CSV of captions.
-Out: `<output_root>/<model>/<video's stem>.pt`, or `<stem>_000.pt`, `<stem>_001.pt`, ... of its parts or windows: a dict
-     with `feature` [T, H, W, C], or with --pool [T, 1, 1, C], `caption`, `video`, `model`, `weights`, `license`,
-     `settings`, and what the model saw: `frame_indices`, `fps`, `start`, `end`, `windows`; with --output_format
-     .safetensors instead; with --preview a picture beside it, `<stem>.png`;
-     `<output_root>/vfm_dimensions.txt`; where videos failed, `<output_root>/<model>/failed_videos.txt`.
-     With --motion_checkpoint the feature stays in memory: `<output_root>/<model>_motion/` gets what encode.py would
-     make of it, and `encode_report.csv`.
+In:  a folder of videos and, optionally, a CSV of captions.
+Out: `<output_root>/<model>/<video's stem>.pt`, or `<stem>_000.pt`, `<stem>_001.pt`, ... for its parts or windows. Each
+     file is a dict with `feature` [T, H, W, C] (with --pool [T, 1, 1, C]), `caption`, `video`, `model`, `weights`,
+     `license`, `settings`, and what the model saw: `frame_indices`, `fps`, `start`, `end`, `windows`.
+     --output_format safetensors writes .safetensors instead. --preview adds a picture beside each file, `<stem>.png`.
+     `<output_root>/vfm_dimensions.txt`; if videos failed, `<output_root>/<model>/failed_videos.txt`.
+     With --motion_checkpoint the features stay in memory: `<output_root>/<model>_motion/` gets the files that encode.py
+     would make of them, and `encode_report.csv`.
 
     python vfm_feature.py --video_dir clips --csv_path clips.csv --output_root features
     python vfm_feature.py --video_dir clips --models VideoMAEv2 DINOv2 --allow_skip_missing
@@ -18,7 +18,7 @@ Out: `<output_root>/<model>/<video's stem>.pt`, or `<stem>_000.pt`, `<stem>_001.
 
 The features are VideoREPA's alignment targets (https://github.com/aHapBean/VideoREPA): the last block's output without
 the final norm for VideoMAEv2, VideoMAE and V-JEPA 2, the normalised patch tokens for DINOv2. A run that was stopped
-continues when started again: features that exist already, made from the same video with the same settings, are skipped.
+continues when started again: features that were already made from the same video with the same settings are skipped.
 """
 
 from __future__ import annotations
@@ -98,12 +98,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class VFM:
-    """What is known of a video foundation model before its weights are read. The defaults are VideoMAE's.
+    """What is known about a video foundation model before its weights are read. The defaults are VideoMAE's.
 
-    A video model (`tubelet_size` above 1) is a `VideoViT`. An image model is timm's and sees every frame by itself.
+    A video model (`tubelet_size` above 1) is a `VideoViT`. An image model comes from timm and sees each frame alone.
     """
 
-    hub: tuple[str, str] | None = None  # repository of the published weights, and their file
+    hub: tuple[str, str] | None = None  # repository and file name of the published weights
     license: str = "unknown"
     embed_dim: int = 768
     depth: int = 12
@@ -111,19 +111,19 @@ class VFM:
     mlp_ratio: float = 4.0
     patch_size: int = 16
     tubelet_size: int = 2  # frames in a token; 1: an image model
-    position_encoding: str = "sinusoid"  # a fixed table; "rotary", "rotary 2.1": in each attention of V-JEPA 2, 2.1
-    trained_grid: tuple[int, int, int] = (8, 14, 14)  # tokens in time, height and width of the fixed table
-    final_norm: bool = False  # whether the features have gone through one
-    timm: str = ""  # its name there, or `local-dir:` and a folder
-    folder: Path | None = None  # of its weights, in place of the hub
+    position_encoding: str = "sinusoid"  # a fixed table; "rotary", "rotary 2.1": in the attention of V-JEPA 2, 2.1
+    trained_grid: tuple[int, int, int] = (8, 14, 14)  # size of the fixed table in tokens: time, height, width
+    final_norm: bool = False  # whether the features have passed through a final norm
+    timm: str = ""  # its name in timm, or `local-dir:` and a folder
+    folder: Path | None = None  # of its weights, used instead of the hub
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    entries: tuple[str, ...] = ("module", "model", "encoder")  # the first that a published file has holds the weights
-    unused: tuple[str, ...] = ()  # patterns of published weights that it does without, beside `UNUSED`
+    entries: tuple[str, ...] = ("module", "model", "encoder")  # keys in a file; the first one present holds the weights
+    unused: tuple[str, ...] = ()  # patterns of published weights that are ignored, besides `UNUSED`
 
     @property
     def size_flags(self) -> tuple[str, str]:
-        """The flags of the input's height and width."""
+        """The flags that set the input's height and width."""
         kind = "dinov2" if self.tubelet_size == 1 else "videomae"
         return f"{kind}_resize_h", f"{kind}_resize_w"
 
@@ -135,12 +135,12 @@ VIT_g = {"embed_dim": 1408, "depth": 40, "mlp_ratio": 48 / 11, "num_heads": 22}
 VIT_G = {"embed_dim": 1664, "depth": 48, "mlp_ratio": 64 / 13, "num_heads": 26}
 VIDEOMAE_g = {**VIT_g, "num_heads": 16, "patch_size": 14, "trained_grid": (8, 16, 16)}
 VIDEOMAE_ZOO = "https://github.com/MCG-NJU/VideoMAE/blob/main/MODEL_ZOO.md"
-# `unused` of V-JEPA: what its authors' code does not use for videos either
+# V-JEPA's `unused`: weights that its authors' code does not use for videos either
 V_JEPA_2 = {"position_encoding": "rotary", "unused": (r"pos_embed$",)}
 FOR_IMAGES = (r"patch_embed_img\.", r"img_mod_embed$", r"pos_embed$", r"norms_block\.")
 V_JEPA_2_1 = {"license": "mit", "position_encoding": "rotary 2.1", "unused": FOR_IMAGES}
-V_JEPA_SITE = "https://github.com/facebookresearch/vjepa2"  # 2.1 is in no hub
-# which of its two encoders the authors take (`src/hub/backbones.py`)
+V_JEPA_SITE = "https://github.com/facebookresearch/vjepa2"  # 2.1 is on no hub
+# which of the two encoders in a V-JEPA 2.1 file the authors load (`src/hub/backbones.py`)
 EMA, TARGET = {"entries": ("ema_encoder",)}, {"entries": ("target_encoder",)}
 
 VIDEO_MODELS = {
@@ -185,7 +185,7 @@ DEFAULT_MODELS = ["VideoMAEv2", "VideoMAE", "DINOv2", "VJEPA2"]
 
 
 def model_name(text: str) -> str:
-    """An argparse type: a name of `MODELS`, in any case, or one for `find_vfm`."""
+    """An argparse type: a name in `MODELS`, in upper or lower case, or `timm:...` or `hf:...`, see `find_vfm`."""
     name = {name.lower(): name for name in MODELS}.get(text.lower(), text)
     if name in MODELS or re.match("(timm|hf):.", name):
         return name
@@ -193,10 +193,10 @@ def model_name(text: str) -> str:
 
 
 def find_vfm(name: str) -> VFM:
-    """The model of that name: of `MODELS`, `timm:NAME` or `hf:REPO`, or a folder in place of NAME or REPO.
+    """The model of that name: one in `MODELS`, `timm:NAME` or `hf:REPO`. NAME and REPO may also be folders.
 
-    Raises `UserError` where it is no model for features, `ImportError` or `FileNotFoundError` where a package or its
-    configuration is missing.
+    Raises `UserError` if features cannot be taken from the model, `ImportError` if a package is missing,
+    `FileNotFoundError` if the model's configuration is missing.
     """
     kind, _, rest = name.partition(":")
     if name in VIDEO_MODELS:
@@ -205,13 +205,13 @@ def find_vfm(name: str) -> VFM:
 
 
 def find_timm(name: str, **arguments: Any) -> VFM:
-    """Model `name` of timm, or that of a folder that timm saved, made with `arguments`."""
+    """timm's model `name`, or the model in a folder that timm saved. `arguments`: for `timm.create_model`."""
     import timm
 
     folder = Path(name) if Path(name).is_dir() else None
     source = f"local-dir:{folder}" if folder else name
     try:
-        with torch.device("meta"):  # no values are drawn
+        with torch.device("meta"):  # no initial values are drawn
             model = timm.create_model(source, num_classes=0, **arguments)
         about, last = model.pretrained_cfg, model.feature_info[-1]
     except Exception as error:  # an unknown name or tag, a folder that timm did not save, a model without blocks
@@ -234,7 +234,7 @@ def find_timm(name: str, **arguments: Any) -> VFM:
 
 
 def find_transformers(name: str) -> VFM:
-    """The VideoMAE or V-JEPA 2 of a repository or folder of transformers."""
+    """The VideoMAE or V-JEPA 2 model in a repository or folder in the format of transformers."""
     from transformers import AutoConfig
 
     own = Path(name) if Path(name).is_dir() else None
@@ -242,7 +242,7 @@ def find_transformers(name: str) -> VFM:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         preprocessors = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*preprocessor_config.json"))]
-    except Exception as error:  # no configuration, an unknown kind, one that needs code of its own
+    except Exception as error:  # no configuration, an unknown kind of model, or one that needs its own code
         raise UserError(f"--models hf:{name}: {first_line(error)}") from error
     kind = config.model_type
     if kind == "vjepa2":
@@ -277,13 +277,13 @@ def find_transformers(name: str) -> VFM:
 
 
 def describe_models() -> str:
-    """The table of `MODELS`: a line each, under a line of headings. Raises `ImportError` without timm.
+    """A table of `MODELS`: a header, then one line per model. Raises `ImportError` without timm.
 
-    `grid`: tokens in time, height and width of 48 frames at the default input size.
+    `grid`: tokens in time, height and width for 48 frames at the default input size.
     """
     rows = [("name", "C", "patch", "tubelet", "grid", "final norm", "licence", "weights")]
     for name in MODELS:
-        # one block: what is shown does not depend on their number, and making them takes half a second a model
+        # one block: the table does not depend on their number, and building all takes half a second per model
         vfm = VIDEO_MODELS.get(name) or find_timm(IMAGE_MODELS[name], depth=1)
         height, width = (DEFAULT_SIZES[flag] / vfm.patch_size for flag in vfm.size_flags)
         grid = f"{DEFAULT_FRAMES // vfm.tubelet_size} x {height:.0f} x {width:.0f}"
@@ -298,7 +298,7 @@ def describe_models() -> str:
 # Weights: from the authors' files or from the hub
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Names of a video model's weights, by its authors or by transformers -> timm's. Applied in this order.
+# Weight names of video models, as their authors or transformers write them -> timm's. Applied in this order.
 RENAMES = {
     r"\bencoder\.layer\.": "blocks.",
     r"^((module|backbone|videomae|encoder)\.)+": "",
@@ -312,24 +312,24 @@ RENAMES = {
     r"\.attn\.q_bias": ".attn.query.bias",
     r"\.attn\.v_bias": ".attn.value.bias",
 }
-# Patterns of published weights that the features do not depend on, in timm's names. Any other weight that a model has
-# no place for is an error: a DINOv2 trained with register tokens, for example, gives other features without them.
+# Patterns of published weights that the features do not depend on, in timm's names. Any other weight that has no place
+# in the model is an error. For example, a DINOv2 trained with register tokens gives different features without them.
 UNUSED = (
     r"(\w+_)?head(_\w+)?\.|classifier\.|fc\.|pooler\.",
-    r"decoder\.|encoder_to_decoder\.|predictor\.|mask_token$|position_embeddings$",  # the last is VideoMAE's decoder's
+    r"decoder\.|encoder_to_decoder\.|predictor\.|mask_token$|position_embeddings$",  # the last one: VideoMAE's decoder
     r"(fc_|layer)?norm\.",  # a final norm, where the features are taken before it
 )
 
 
 def first_line(error: Exception) -> str:
-    """What kind of error it is, and the first line of its text."""
+    """The error's type and the first line of its text."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def download(what: str, repository: str, patterns: Sequence[str], hint: str) -> Path:
-    """The folder of the hub's `repository` with its files of these patterns, out of the cache where they are there.
+    """A folder with the files of the hub's `repository` that match `patterns`, from the cache if they are in it.
 
-    Raises `FileNotFoundError`: why `what` cannot be had, what can be done about it, and `hint`, what to pass instead.
+    Raises a `FileNotFoundError` that says why `what` cannot be downloaded, how to fix that, and what to pass (`hint`).
     """
     from huggingface_hub import constants, snapshot_download
 
@@ -338,7 +338,7 @@ def download(what: str, repository: str, patterns: Sequence[str], hint: str) -> 
         if any(file for pattern in patterns for file in folder.glob(pattern)):
             return folder
         reason = "the repository, or what the cache has of it, does not hold it"
-    except Exception as error:  # its own, its HTTP library's, and the system's
+    except Exception as error:  # of huggingface_hub, of its HTTP library, or of the system
         reason = first_line(error)
     raise FileNotFoundError(
         f"{what} cannot be downloaded from {constants.ENDPOINT} ({reason}): pass {hint}; or "
@@ -348,7 +348,7 @@ def download(what: str, repository: str, patterns: Sequence[str], hint: str) -> 
 
 
 def download_weights(name: str, vfm: VFM) -> Path:
-    """The published file, or folder, of model `name`. Raises `FileNotFoundError` where it cannot be had."""
+    """The file or folder of model `name`'s published weights. Raises `FileNotFoundError` if it cannot be obtained."""
     if vfm.folder:
         return vfm.folder
     flag, hint = f"{name.lower()}_ckpt", f"it by --weights {name}=FILE, or try the rest with --random_weights"
@@ -361,14 +361,14 @@ def download_weights(name: str, vfm: VFM) -> Path:
     return download(f"{looked}{file} of {repository}", repository, [file], hint) / file
 
 
-INDEX = "model.safetensors.index.json"  # of a folder whose weights are in several files
+INDEX = "model.safetensors.index.json"  # in a folder whose weights are split into several files
 
 
 def read_weights(path: Path, vfm: VFM) -> dict[str, torch.Tensor]:
-    """The state dict of a published file (.pth, .pt, .bin, .safetensors), or of a folder's model.safetensors or of
-    those files that its index names, in their names.
+    """The state dict in a published file (.pth, .pt, .bin, .safetensors) or folder, with its published names. A folder
+    holds a model.safetensors, or an index and the files that it lists.
 
-    No code runs: tensors, plain values and `argparse.Namespace`, which VideoMAE's file holds, are all that is loaded.
+    No code from the file runs: only tensors, plain values and `argparse.Namespace` (in VideoMAE's file) are loaded.
     Raises `UserError` for anything else, and `FileNotFoundError` for a folder without weights.
     """
     if path.is_dir():
@@ -388,7 +388,7 @@ def read_weights(path: Path, vfm: VFM) -> dict[str, torch.Tensor]:
 
 
 def read_indexed(index: Path, vfm: VFM) -> dict[str, torch.Tensor]:
-    """The weights that an index names, from the files that it names: those of an older set can lie beside them."""
+    """The weights that an index lists, from the files that it lists: files of an older set may lie beside them."""
     if (whole := index.with_name("model.safetensors")).exists():
         raise UserError(f"{index.parent} holds {whole.name} and {index.name}; remove what is not the model's")
     try:
@@ -400,14 +400,14 @@ def read_indexed(index: Path, vfm: VFM) -> dict[str, torch.Tensor]:
 
 
 def check_weight(name: str, value: torch.Tensor) -> None:
-    """Raise `ValueError` that names a weight whose numbers cannot be those that were trained.
+    """Raise a `ValueError` that names the weight if its values cannot be the trained ones.
 
-    Vectors may be equal everywhere, biases of zero, gains of one, and so may tables of biases.
+    Vectors may be constant, such as biases of zero and gains of one, and so may tables of biases.
     """
     if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         dtype = str(value.dtype).removeprefix("torch.")
         raise ValueError(f"{name} holds {dtype}: it is quantised; give the unquantised weights")
-    smallest, largest = (bound.item() for bound in value.aminmax())  # NaN where there is one
+    smallest, largest = (bound.item() for bound in value.aminmax())  # NaN if any value is NaN
     if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise ValueError(f"{name} holds NaN or infinity")
     if smallest == largest and value.squeeze().ndim > 1 and "bias" not in name:
@@ -415,7 +415,7 @@ def check_weight(name: str, value: torch.Tensor) -> None:
 
 
 def to_timm_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename a video model's weights; separate queries, keys and values, and their biases, become one `qkv`.
+    """Rename a video model's weights. Separate query, key and value weights, and their biases, become one `qkv`.
 
     Raises what `check_weight` raises.
     """
@@ -429,17 +429,17 @@ def to_timm_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if query.endswith("bias"):
             state.setdefault(key, torch.zeros_like(state[query]))  # VideoMAE has no key bias
         if key in state and value in state:
-            for name in (query, key, value):  # once joined, a damaged one among sound ones does not show
+            for name in (query, key, value):  # once joined, damage in only one of them would not show
                 check_weight(name, state[name])
             state[joint] = torch.cat([state.pop(query), state.pop(key), state.pop(value)])
     return state
 
 
 def to_timm_layout(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The authors' state dict of an image model -> that of timm's `model`, by timm's own table.
+    """An image model's state dict, as its authors publish it -> one for timm's `model`, by timm's own conversion.
 
-    What that table does not know stays as it is, and `load_weights` names it. Raises `ValueError` for biases that
-    timm's model does without, and where timm's table does not fit the file.
+    Weights that timm does not know stay as they are, and `load_weights` reports them. Raises `ValueError` for non-zero
+    biases that timm's model does not have, and if timm cannot convert the file.
     """
     expected = model.state_dict().keys()
     if weights.keys() >= expected:
@@ -447,19 +447,19 @@ def to_timm_layout(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[s
     zeros = [name for name in weights if name.endswith("attn.qkv.bias") and name not in expected]
     if any(weights[name].any() for name in zeros):
         raise ValueError(f"{zeros[0]} is not zero")
-    # DINOv3's authors keep biases of zero that timm's model does without
+    # DINOv3's authors publish biases of zero that timm's model does not have
     weights = {name: value for name, value in weights.items() if name not in zeros}
     try:
         return sys.modules[type(model).__module__].checkpoint_filter_fn(weights, model)
-    except Exception as error:  # it expects certain files, and fails in its own ways on others
+    except Exception as error:  # timm expects certain files, and may raise any error on others
         raise ValueError(f"timm cannot convert it ({first_line(error)})") from error
 
 
 def load_weights(vit: nn.Module, vfm: VFM, weights: dict[str, torch.Tensor]) -> str:
-    """Put `weights` into `vit`, in float32, and return the hash of those that it has.
+    """Load `weights` into `vit` in float32, and return the hash of the weights that `vit` uses.
 
-    Raises `ValueError` that names weights that are missing, of another shape, neither in the model nor `UNUSED`, or
-    that `check_weight` refuses.
+    Raises a `ValueError` that names the weights that are missing, have another shape, are neither in the model nor
+    listed as unused (`UNUSED`, `vfm.unused`), or are rejected by `check_weight`.
     """
     expected = {name: list(value.shape) for name, value in vit.state_dict().items()}
     problems = [f"{name} is missing" for name in expected if name not in weights]
@@ -485,13 +485,13 @@ def load_weights(vit: nn.Module, vfm: VFM, weights: dict[str, torch.Tensor]) -> 
 
 
 class RotaryPositions(nn.Module):
-    """V-JEPA 2's rotary positions: turns queries or keys [B, heads, N, D] by their tokens' time, height and width.
+    """V-JEPA 2's rotary positions: rotates queries or keys [B, heads, N, D] by their tokens' time, height and width.
 
-    A third of the channels (rounded down to an even number) belongs to each axis, the rest stays as it is. As in
-    facebookresearch/vjepa2 `src/models/utils/modules.py`: neighbouring channels are rotated together, but the
-    frequencies are laid out for the two halves of the channels. The published weights were trained with that, so it is
-    kept. V-JEPA 2.1 (`app/vjepa_2_1`) lays them out for neighbours, and stretches every height and width to the 16
-    positions of its training. The tables are made once and shared by all layers.
+    A third of the channels (rounded down to an even number) belongs to each axis; the rest are not rotated. As in
+    facebookresearch/vjepa2 `src/models/utils/modules.py`: neighbouring channels are rotated as pairs, but the
+    frequencies are ordered as if each channel of the first half were paired with one of the second. The published
+    weights were trained this way, so it is kept. V-JEPA 2.1 (`app/vjepa_2_1`) orders the frequencies for neighbours and
+    stretches every height and width to the 16 positions of its training. The tables are made once for all layers.
     """
 
     def __init__(self, grid: tuple[int, int, int], head_dim: int, is_2_1: bool):
@@ -515,8 +515,8 @@ class RotaryPositions(nn.Module):
 def sinusoid_positions(grid: tuple[int, int, int], embed_dim: int, trained_grid: tuple[int, int, int]) -> torch.Tensor:
     """VideoMAE's fixed position table [1, T*H*W, C] for a grid of T x H x W tokens.
 
-    The table of the grid that the model was trained with, resized bicubic in space, then trilinear in time, as
-    VideoREPA's `VideoMAEv2.py` does. Computed in float64, like theirs.
+    The table of the training grid is resized with bicubic interpolation in space, then trilinear in time, as in
+    VideoREPA's `VideoMAEv2.py`. Sines and cosines are computed in float64, as there.
     """
     position = np.arange(np.prod(trained_grid))[:, None]
     angle = position / 10000 ** (2 * (np.arange(embed_dim) // 2) / embed_dim)
@@ -529,10 +529,10 @@ def sinusoid_positions(grid: tuple[int, int, int], embed_dim: int, trained_grid:
 
 
 class VideoViT(nn.Module):
-    """The encoder of VideoMAE and V-JEPA 2: a pre-norm ViT over tubelets, of timm's blocks, without a final norm."""
+    """The encoder of VideoMAE and V-JEPA 2: a pre-norm ViT over tubelets, made of timm's blocks, with no final norm."""
 
     def __init__(self, vfm: VFM):
-        # takes seconds; --help and decoders do without it
+        # imported here: it takes seconds, and --help and the decoders do not need it
         from timm.models.vision_transformer import Block, init_weights_vit_timm
 
         super().__init__()
@@ -542,7 +542,7 @@ class VideoViT(nn.Module):
         shape = (vfm.embed_dim, vfm.num_heads, vfm.mlp_ratio)
         self.blocks = nn.ModuleList(block(*shape) for _ in range(vfm.depth))
         if vfm.position_encoding == "rotary 2.1":
-            self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, vfm.embed_dim))  # "this is no image"
+            self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, vfm.embed_dim))  # marks the input as a video
         self.apply(init_weights_vit_timm)
 
     def set_positions(self, vfm: VFM, grid: tuple[int, int, int]) -> None:
@@ -552,7 +552,7 @@ class VideoViT(nn.Module):
         is_2_1 = vfm.position_encoding == "rotary 2.1"
         self.pos_embed = self.video_mod_embed if is_2_1 else None
         rotary = RotaryPositions(grid, vfm.embed_dim // vfm.num_heads, is_2_1)
-        for block in self.blocks:  # timm's attention sends queries and keys through these two before it compares them
+        for block in self.blocks:  # timm's attention passes queries and keys through these two before their product
             block.attn.q_norm = block.attn.k_norm = rotary
 
     def embed(self, video: torch.Tensor) -> torch.Tensor:
@@ -581,23 +581,23 @@ class VideoViT(nn.Module):
 
 
 class TimmModel(nn.Module):
-    """A model of timm. Its final norm, if it has one, is applied to the output of every block that is asked for."""
+    """A timm model. Its final norm, if it has one, is applied to the output of every requested block."""
 
     def __init__(self, vfm: VFM):
         import timm
 
         super().__init__()
         self.model = timm.create_model(vfm.timm, num_classes=0)
-        if any(buffer.is_meta for buffer in self.model.buffers()):  # such as rotary positions: they are in no file
+        if any(buffer.is_meta for buffer in self.model.buffers()):  # such as rotary positions, which are in no file
             with torch.device("cpu"):
                 self.model = timm.create_model(vfm.timm, num_classes=0)
 
     def set_positions(self, vfm: VFM, grid: tuple[int, int, int]) -> None:
-        """Set the model, loaded at the size that it was trained with, to `grid`, and to what its authors compute."""
+        """Adapt the model, loaded at its training size, to `grid`, and make it compute what its authors' code does."""
         name, table = self.model.pretrained_cfg["architecture"], getattr(self.model, "pos_embed", None)
-        if "vit_pe_" in name:  # timm stretches every grid to the trained one; the authors count on (their `rope.py`)
+        if "vit_pe_" in name:  # timm stretches every grid to the training grid; the authors do not (their `rope.py`)
             self.model.rope.ref_feat_shape = None
-        if "_siglip_" in name:  # timm's smaller ones have the exact GELU; the authors have flax's approximation in all
+        if "_siglip_" in name:  # timm's smaller ones use the exact GELU; the authors use flax's approximation in all
             for block in self.model.blocks:
                 block.mlp.act = nn.GELU(approximate="tanh")
         if hasattr(self.model, "set_input_size"):
@@ -610,18 +610,18 @@ class TimmModel(nn.Module):
         indices = sorted(layer - 1 for layer in layers)
         maps = self.model.forward_intermediates(
             images, indices=indices, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
-        )  # of each block [B, C, h, w]
+        )  # one [B, C, h, w] per block
         maps = dict(zip(indices, maps, strict=True))
         return torch.cat([maps[layer - 1] for layer in layers], dim=1).flatten(2).transpose(1, 2)
 
 
 def resize_learned_positions(table: torch.Tensor, grid: tuple[int, int], name: str) -> torch.Tensor:
-    """A position table [1, 1 + side*side, C] -> [1, 1 + H*W, C], where timm resizes it otherwise than its authors.
+    """A position table [1, 1 + side*side, C] -> [1, 1 + H*W, C], for models that timm resizes unlike their authors.
 
-    DINOv2 without registers: bicubic by the factor (size + 0.1) / side, without antialiasing: facebookresearch/dinov2
-    `interpolate_pos_encoding`. PE: bilinear: facebookresearch/perception_models `_sample_abs_posemb`. timm's own way,
-    bicubic with antialiasing, is that of DINOv2 with registers, and serves SigLIP 2, whose authors resize for squares
-    alone (google-research/big_vision `resample_posemb`).
+    DINOv2 without registers: bicubic by the factor (size + 0.1) / side, without antialiasing (facebookresearch/dinov2
+    `interpolate_pos_encoding`). PE: bilinear (facebookresearch/perception_models `_sample_abs_posemb`). timm's own
+    method, bicubic with antialiasing, is right for DINOv2 with registers. It also serves for SigLIP 2, whose authors
+    resize square grids only (google-research/big_vision `resample_posemb`).
     """
     side = int((table.shape[1] - 1) ** 0.5)
     if grid == (side, side):
@@ -640,11 +640,11 @@ def build_vit(
 ) -> nn.Module:
     """The model for clips of `num_frames` frames of `size` = (height, width), in eval mode on the CPU.
 
-    Its forward takes [B, 3, T, H, W], or images [B, 3, H, W], and numbers of blocks from 1, and returns their outputs
-    for each token, [B, N, C * len(layers)]. `weights`: a state dict in the names of its file, from `read_weights`;
-    without it they are random, the same every time. The attribute `weights_hash` tells which it has. Raises
-    `ValueError` for weights of another model or damaged ones: what `to_timm_names`, `to_timm_layout` and
-    `load_weights` raise.
+    Its forward takes videos [B, 3, T, H, W], or images [B, 3, H, W], and `layers`, block numbers counted from 1. It
+    returns the outputs of these blocks for each token, [B, N, C * len(layers)]. `weights`: a state dict from
+    `read_weights`, with its published names; without it the weights are random, the same every time. The attribute
+    `weights_hash` says which weights the model has. Raises `ValueError` for damaged weights and those of another model,
+    see `to_timm_names`, `to_timm_layout` and `load_weights`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -671,10 +671,10 @@ def extract_features(
 ) -> torch.Tensor:
     """Clips -> features: RGB [B, T, H, W, 3] -> float32 [B, T/t, H/p, W/p, C * len(layers)].
 
-    `clips` have levels of 0 to 255, in uint8 or a floating-point dtype. They are on `vit`'s device, of the frames and
-    size that it was built for. `chunk`: frames in one forward pass of an image model. `precision`: of the matrix
-    products; the residual stream and the norms stay in float32. `layers`: blocks, from 1, whose outputs are stacked
-    along C; the last by default.
+    `clips`: values from 0 to 255, in uint8 or a floating-point dtype, on `vit`'s device, with the number of frames and
+    the size that `vit` was built for. `chunk`: frames in one forward pass of an image model. `precision`: of the matrix
+    products; the residual stream and the norms stay in float32. `layers`: blocks, counted from 1, whose outputs are
+    concatenated along C; the last block by default.
     """
     mean = torch.tensor(vfm.mean, device=clips.device)
     std = torch.tensor(vfm.std, device=clips.device)
@@ -713,32 +713,32 @@ def list_videos(folder: Path, recursive: bool = False) -> list[Path]:
 
 @dataclass(frozen=True)
 class Clip:
-    """What each model makes a feature file of, or with --window a file of each window: a video, or a part of it."""
+    """A video, or a part of one. Each model makes one feature file from it, or with --window one file per window."""
 
-    video: Path  # in --video_dir
+    video: Path  # relative to --video_dir
     caption: str | None = None  # None: no CSV names the video
-    suffix: str = ""  # of the output's stem: _000, _001, ... where the CSV has parts
+    suffix: str = ""  # of the output's stem: _000, _001, ... if the CSV cuts videos into parts
     start: float | None = None  # seconds; None: the video's beginning
     end: float | None = None  # None: its end
-    fingerprint: str = ""  # of the video; empty: it cannot be read
+    fingerprint: str = ""  # of the video; empty: the video cannot be read
 
 
-CAPTION_COLUMNS = ("caption", "start", "end")  # all others can name the videos
-AROUND_NAMES = " \t\r\n\"'`“”‘’"  # blanks and quotes around a name mean nothing
+CAPTION_COLUMNS = ("caption", "start", "end")  # every other column may name the videos
+AROUND_NAMES = " \t\r\n\"'`“”‘’"  # blanks and quotes around a name are ignored
 
 
 def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
-    """The header of a CSV file, in lower case, and its rows, each with as many fields.
+    """The header of a CSV file, in lower case, and its rows, each with as many fields as the header.
 
     Raises `UserError` for text that is not UTF-8, quotes that are not closed, a carriage return within a row, rows that
-    are longer or shorter than the header, and a header without `caption` or with two columns of the same meaning.
+    are longer or shorter than the header, a header without `caption`, and a repeated `caption`, `start` or `end`.
     """
     try:
         text = csv_path.read_bytes().decode("utf-8-sig").lstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         hint = "; save it as CSV UTF-8" * isinstance(error, UnicodeDecodeError)
         raise UserError(f"cannot be read as text in UTF-8 ({error}){hint}") from error
-    csv.field_size_limit(2**31 - 1)  # characters in one caption; 2**17 by default
+    csv.field_size_limit(2**31 - 1)  # the longest caption in characters; 2**17 by default
     rows: list[list[str]] = []
     try:
         for fields in csv.reader(io.StringIO(text, newline="\n"), strict=True):
@@ -761,19 +761,19 @@ def read_rows(csv_path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def stem_keys(stem: str) -> list[str | int]:
-    """A stem, and of a whole number its value too: spreadsheets make 12 or 12.0 of 0012."""
+    """The stem and, if it is a whole number, its value too: spreadsheets turn 0012 into 12 or 12.0."""
     number = re.fullmatch(r"([0-9]{1,18})(\.0*)?", stem)
     return [stem, int(number[1])] if number else [stem]
 
 
-# How a cell names videos: 3 by file name, 2 by stem, 1 by number; which it can mean; its path without a suffix.
+# How a cell names videos (3: file name, 2: stem, 1: number, 0: not at all); the videos; the cell's path, no suffix.
 Match = tuple[int, list[Path], str]
 
 
 def find_videos(cell: str, named: dict[tuple, list[Path]]) -> Match:
-    """What `cell` names. `named`: videos by their last folders, none to all, and one of their `stem_keys`.
+    """The videos that `cell` names. A key of `named`: any number of a video's last folders, and one of its `stem_keys`.
 
-    Stems come before numbers. Then the most folders decide, then whether the whole path is said, then the suffix.
+    A stem beats a number. Then the most folders win, then a video whose whole path is given, then a matching suffix.
     """
     *folders, name = cell.strip(AROUND_NAMES).replace("\\", "/").split("/")
     folders = [part for part in folders if part not in ("", ".")]
@@ -789,15 +789,15 @@ def find_videos(cell: str, named: dict[tuple, list[Path]]) -> Match:
 
 
 def match_rows(header: list[str], rows: list[list[str]], videos: list[Path], folder: Path) -> tuple[list[Match], str]:
-    """What each row names, one video or none, and in words how.
+    """For each row the video that it names, if any; and a sentence that says how the videos are named.
 
-    The column that names videos best decides: full names before stems, stems before numbers, then the most videos. A
-    table without such a column belongs to the videos by position. Raises `UserError` for a name of several videos, for
-    columns that contradict each other, and where videos are neither named nor in order.
+    The best column decides: file names beat stems, stems beat numbers, then the most videos win. In a table of only
+    `CAPTION_COLUMNS` a row's number, 0000, 0001, ..., names the video. Raises `UserError` for a cell that names several
+    videos, for columns that contradict each other, and if no video (with row numbers: not every video) is named.
     """
     named = defaultdict(list)
     for video in videos:
-        path = (folder.absolute().name, *video.parts[:-1])  # that folder's own name can be said too
+        path = (folder.absolute().name, *video.parts[:-1])  # a cell may give the name of `folder` too
         for said in ((*path[first:], key) for key in stem_keys(video.stem) for first in range(len(path) + 1)):
             named[said].append(video)
     names = [(column, name) for column, name in enumerate(header) if name not in CAPTION_COLUMNS]
@@ -830,8 +830,8 @@ def match_rows(header: list[str], rows: list[list[str]], videos: list[Path], fol
 
 
 def read_clip(row: dict[str, str], video: Path, suffix: str) -> Clip:
-    """What a row says of a video or a part of it. Raises `UserError` where `start` and `end` are no times in seconds,
-    or the end is not after the start."""
+    """The clip that a row describes: a video or a part of it. Raises `UserError` if `start` or `end` is not a time in
+    seconds, or the end is not after the start."""
     start, end = (row.get(column, "").strip() for column in ("start", "end"))
     try:
         is_span = 0 <= float(start or 0) < float(end or "inf")
@@ -844,11 +844,11 @@ def read_clip(row: dict[str, str], video: Path, suffix: str) -> Clip:
 
 
 def read_captions(csv_path: Path, videos: list[Path], folder: Path = Path()) -> list[Clip]:
-    """The clips of the `videos` of a folder: what a CSV file says of them, or that it does not name them.
+    """The clips of the `videos` in a folder, as a CSV file describes them. Videos that it does not name lack a caption.
 
-    Rows that say a video's own path beat those that say others. Without the columns `start` and `end` the first row of
-    a video counts; with one of them each row is a part. Raises `UserError` where two other paths can be one video's,
-    and what `read_rows`, `match_rows` and `read_clip` raise.
+    Rows that give a video's own path beat rows that give other paths. Without the columns `start` and `end` only the
+    first row of a video counts; with one of them each row is a part. Raises `UserError` if rows with different paths
+    match a video and none is its own path, and what `read_rows`, `match_rows` and `read_clip` raise.
     """
     header, rows = read_rows(csv_path)
     matches, found = match_rows(header, rows, videos, folder)
@@ -890,12 +890,12 @@ Frames = dict[tuple[int, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames decoders take of each clip, and how they bring them to the models' sizes."""
+    """Which frames the decoders take from each clip, and how they resize them for the models."""
 
     num_frames: int
     sizes: tuple[tuple[int, int], ...]  # (height, width)
     sampling: str = "spread"  # or "stride": see `frame_indices`
-    fps: float | None = None  # instead: frames a second
+    fps: float | None = None  # instead of `sampling`: frames per second
     window: float | None = None  # seconds: cut clips into windows that start every `hop` seconds
     hop: float | None = None
     fit: str = "squash"  # a key of `FITS`
@@ -904,8 +904,8 @@ class Sampling:
 def frame_indices(num_available: int, num_frames: int, sampling: str = "spread") -> np.ndarray:
     """`num_frames` of the indices 0 .. num_available - 1; when there are too few frames, some repeat.
 
-    "spread": evenly from the first to the last. "stride": at the largest whole stride from the first, as VideoREPA's
-    `finetune/datasets/utils.py` does; the last one repeats.
+    "spread": evenly from the first to the last. "stride": from the first on, at the largest integer stride, as in
+    VideoREPA's `finetune/datasets/utils.py`; if there are too few, the last one repeats.
     """
     if sampling == "stride":
         return np.minimum(np.arange(num_frames) * max(num_available // num_frames, 1), num_available - 1)
@@ -915,19 +915,19 @@ def frame_indices(num_available: int, num_frames: int, sampling: str = "spread")
 def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [height, width, 3]: squashed to `size`, bicubic with antialiasing.
 
-    On bytes, because that is exact to a rounding and many times faster than on a float copy.
+    Works on bytes: the result is exact up to rounding, and many times faster than on a float copy.
     """
     if frame.shape[:2] == size:
         return frame
-    image = torch.from_numpy(frame)[None].permute(0, 3, 1, 2)  # [1, 3, H, W], by its strides channels last
+    image = torch.from_numpy(frame)[None].permute(0, 3, 1, 2)  # [1, 3, H, W], channels last in memory
     image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
     return image[0].permute(1, 2, 0).numpy()
 
 
 def crop_centre(frame: np.ndarray, size: tuple[int, int], aspect: float = 1.0) -> np.ndarray:
-    """[H, W, 3] -> its largest centred part that is shown at the aspect ratio of `size`, by VideoREPA's rounding.
+    """[H, W, 3] -> the largest centre crop that is displayed at the aspect ratio of `size`, rounded as in VideoREPA.
 
-    `aspect`: how much wider than high each pixel is shown.
+    `aspect`: the pixel aspect ratio, the displayed width of a pixel over its height.
     """
     height, width, _ = frame.shape
     ratio = size[0] / size[1] * aspect
@@ -940,9 +940,9 @@ def crop_centre(frame: np.ndarray, size: tuple[int, int], aspect: float = 1.0) -
 
 
 def fit_like_videorepa(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W, 3] -> float16 [height, width, 3], levels from 0 to 255 and, where bicubic overshoots, beyond.
+    """uint8 [H, W, 3] -> float16 [height, width, 3], values from 0 to 255, or beyond where bicubic overshoots.
 
-    As VideoREPA's trainer does it: the centre at the aspect ratio of CogVideoX's 480 x 720, resized to that
+    As in VideoREPA's trainer: a centre crop at the aspect ratio of CogVideoX's 480 x 720, resized to 480 x 720
     (`finetune/datasets/data_transform.py`), then to the model's size (`compute_loss` of its `lora_trainer.py`).
     """
     image = torch.from_numpy(crop_centre(frame, VIDEOREPA_SIZE)).permute(2, 0, 1)[None].float()  # [1, 3, H, W]
@@ -951,7 +951,7 @@ def fit_like_videorepa(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return image[0].permute(1, 2, 0).half().numpy()
 
 
-# (frame, size, aspect of its pixels) -> frame. Squashed frames and VideoREPA's take pixels as they are stored.
+# (frame, size, pixel aspect ratio) -> frame. "squash" and "videorepa" ignore the pixel aspect ratio.
 FITS = {
     "squash": lambda frame, size, aspect: resize_frame(frame, size),
     "crop": lambda frame, size, aspect: resize_frame(crop_centre(frame, size, aspect), size),
@@ -960,7 +960,7 @@ FITS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Decoding, in processes of its own
+# Decoding, in separate processes
 # ---------------------------------------------------------------------------------------------------------------------
 
 TIME_TOLERANCE = 1e-3  # seconds: containers such as Matroska round times to milliseconds
@@ -968,9 +968,9 @@ TIME_TOLERANCE = 1e-3  # seconds: containers such as Matroska round times to mil
 
 @dataclass(frozen=True)
 class Window:
-    """What one feature file is made of: a clip, or one of the windows that it is cut into.
+    """What one feature file is made from: a clip, or one of the windows that the clip is cut into.
 
-    Two are equal if they show the same frames: decoding can find that a clip has fewer windows than its packets say.
+    Windows of the same frames are equal, even if `count` differs: decoding may find fewer windows than packets promise.
     """
 
     clip: Clip
@@ -978,20 +978,20 @@ class Window:
     count: int = field(compare=False)  # how many windows the clip has
     start: float  # seconds from the video's first frame
     end: float = field(compare=False)
-    frame_indices: tuple[int, ...]  # of the frames that the video shows; empty if it shows none in this time
-    stop: int = field(compare=False)  # the first frame after it
-    fps: float  # the video's average rate
-    aspect: float = field(default=1.0, compare=False)  # of its picture as players show it: width over height
+    frame_indices: tuple[int, ...]  # among all frames that the video shows; empty if it shows none in this span
+    stop: int = field(compare=False)  # index of the first frame after the window
+    fps: float  # the video's average frame rate
+    aspect: float = field(default=1.0, compare=False)  # width over height of the picture as players display it
 
 
 @contextmanager
 def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
-    """A video's container, its best track in FFmpeg's opinion, and what FFmpeg logs as errors, (level, source, text).
+    """A video's container, the video track that FFmpeg picks as best, and the errors it logs: (level, source, text).
 
-    Raises `ValueError` for a video that cannot be read, `UserError` where it is not the file itself.
+    Raises `ValueError` for a video that cannot be read, `UserError` for a path that `check_file` rejects.
     """
     av.logging.set_level(av.logging.ERROR)
-    av.logging.set_skip_repeated(False)  # a message can equal the last one of the video before
+    av.logging.set_skip_repeated(False)  # a message may equal the last one of the previous video
     with av.logging.Capture(local=False) as messages:
         try:
             with av.open(path, metadata_errors="replace") as container:
@@ -1004,16 +1004,16 @@ def open_track(path: str) -> Iterator[tuple[InputContainer, VideoStream, list]]:
                 yield container, stream, messages
         except av.error.FFmpegError as error:
             with suppress(OSError):
-                check_file(Path(path))  # says more of links to nothing, and of what stands in for files
+                check_file(Path(path))  # says more about broken links, and about pointers in place of files
             said = "; ".join([error.strerror, *(text.strip() for *_, text in messages[-2:])])
             raise ValueError(f"cannot be read: {said}") from None
 
 
 def read_packets(path: str) -> tuple[list[int | None], float, float]:
-    """What a video's packets say of its frames: when each one that is shown is, in ticks and in this order, the seconds
-    of a tick, and the average rate in frames a second. Decodes nothing.
+    """What a video's packets say about its frames: the times of the shown frames in ticks (sorted, if all are known),
+    the seconds per tick, and the average rate in frames per second. Decodes nothing.
 
-    There are as many as the video has frames, unless some packets hold none. Raises `ValueError` if the video is empty,
+    There is one time for each frame, unless some packets hold no frame. Raises `ValueError` if the video is empty,
     encrypted or cut short, as far as its container can tell.
     """
     with open_track(path) as (container, stream, messages):
@@ -1027,15 +1027,15 @@ def read_packets(path: str) -> tuple[list[int | None], float, float]:
                 times.append(packet.dts or 0)
         promised = stream.frames or round((container.duration or 0) / av.time_base * float(stream.average_rate or 0))
         missing = promised - len(times)
-        if stream.frames:  # can include dropped frames (AVI) and those behind an edit list's end, so time must agree
+        if stream.frames:  # may count dropped frames (AVI) and frames past an edit list's end, so time must agree
             spacing = (max(times) - min(times)) / max(1, len(times) - 1) if times else 0
-            duration = max(stream.duration or 0, stream.frames)  # the same in AVI; a guess where its index is cut off
+            duration = max(stream.duration or 0, stream.frames)  # equal in AVI, but guessed if its index is cut off
             missing = min(missing, duration / (spacing or 1) - len(times))
         elif not any(source == container.format.name for _, source, _ in messages):
-            missing = 0  # the container's reader saw no fault; its duration can be that of a longer sound track
+            missing = 0  # the demuxer saw no fault; the container's duration can be that of a longer audio track
         if missing > 0.5:
             raise ValueError(f"cut short: {len(times)} of {promised} frames are there")
-        # read while it is open: of a closed container FFmpeg has freed both
+        # read while the container is open: closing it frees both
         tick, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 25)
     if not shown:
         raise ValueError("no frames")
@@ -1048,8 +1048,8 @@ def plan_windows(
     """The windows of a video's clips, in the order in which decoding completes them. `ticks`, `tick` and `rate`: see
     `read_packets`.
 
-    A frame belongs to a window if its time is in [start, end), from the first frame; by the average rate where times do
-    not rise. Only whole windows count, but a clip shorter than one is a window of its own.
+    A frame belongs to a window if its time since the first frame is in [start, end). If the times do not rise, they are
+    computed from the average rate. Only whole windows count, but a clip shorter than one is a window of its own.
     """
     rises = None not in ticks and (np.diff(ticks) > 0).all()
     times = (np.array(ticks) - ticks[0]) * tick if rises else np.arange(len(ticks)) / rate
@@ -1066,8 +1066,8 @@ def plan_windows(
             if until == video_end:
                 stop = len(times)
             if first >= stop:
-                indices, stop = np.array([], int), len(times)  # only the video's end tells that there is none
-            elif sampling.fps:  # of each moment the frame that is shown then
+                indices, stop = np.array([], int), len(times)  # only the video's end shows that there is no frame
+            elif sampling.fps:  # the frame that is shown at each sampled moment
                 moments = begin + np.arange(sampling.num_frames) / sampling.fps + TIME_TOLERANCE
                 indices = (np.searchsorted(times, moments, side="right") - 1).clip(first, stop - 1)
             else:
@@ -1076,14 +1076,14 @@ def plan_windows(
     return sorted(windows, key=lambda window: window.stop)
 
 
-# A frame as decoders yield it, in the order in which the video shows them: when, in the container's ticks, or None; and
-# what converts it, if it is wanted, to uint8 RGB [H, W, 3] and how much wider than high its pixels are shown.
+# A frame as decoders yield it, in display order: its time in the container's ticks, or None; and a function, called for
+# the frames that are used, that returns uint8 RGB [H, W, 3] and the pixel aspect ratio (width over height).
 ShownFrame = tuple[int | None, Callable[[], tuple[np.ndarray, float]]]
 
 
 @functools.cache
 def make_converter(width: int, height: int, pixel_format: str, *colours: int) -> av.filter.Graph:
-    """FFmpeg's own conversion to RGB, for frames that are alike in all of these. Making one takes longer than a use."""
+    """FFmpeg's own conversion to RGB, for frames that share all these values. Building it takes longer than one use."""
     graph = av.filter.Graph()
     graph.threads = 1
     source = graph.add_buffer(width=width, height=height, format=pixel_format, time_base=Fraction(1, 25))
@@ -1092,10 +1092,10 @@ def make_converter(width: int, height: int, pixel_format: str, *colours: int) ->
 
 
 def to_rgb(frame: av.VideoFrame, aspect: float) -> tuple[np.ndarray, float]:
-    """uint8 RGB [H, W, 3] as FFmpeg's command shows it, and how much wider than high its pixels are shown.
+    """uint8 RGB [H, W, 3], as the `ffmpeg` command converts the frame, and its pixel aspect ratio (width over height).
 
-    Converted by the frame's own matrix and range and nothing else, turned and mirrored by its display matrix. `aspect`:
-    of its pixels before the turn.
+    Uses the frame's own colour matrix and range and nothing else, then rotates and mirrors by its display matrix.
+    `aspect`: the pixel aspect ratio before the rotation.
     """
     graph = make_converter(frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
     graph.vpush(frame)
@@ -1110,21 +1110,21 @@ def to_rgb(frame: av.VideoFrame, aspect: float) -> tuple[np.ndarray, float]:
 
 
 def read_with_pyav(path: str) -> Iterator[ShownFrame]:
-    """Raises `ValueError` where FFmpeg's decoder finds damage.
+    """Raises `ValueError` if FFmpeg's decoder finds damage.
 
-    Its log counts only while all packets are keyframes: after others it also reports references that a cut removed and
+    Its log counts only while all packets are keyframes: after others it also reports references that were cut away and
     that no shown frame needs. If a video begins without a keyframe, errors before its first shown frame do not count.
     """
-    make_converter.cache_clear()  # one that failed may hold a frame of another video
+    make_converter.cache_clear()  # a converter that failed may hold a frame of another video
     num_packets, num_shown, starts_whole, all_keyframes = 0, 0, False, True
     with open_track(path) as (container, stream, messages):
         codec, ratio = stream.codec_context, stream.sample_aspect_ratio
-        is_fixed = ratio != codec.sample_aspect_ratio  # the container's word on pixels beats the codec's
-        aspects: dict[int | None, float] = {}  # by the packet's time: the codec's can change amid the video
+        is_fixed = ratio != codec.sample_aspect_ratio  # the container's pixel aspect ratio beats the codec's
+        aspects: dict[int | None, float] = {}  # by the packet's time: the codec's ratio can change mid-video
         for packet in container.demux(stream):
             messages.clear()
             frames, faults = [], []
-            if packet.size:  # the last, empty one tells the decoder to finish
+            if packet.size:  # the last packet is empty and flushes the decoder
                 all_keyframes &= packet.is_keyframe
                 starts_whole |= not num_packets and packet.is_keyframe
                 num_packets += not packet.is_discard
@@ -1150,7 +1150,7 @@ def read_with_decord(path: str) -> Iterator[ShownFrame]:
     import decord
 
     decord.logging.set_level(decord.logging.ERROR)
-    # fault_tol: otherwise decord silently replaces a frame that it cannot find by a neighbour
+    # fault_tol: otherwise decord silently replaces a frame that it cannot find with a neighbour
     reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
     for _ in range(len(reader)):
         rgb = torch.from_dlpack(reader.next().to_dlpack()).numpy()  # without a copy
@@ -1162,25 +1162,25 @@ def read_with_decord(path: str) -> Iterator[ShownFrame]:
 def read_with_opencv(path: str) -> Iterator[ShownFrame]:
     import cv2
 
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # else a name with % stands for numbered images
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # otherwise a name with % stands for numbered images
     while capture.grab():
         yield None, lambda: (cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB), 1.0)
 
 
-# Tried in this order. A video that hangs or crashes PyAV is left to the others where they can be trusted.
+# Tried in this order. A video that hangs or crashes PyAV is passed to the others if they can be trusted with it.
 BACKENDS = {"pyav": read_with_pyav, "decord": read_with_decord, "opencv": read_with_opencv}
 
 
 def check_plain(path: str, num_frames: int, backend: str) -> None:
     """Raise `RuntimeError` for videos that decord or OpenCV may read wrongly.
 
-    They do not tell times: without the container's number of frames no window would be right.
+    They report no times, so windows are right only if the decoder finds as many frames as the container has.
     """
     with open_track(path) as (container, stream, _):
         is_odd = len(container.streams.video) > 1 or stream.sample_aspect_ratio not in (None, 1)
         frame = next(container.decode(stream))
         is_odd |= "DISPLAYMATRIX" in frame.side_data or frame.interlaced_frame
-        is_odd |= frame.color_primaries >= ColorPrimaries.BT2020  # wide; HDR has such primaries too
+        is_odd |= frame.color_primaries >= ColorPrimaries.BT2020  # wide gamut; HDR has such primaries too
     if is_odd:
         raise RuntimeError("only for one track of square pixels, not HDR, wide gamut, display matrices or interlaced")
     num_shown = sum(1 for _ in BACKENDS[backend](path))
@@ -1189,7 +1189,7 @@ def check_plain(path: str, num_frames: int, backend: str) -> None:
 
 
 def stack_frames(window: Window, frames: list[Frames], sampling: Sampling) -> Frames | str:
-    """The frames of a window, each one by size, as one clip; or why there are none."""
+    """A window's `frames`, stacked into one array per size; or the reason why there are none."""
     if window.start >= window.end:
         return f"the video ends before, at {window.end:g} s"
     if not frames:
@@ -1200,15 +1200,15 @@ def stack_frames(window: Window, frames: list[Frames], sampling: Sampling) -> Fr
 def decode_windows(
     path: str, clips: Sequence[Clip], sampling: Sampling, backend: str = "pyav"
 ) -> Iterator[tuple[Window, Frames | str] | None]:
-    """Decode a video: yield the windows of its clips, as they are complete, with their frames or why they have none;
-    None now and then: still at work.
+    """Decode a video. Yield each window of its clips once it is complete, with its frames or the reason why it has
+    none. Now and then yield None: still at work.
 
-    The video is read from its start to the end of its last window, once, unless it shows other frames than its packets
-    say: the number counts, and the times too where windows depend on them. Then the rest of the first pass finds the
-    true ones, and the windows are planned anew. Raises `ValueError` or `UserError` if the video is to blame, anything
-    else if the decoder is.
+    The video is read once, from its start to the end of its last window, if the decoded frames match its packets in
+    number and, where windows depend on times, in time. If not, the first pass goes on to the end to find the true times
+    of all frames; then the windows are planned anew and the video is read again. Raises `ValueError` or `UserError` if
+    the video is at fault, any other error if the decoder is.
     """
-    path = os.path.abspath(path)  # without a folder FFmpeg would take a name such as pipe:0 for a protocol
+    path = os.path.abspath(path)  # FFmpeg would take a bare name such as pipe:0 for a protocol
     if not path.isascii() and path != os.fsencode(path).decode(errors="replace"):
         raise ValueError("its name is not in UTF-8; rename it")
     planned_times, tick, rate = read_packets(path)
@@ -1219,7 +1219,7 @@ def decode_windows(
     while not as_planned:
         windows = plan_windows(clips, planned_times, tick, rate, sampling)
         waiting: deque[tuple[Window, list[Frames]]] = deque((window, []) for window in windows if window not in done)
-        wanted: dict[int, list[list[Frames]]] = defaultdict(list)  # by frame: where it is to be added, resized
+        wanted: dict[int, list[list[Frames]]] = defaultdict(list)  # frame index -> the lists that take it, resized
         for window, frames in waiting:
             for index in window.frame_indices:
                 wanted[index].append(frames)
@@ -1250,13 +1250,13 @@ def decode_windows(
 
 
 def start_decoder() -> None:
-    """What a decoding process does first: it takes one core, limits its memory, and will end with its parent, even amid
+    """Set up a decoding process: it uses one core, limits its memory, and will end with its parent, even while it runs
     native code.
 
-    A broken header can ask for any amount of memory; 4 GiB are enough for frames of 8K.
+    A broken header can ask for any amount of memory; 4 GiB are enough for 8K frames.
     """
     torch.set_num_threads(1)
-    os.nice(10)  # the model's threads wait for one another, so that slowing one down slows all
+    os.nice(10)  # the model's threads go first: they wait for one another, so slowing one slows all
     if sys.platform == "linux":
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         own, unlimited = mapped + 4 * 2**30, resource.RLIM_INFINITY
@@ -1266,10 +1266,10 @@ def start_decoder() -> None:
 
 
 def decode_jobs(connection: Connection, sampling: Sampling) -> None:
-    """A decoding process. It says "" when it is ready for a video, then what `decode_windows` yields of it.
+    """The loop of a decoding process. It sends "" when it is ready for a video, then what `decode_windows` yields.
 
-    (None, reason) follows if the video is to blame for what is missing. If the decoder is, a text says why, and the
-    process ends, so that the next decoder has a fresh one.
+    If windows are missing and the video is at fault, it sends (None, reason). If the decoder is at fault, it sends the
+    reason as a string and ends, so that the next decoder gets a fresh process.
     """
     start_decoder()
     with suppress(EOFError, ConnectionError):  # its parent is gone
@@ -1281,7 +1281,7 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
                     connection.send(item)
             except ConnectionError:
                 raise
-            except Exception as error:  # decoders raise their own kinds
+            except Exception as error:  # decoders raise errors of their own kinds
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 is_the_video_s = isinstance(error, ValueError | UserError)
                 connection.send((None, reason) if is_the_video_s else reason)
@@ -1289,13 +1289,13 @@ def decode_jobs(connection: Connection, sampling: Sampling) -> None:
                     return
 
 
-# A video to decode: its path, its clips, which of their windows were delivered, and why decoders gave it up.
+# A video to decode: its path, its clips, which of their windows were delivered, and why earlier decoders failed.
 Task = tuple[str, list[Clip], set[Window], list[str]]
 
 
 def start_process(sampling: Sampling) -> tuple[BaseProcess, Connection]:
-    """A process of `decode_jobs`, forked by a server that has imported what it needs: each import takes seconds, and a
-    fork of this process would copy its threads' locks. Raises `OSError` if none can be started."""
+    """Start a process of `decode_jobs`. On Linux a server that has imported what it needs forks it: imports take
+    seconds, and a fork of this process would copy its threads' locks. Raises `OSError` if no process can be started."""
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     context.set_forkserver_preload(["torch", "av", "pandas"])
     connection, theirs = context.Pipe()
@@ -1308,22 +1308,22 @@ def start_process(sampling: Sampling) -> tuple[BaseProcess, Connection]:
 def run_decoder(
     todo: deque[Task], sampling: Sampling, timeout: float, stopped: Connection
 ) -> Iterator[tuple[list[Clip], Window | None, Frames | str]]:
-    """Have a process decode what is `todo`, until all is done or it fails at a video, which is then left to the next
-    decoder, in a fresh process. Yields a video's clips, and of what `decode_windows` yields what is not None; with None
-    for a window, why those that are left are missing.
+    """Let one process decode the videos in `todo`, until none is left or it fails on one. That video is left to the
+    next decoder, in a fresh process. Yields a video's clips, a window, and its frames or why it has none; or, with None
+    for the window, why the remaining windows are missing.
 
     Raises `OSError` or `EOFError` if no process starts, and once the other end of `stopped` is closed.
     """
     process, connection = start_process(sampling)
 
     def hear(timeout: float | None) -> Any:
-        """What the process says, see `decode_jobs`; or that it died, or said nothing for `timeout` seconds."""
+        """The next message, see `decode_jobs`; or that the process died, or sent nothing for `timeout` seconds."""
         ready = wait([connection, stopped], timeout)
         if stopped in ready:
             raise EOFError("stopped")
         if not ready:
             return f"no end after {timeout:g} s (--decode_timeout)"
-        with suppress(EOFError, OSError):  # it died, perhaps amid a message
+        with suppress(EOFError, OSError):  # it died, perhaps in the middle of a message
             return connection.recv()
         process.join(5)
         return f"the process died ({process.exitcode})"
@@ -1338,10 +1338,10 @@ def run_decoder(
             except IndexError:
                 return
             backend = [*BACKENDS][len(failures)]
-            with suppress(ConnectionError):  # it has just died, and `hear` will tell
+            with suppress(ConnectionError):  # it has just died, and `hear` will say so
                 connection.send((path, clips, backend))
             while not isinstance(said := hear(timeout), str):
-                if said and said[0] not in delivered:  # else it is still at work, or where an earlier one was
+                if said and said[0] not in delivered:  # else: still at work, or an earlier decoder delivered it
                     delivered.add(said[0])
                     yield clips, *said
         failures.append(f"{backend}: {said}")
@@ -1351,23 +1351,23 @@ def run_decoder(
             yield clips, None, "; ".join(failures)
     finally:
         process.kill()
-        process.join(5)  # one that waits for a dead network disk cannot be killed
+        process.join(5)  # not forever: a process that waits for a dead network disk cannot be killed
         connection.close()
 
 
 def decode_ahead(
     clips: Iterable[Clip], folder: Path, sampling: Sampling, num_workers: int, timeout: float
 ) -> Iterator[tuple[Clip, Window | None, Frames | str]]:
-    """Decode the videos of `folder`, each once for all of its clips, which follow each other, in processes.
+    """Decode videos in `folder` in processes, each video once for all of its clips, which are adjacent in `clips`.
 
-    Yields every window of the clips with its frames, or why it has none; with None for a window, why all that is left
-    of the clip has none. Threads, one for each process, take what is ready, ahead of the caller by two items each. A
-    video on which a decoder dies, or says nothing for `timeout` seconds, is left to the next one of `BACKENDS`. Raises
-    `UserError` if no process starts.
+    Yields every window of the clips with its frames, or why it has none; with None for the window, why the remaining
+    windows of the clip are missing. Threads, one per process, collect the results, up to two each ahead of the caller.
+    A video on which a decoder dies, or sends nothing for `timeout` seconds, is passed to the next one of `BACKENDS`.
+    Raises `UserError` if no process starts.
     """
     videos = groupby(clips, lambda clip: clip.video)
     todo: deque[Task] = deque((str(folder / video), [*own], set(), []) for video, own in videos)
-    left: dict[Clip, int] = {}  # windows to come
+    left: dict[Clip, int] = {}  # windows still to come
     found: queue.SimpleQueue = queue.SimpleQueue()
     room = threading.Semaphore(2 * num_workers)
     stopped, stop = multiprocessing.Pipe(duplex=False)
@@ -1378,8 +1378,8 @@ def decode_ahead(
                 found.put(item)
                 room.acquire()
 
-    resource_tracker.ensure_running()  # which a thread would start with Ctrl-C let through again
-    block_ctrl_c = (signal.SIG_BLOCK, [signal.SIGINT])  # it is for the main thread; processes inherit this
+    resource_tracker.ensure_running()  # if a thread started it, Ctrl-C would be unblocked there
+    block_ctrl_c = (signal.SIG_BLOCK, [signal.SIGINT])  # Ctrl-C is for the main thread; processes inherit the block
     with ThreadPoolExecutor(num_workers, initializer=signal.pthread_sigmask, initargs=block_ctrl_c) as threads:
         workers = [threads.submit(work) for _ in range(min(num_workers, len(todo)))]
         for worker in workers:
@@ -1400,14 +1400,14 @@ def decode_ahead(
             raise UserError(f"videos cannot be decoded: no process starts ({error}); {hint}") from error
         finally:
             stop.close()
-            room.release(num_workers)  # one item of each may wait
+            room.release(num_workers)  # each thread may be waiting with one item
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Relative to the repository, wherever the shell is. VideoREPA is in the repository or beside it.
+# Relative to the repository, not to the working directory. VideoREPA is in the repository or beside it.
 DEFAULT_PATHS = {
     "video_dir": Path("../dataset/motion_top100"),
     "csv_path": Path("../dataset/motion_top100.csv"),
@@ -1417,7 +1417,7 @@ DEFAULT_PATHS = {
         "VideoREPA/ckpt/VideoMAE/k400_videomae_pretrain_base_patch16_224_frame_16x4_tube_mask_ratio_0_9_e1600.pth"
     ),
 }
-# Those that are not given are rounded to what a model's tubelet or patch divides.
+# Where a size is not given, its default is rounded to a multiple of the model's patch.
 DEFAULT_FRAMES = 48
 DEFAULT_SIZES = {"videomae_resize_h": 160, "videomae_resize_w": 240, "dinov2_resize_h": 420, "dinov2_resize_w": 630}
 RECIPES = {"videorepa": {"num_frames": 49, "sampling": "stride", "fit": "videorepa"}}
@@ -1432,15 +1432,15 @@ def model_and_path(text: str) -> tuple[str, Path]:
 
 
 def default_num_workers() -> int:
-    """Half of this rank's share of the cores, at most 8: the models need the rest, and a disk feeds no more."""
+    """Half of this rank's share of the cores, at most 8: the models need the rest, and a disk cannot feed more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // 2 // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. A `csv_path` of None means no captions; what `num_frames` and input sizes of None become is decided by
-    the models. `weights`: name -> the file that was given, or found in its default place. `settings`: those flags that
-    decide what a feature is, as its file records them; beside them count the model's weights and input size."""
+    """The flags. `csv_path` is None: no captions. `num_frames` or an input size is None: the models decide it later.
+    `weights`: model name -> the file that was given, or found in its default place. `settings`: the flags that features
+    depend on, as their files record them; features also depend on the model's weights and input size."""
     parser = ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     values: dict[str, Any] = {}
     deciding: list[str] = []
@@ -1539,9 +1539,9 @@ def check_flags(given: dict[str, Any]) -> None:
 
 
 def fill_in(args: argparse.Namespace, given: dict[str, Any]) -> None:
-    """Give what was not `given` the values that depend on other flags and on what lies in the default places.
+    """Set the flags that were not `given` and that depend on other flags, or on which default files exist.
 
-    Raises `UserError` where a file that was given does not exist.
+    Raises `UserError` if a file that was given does not exist.
     """
     args.models = [*dict.fromkeys(args.models)]
     args.hop = args.hop or args.window
@@ -1555,7 +1555,7 @@ def fill_in(args: argparse.Namespace, given: dict[str, Any]) -> None:
 
 
 def find_file(flag: str, given: dict[str, Any], folders: list[Path]) -> Path | None:
-    """The file that was given, else the default one in the first of `folders` that has it. Raises `UserError`."""
+    """The given file, or the first default one in `folders`. Raises `UserError` if a given file does not exist."""
     if flag in given and not given[flag].is_file():
         raise UserError(f"--{flag} {given[flag]}: no such file")
     places = [folder / DEFAULT_PATHS[flag] for folder in folders if flag in DEFAULT_PATHS]
@@ -1563,7 +1563,7 @@ def find_file(flag: str, given: dict[str, Any], folders: list[Path]) -> Path | N
 
 
 def folder_name(name: str) -> str:
-    """Of model `name` in the output: `timm:a/b` is `timm_a_b`."""
+    """The output folder's name for model `name`: `timm_a_b` for `timm:a/b`."""
     return re.sub(r"[^\w.-]+", "_", name)
 
 
@@ -1574,26 +1574,26 @@ def folder_name(name: str) -> str:
 
 @dataclass(eq=False)
 class ModelRun:
-    """One model's part of a run, and what has come of it."""
+    """One model's part of a run, and its results."""
 
     name: str
     vfm: VFM
     size: tuple[int, int]  # height and width of its input
-    settings: dict[str, Any]  # all that its features depend on, except the clip; the weights once they are loaded
+    settings: dict[str, Any]  # all that its features depend on, except the clip; `weights` once they are loaded
     folder: Path
     suffix: str  # of its files
     autoencoder: MotionFeatureAutoencoder | None = None  # encodes the features; its latents are written instead
     vit: nn.Module | None = None  # None until it is loaded
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of each file, or what has none: see `succeed`, `fail`
+    rows: list[dict[str, Any]] = field(default_factory=list)  # one per file or failure: see `succeed`, `fail`
 
     @property
     def kind(self) -> str:
-        """The name of its files' main entry."""
+        """The key of the main entry in its files."""
         return "feature" if self.autoencoder is None else "latent"
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What its files say of the model."""
+        """What its files record about the model."""
         given = {name: self.settings[name] for name in ("layers", "pool") if self.settings[name]}
         return {"model": self.name, "weights": self.settings["weights"], "license": self.vfm.license, **given}
 
@@ -1602,12 +1602,12 @@ class ModelRun:
         return self.folder / f"{clip.video.with_suffix('')}{clip.suffix}{number}{self.suffix}"
 
     def clip_settings(self, clip: Clip) -> dict[str, Any]:
-        """What the file records; a finished feature is skipped if these are the same."""
+        """The settings that the clip's file records; a finished file is skipped if its settings are the same."""
         about = {"start": clip.start, "end": clip.end, "video": clip.video.as_posix()}
         return {**self.settings, **about, "video_fingerprint": clip.fingerprint}
 
     def succeed(self, clip: Clip, path: Path, data: dict, outcome: str) -> None:
-        """Keep what the reports say of the file `path`, whose entries are `data`. `outcome`: "written" or "skipped"."""
+        """Record what the reports say about the file `path` with entries `data`. `outcome`: "written" or "skipped"."""
         figures = {name: data[name] for name in METRICS + MOVEMENT} if self.autoencoder is not None else {}
         repeats = len(data["frame_indices"]) - len(set(data["frame_indices"]))  # frames that repeat another
         is_cut = clip.end is not None and not self.settings["window"] and clip.end - data["end"] > 1.5 / data["fps"]
@@ -1618,7 +1618,7 @@ class ModelRun:
         self.rows.append({**row, **about, "shape": list(data[self.kind].shape), **figures})
 
     def fail(self, clip: Clip, window: Window | None, reason: str) -> None:
-        """Keep why a clip, or one of the windows that --window cuts, has no file."""
+        """Record why a clip, or with --window one of its windows, has no file."""
         span = window if window and self.settings["window"] else clip
         bounds = {"from": span.start, "to": span.end}
         told = [f"{word} {bound:g} s" for word, bound in bounds.items() if bound is not None]
@@ -1649,10 +1649,10 @@ def list_clips(args: argparse.Namespace) -> list[Clip]:
 def try_each(
     names: Iterable[str], attempt: Callable[[str], Any], left_out: dict[str, str], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """`attempt` for each model: by name what it returns. Those that lack a package or file join the models `left_out`.
+    """Call `attempt` for each model: its results by name. Models that lack a package or file are added to `left_out`.
 
-    Rank 0 goes first, and the others find what it downloads; a model that any of them cannot run is run by none. Each
-    reason is a warning. Raises `UserError` without `--allow_skip_missing`.
+    Rank 0 goes first, and the others find what it downloads. A model that one rank cannot run is run by none. A warning
+    gives each reason. Raises `UserError` instead without `--allow_skip_missing`.
     """
     made, lacking = {}, {}
     with ranks.first_then_others():
@@ -1675,14 +1675,14 @@ def try_each(
 
 
 def find_models(args: argparse.Namespace, left_out: dict[str, str]) -> dict[str, ModelRun]:
-    """The models by name, before they are loaded; decides `num_frames`, if it was not given.
+    """The models by name, before they are loaded. Sets `args.num_frames` if it was not given.
 
     Raises `UserError` where the flags or the autoencoder do not fit the models.
     """
     vfms = try_each(args.models, find_vfm, left_out, args)
     if args.num_frames is None and args.fps and args.window:
         step = math.lcm(*(vfm.tubelet_size for vfm in vfms.values()))
-        tokens = math.floor(args.fps * args.window / step + 1e-3)  # 10 * 0.7 is less than 7, 7 * 6.85714 than 48
+        tokens = math.floor(args.fps * args.window / step + 1e-3)  # in floats 100 * 0.29 < 29, and 7 * 6.85714 < 48
         args.num_frames = max(1, tokens) * step
         say(f"{args.num_frames} frames of each window: {args.window:g} s at {args.fps:g} frames a second")
     args.num_frames = args.num_frames or DEFAULT_FRAMES
@@ -1691,9 +1691,9 @@ def find_models(args: argparse.Namespace, left_out: dict[str, str]) -> dict[str,
 
 
 def plan_run(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
-    """What model `name` is to do. Sizes that nobody gave are rounded to what its patch divides. Latents do not go among
-    the features that they are made of. Raises `UserError` where the flags or the autoencoder do not fit the model."""
-    # VideoREPA's video models do without the first frame
+    """The run of model `name`. Sizes that were not given are rounded to multiples of its patch. Latents and features go
+    into different folders. Raises `UserError` where the flags or the autoencoder do not fit the model."""
+    # in VideoREPA's recipe video models do not see the first frame
     num_frames = args.num_frames - 1 if args.recipe and vfm.tubelet_size > 1 else args.num_frames
     usual, taken = [], []
     for flag, value in {"num_frames": num_frames, **{flag: getattr(args, flag) for flag in vfm.size_flags}}.items():
@@ -1716,7 +1716,7 @@ def plan_run(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
         patch = f"its patch of {vfm.patch_size}"
         say(f"{name}: input size {tuple(taken[1:])}, as {tuple(usual[1:])} does not divide by {patch}")
     settings = dict(zip(("num_frames", "height", "width"), taken, strict=True)) | vars(args.settings)
-    if args.layers == [vfm.depth]:  # the one that counts without it
+    if args.layers == [vfm.depth]:  # the last block, which is used without --layers too
         settings["layers"] = None
     folder = args.output_root / folder_name(name)
     if autoencoder is not None:
@@ -1726,7 +1726,7 @@ def plan_run(name: str, vfm: VFM, args: argparse.Namespace) -> ModelRun:
 
 
 def find_weights(run: ModelRun, args: argparse.Namespace) -> Path | None:
-    """Of a model; None for random ones. Raises `FileNotFoundError` where they cannot be had."""
+    """The path of a model's weights; None for random ones. Raises `FileNotFoundError` if they cannot be obtained."""
     return None if args.random_weights else args.weights.get(run.name) or download_weights(run.name, run.vfm)
 
 
@@ -1755,8 +1755,8 @@ def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> Mo
 def read_finished(
     run: ModelRun, clip: Clip, window: int, args: argparse.Namespace
 ) -> tuple[dict | None, dict[str, tuple[Any, Any]]]:
-    """The file of an earlier run, or of one beside this, its tensors on disk, and {}. Of one that was made with other
-    settings None, and those that differ: what they were, and are now. Of one that cannot be read None and {}."""
+    """What the file of an earlier or parallel run holds, with its tensors left on disk, and {}. If it was made with
+    other settings: None, and each changed setting's old and new value. If it is absent or unreadable: None and {}."""
     try:
         saved = None if args.overwrite else load_checked(run.path(clip, window), mmap=True, check=False)
     except (UserError, OSError):  # absent, or damaged: then it is made again
@@ -1770,7 +1770,7 @@ def read_finished(
 
 
 def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
-    """Count a finished file as skipped; its caption is renewed where a CSV names the video."""
+    """Record a finished file as skipped, and update its caption if a CSV names the video."""
     path = run.path(clip, window)
     is_renewed = clip.caption is not None and clip.caption != saved.get("caption")
     if is_renewed:
@@ -1780,10 +1780,10 @@ def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
 
 
 def plan(runs: list[ModelRun], clips: list[Clip], args: argparse.Namespace) -> dict[Clip, list[str]]:
-    """What is to be done: clips, and the models, by name, that still need them. What is finished is kept; what was made
-    with other settings is said.
+    """The clips to be done, each with the names of the models that still need it. Finished files are kept; a warning
+    counts the clips that were made with other settings.
 
-    A clip's first file records how many windows it has; where any is missing, each is looked for when it is decoded.
+    A clip's first file records how many windows the clip has. If any file is missing, all are checked while decoding.
     """
     todo: dict[Clip, list[str]] = {}
     replaced: Counter[tuple[str, ...]] = Counter()
@@ -1816,11 +1816,11 @@ def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) ->
     """Clips uint8 or float16 [T, H, W, 3] -> features float32 [len(clips), T/t, H/p, W/p, C], on the device; with
     --pool [len(clips), T/t, 1, 1, C].
 
-    In VideoREPA's recipe an image model's 1 + 48 frames become 1 + 12 steps, as the latents of CogVideoX.
+    In VideoREPA's recipe an image model's 1 + 48 frames become 1 + 12 time steps, like the latents of CogVideoX.
     """
     batch = torch.from_numpy(np.stack(clips))
     if args.device.type == "cuda":
-        batch = batch.pin_memory()  # else the copy waits for the forward pass before it
+        batch = batch.pin_memory()  # otherwise the copy waits for the previous forward pass
     batch = batch.to(args.device, non_blocking=True)
     precision = getattr(torch, args.precision)
     features = extract_features(run.vit, run.vfm, batch, args.dinov2_chunk, precision, args.layers)
@@ -1833,12 +1833,12 @@ def forward(run: ModelRun, clips: list[np.ndarray], args: argparse.Namespace) ->
 def save_feature(
     run: ModelRun, clip: Clip, window: Window, feature: torch.Tensor, frames: np.ndarray, preview: bool
 ) -> None:
-    """Write the preview and the file of a window, its feature [T, H, W, C] or the latent of that. `run` records the
-    success, or why it failed. Raises `OSError`, except where the disk takes no such name, which is the clip's fault."""
+    """Write a window's preview and its file, with the feature [T, H, W, C] or its latent. `run` records success or the
+    reason for failure. Raises `OSError`, but a file name that the disk does not accept is only this clip's failure."""
     path, dtype = run.path(clip, window.index), run.settings["save_dtype"]
     try:
         data = {"feature": feature} if run.autoencoder is None else encode_clip(run.autoencoder, feature)
-        # a part of a batch would be saved with the batch
+        # cloned: a view into the batch would be saved with the whole batch
         data[run.kind] = data[run.kind].to(getattr(torch, dtype)).cpu().clone()
         if not torch.isfinite(data[run.kind]).all():
             raise UserError(f"{run.name} gave NaN or infinity in {dtype}")
@@ -1848,7 +1848,7 @@ def save_feature(
         if preview:
             pictures = frames.round().clip(0, 255).astype(np.uint8)
             write_preview(path, feature.cpu(), data.get("latent"), pictures, data)
-        elif is_preview(path.with_suffix(".png")):  # of the file that this one replaces
+        elif is_preview(path.with_suffix(".png")):  # the preview of the file that is replaced
             path.with_suffix(".png").unlink()
         save_atomically(data, path)
     except UserError as error:
@@ -1864,9 +1864,9 @@ def save_feature(
 def extract(runs: list[ModelRun], todo: dict[Clip, list[str]], args: argparse.Namespace) -> None:
     """Run every model on the clips that it still needs, and record failures.
 
-    Decoding runs ahead in processes. Writing runs one batch behind in a thread, so that a GPU need not wait for it.
+    Decoding runs ahead in processes. Writing runs one batch behind in a thread, so that the GPU does not wait for it.
     """
-    tell = functools.cache(say)  # the same once
+    tell = functools.cache(say)  # each message once
     flags = {entry.name: getattr(args, entry.name) for entry in fields(Sampling) if entry.name != "sizes"}
     sampling = Sampling(sizes=tuple(sorted({run.size for run in runs})), **flags)
     with (
@@ -1928,7 +1928,7 @@ def shown(path: Path) -> str:
 
 
 def print_results(runs: list[ModelRun], left_out: Iterable[str], num_clips: int, preview: bool) -> None:
-    """Print what came of each model: a table, what the files do not tell by themselves, and last the failures."""
+    """Print the results of each model: a table, then what the files themselves do not show, then the failures."""
     table = {}
     for run in runs:
         made = [row for row in run.rows if not row["failure"]]
@@ -1988,17 +1988,17 @@ def main() -> int:
         args.device = ranks.open_device(args.device)
     left_out: dict[str, str] = {}  # models, and why
     models = find_models(args, left_out)
-    clips = ranks.from_first(lambda: list_clips(args))  # a network disk can show other files to other machines
+    clips = ranks.from_first(lambda: list_clips(args))  # machines may see different files on a network disk
     with ranks.first_then_others():
         for run in models.values():
             make_folder(run.folder, "--output_root")
     if args.random_weights:
         say("warning: --random_weights: a dry run; the features will mean NOTHING")
-    # all are looked for before the first is loaded, which can take minutes
+    # all weights are looked for before the first model is loaded, which can take minutes
     paths = try_each(models, lambda name: find_weights(models[name], args), left_out, args)
     runs = [*try_each(paths, lambda name: load_model(models[name], paths[name], args), left_out, args).values()]
     todo = ranks.from_first(lambda: plan(runs, clips, args))
-    videos = {*[*dict.fromkeys(clip.video for clip in todo)][ranks.index :: ranks.count]}  # each is decoded once
+    videos = {*[*dict.fromkeys(clip.video for clip in todo)][ranks.index :: ranks.count]}  # each is decoded by one rank
     try:
         extract(runs, {clip: names for clip, names in todo.items() if clip.video in videos}, args)
         for run in runs:
