@@ -1,7 +1,7 @@
 """Video foundation model features, compressed with an eye for motion.
 
-The folder is a package under whatever name it was cloned, and its scripts run by themselves. No way to import a sibling
-works in both, so the modules that are exported here import none.
+This folder is a package, whatever name it was cloned under, and its scripts also run by themselves. No form of import
+between sibling modules works in both cases, so the modules exported here import no siblings.
 """
 
 from .losses import FeatureErrors, motion_autoencoder_loss, token_relation_distillation, token_relations

@@ -1,19 +1,19 @@
 """Compress features to latents with a trained motion autoencoder.
 
 In: a checkpoint of train.py, and one feature file (.pt, .pth, .npy, .safetensors) or a folder of them.
-Out: a dict that `torch.load` reads (or a .safetensors) of `latent` [T, N, D] or [T, H, W, D], `motion_embedding`
-     [T, D], `embedding_channels` (its channels' names), `compression_ratio` (D / C), how well the latent decodes, how
-     the picture moves on average (`right`, `down`, `log speed`), and the input's `caption`, `video` and `model` where
-     it had them. A folder's files are mirrored, `encode_report.csv` has a row for each, and `stats.pt` the `mean` and
-     `var` [D] of the latent's channels over the training clips.
+Out: for each feature file a dict for `torch.load` (or a .safetensors) with `latent` [T, N, D] or [T, H, W, D],
+     `motion_embedding` [T, D], `embedding_channels` (the names of its channels), `compression_ratio` (D / C), decoding
+     errors, mean camera motion (`right`, `down`, `log speed`), and the input's `caption`, `video` and `model`, if it
+     has them. For a folder, --output mirrors it, `encode_report.csv` has a row for each file, and `stats.pt` has the
+     `mean` and `var` [D] of the latent's channels over the training clips.
 
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features/0000.pt --output latents/0000.pt
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features --output latents
     python encode.py --checkpoint checkpoints/motion_ae_best.pt --input features/0000.pt --output 0000.safetensors
     torchrun --nproc_per_node=4 encode.py --checkpoint ... --input features --output latents   # shared by four GPUs
 
-A run over a folder that was stopped goes on where it was: outputs that exist already, made of the same feature with
-the same weights, are skipped. A single file is always written.
+To continue a run over a folder that was stopped, start it again: outputs that already exist, made from the same
+feature with the same weights, are skipped. A single file is always written.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ from model import (
 # One clip's result, and the report on all
 # ---------------------------------------------------------------------------------------------------------------------
 
-MOVEMENT = ["right", "down", "log speed"]  # of the camera: channels of the motion embedding, whose means are kept
+MOVEMENT = ["right", "down", "log speed"]  # camera channels of the motion embedding whose means are saved
 
 
 def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstruction: bool = False) -> dict[str, Any]:
-    """A clip's feature [T, N, C] or [T, H, W, C], anywhere -> the entries of its output: latent, motion embedding,
-    `METRICS`, `MOVEMENT` and what describes them; tensors in float32 on the CPU.
+    """A clip's feature [T, N, C] or [T, H, W, C], on any device -> the entries of its output: latent, motion embedding,
+    names of its channels, compression ratio, `METRICS` and `MOVEMENT`; tensors in float32 on the CPU.
 
-    Raises `UserError` for another C than the model's, and where latent or reconstruction are not finite.
+    Raises `UserError` if C is not the model's, or if the latent or the reconstruction is not finite.
     """
     latent = model.encode(feature[None])
     if not latent.isfinite().all():
@@ -91,9 +91,9 @@ def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstru
     names = describe_motion_embedding(model.config)
     embedding = model.embed(latent.to(model.code.mean.device))[0].cpu()  # [T, D]
     moves = dict.fromkeys(MOVEMENT, math.nan)
-    if feature.ndim == 4 and feature[0, ..., 0].numel() > 1:  # a mean over the grid does not tell
+    if feature.ndim == 4 and feature[0, ..., 0].numel() > 1:  # features pooled over the grid show no motion
         camera = [name.removeprefix("camera ") for name in names]
-        means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over the steps, of which t = 0 is none
+        means = (embedding.sum(dim=0) / max(1, len(embedding) - 1)).tolist()  # over T - 1 steps: t = 0 holds zeros
         moves |= {name: mean for name, mean in zip(camera, means, strict=True) if name in moves}
     result = {
         "latent": latent[0].cpu(),
@@ -107,7 +107,7 @@ def encode_clip(model: MotionFeatureAutoencoder, feature: Tensor, save_reconstru
 
 
 def print_summary(rows: list[dict[str, Any]], model: MotionFeatureAutoencoder) -> None:
-    """Mean and extremes of each metric and movement over the files that were encoded, and what they do not say."""
+    """Print mean, minimum and maximum of each metric and movement over all files that did not fail, with caveats."""
     table = pd.DataFrame([row for row in rows if row["outcome"] != "failed"], columns=[*METRICS, *MOVEMENT])
     known = table.dropna(axis=1, how="all")
     if not known.empty:
@@ -121,8 +121,8 @@ def print_summary(rows: list[dict[str, Any]], model: MotionFeatureAutoencoder) -
 
 
 def write_encode_report(rows: list[dict[str, Any]], folder: Path, model: MotionFeatureAutoencoder) -> None:
-    """Write into a folder of latents `encode_report.csv`, of each file its `METRICS` and `MOVEMENT`, or why it failed;
-    and stats.pt, `mean` and `var` [D] of the latent's channels over the clips that the model was trained on."""
+    """Write two files into a folder of latents: `encode_report.csv`, with each file's `METRICS` and `MOVEMENT` or why
+    it failed, and stats.pt, with `mean` and `var` [D] of the latent's channels over the model's training clips."""
     table = pd.DataFrame(rows, columns=["file", *METRICS, *MOVEMENT, "failure"]).sort_values("file")
     save_atomically(table.to_csv(index=False, float_format="%.6g", na_rep="nan"), folder / "encode_report.csv")
     save_atomically({"mean": model.latent_mean.cpu(), "var": model.latent_var.cpu()}, folder / STATS_NAME)
@@ -133,26 +133,26 @@ def write_encode_report(rows: list[dict[str, Any]], folder: Path, model: MotionF
 # ---------------------------------------------------------------------------------------------------------------------
 
 MARGIN, GAP, TITLE = 70, 10, 25  # pixels: left of the pictures, between them, above each row
-PICTURE, CURVES, LEGEND_WIDTH = 120 * 180, 110, 80  # pixels: of a picture, height of a plot, right of it
-COLOURS = ["tab:green", "tab:purple", "tab:blue", "tab:orange"]  # of curves, from below
-FONTS = ("DejaVu Sans", "Noto Sans CJK TC", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang TC")  # or fewer
-PREVIEW_MARK = "a preview of vfm_encoder"  # in the PNG's text
+PICTURE, CURVES, LEGEND_WIDTH = 120 * 180, 110, 80  # pixels: area of a picture, height of a plot, room for its legend
+COLOURS = ["tab:green", "tab:purple", "tab:blue", "tab:orange"]  # of the curves, from the lowest plot up
+FONTS = ("DejaVu Sans", "Noto Sans CJK TC", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang TC")  # if installed
+PREVIEW_MARK = "a preview of vfm_encoder"  # in the PNG's text metadata
 
 
 def evenly(length: int, most: int) -> list[int]:
-    """All time steps of a clip, or `most` of them, evenly spread from the first to the last."""
+    """The indices of all `length` steps or, if there are more than `most`, of `most` evenly spread, first to last."""
     return torch.linspace(0, length - 1, min(length, most), dtype=torch.float64).round().int().tolist()
 
 
 def noise_floor(x: Tensor) -> Tensor:
-    """Differences below this are rounding, which a preview must not magnify."""
+    """Differences below this are rounding errors, which a preview must not magnify."""
     return 1e-4 * x.square().mean().sqrt() + 1e-12
 
 
 def leading_components(x: Tensor, steps: list[int]) -> tuple[Tensor, float]:
-    """Features [T, H, W, C] -> their first three principal components at `steps` [steps, H, W, 3], and their share of
-    the variance. Basis and scale are the whole clip's: [-0.5, 0.5] spans the 2nd to 98th percentile. Where nothing
-    varies all are 0."""
+    """Features [T, H, W, C] -> their first three principal components at the time steps `steps`, [steps, H, W, 3], and
+    the share of the variance that these explain. Basis and scale are those of the whole clip: [-0.5, 0.5] spans the 2nd
+    to 98th percentile of each component. If nothing varies, all components are 0."""
     tokens = x.flatten(0, -2)
     sample = tokens[evenly(len(tokens), 4096)].float()
     mean = sample.mean(dim=0)
@@ -173,22 +173,22 @@ def spread_of(x: Tensor) -> Tensor:
 
 
 def relative_motion(x: Tensor) -> np.ndarray:
-    """How far features [T, ..., C] move at each step but the first, [T - 1]: the root mean square of delta_x over that
-    of x around its mean, so that features and latents can be compared."""
+    """How much features [T, ..., C] change at each step after the first, [T - 1]: the root mean square of delta_x,
+    divided by that of x around its mean so that features and latents can be compared."""
     scale = spread_of(x)
     return np.array([((b.float() - a.float()).square().mean().sqrt() / scale).item() for a, b in itertools.pairwise(x)])
 
 
 def movement(x: Tensor) -> dict[str, np.ndarray]:
-    """How far the picture of features [T, H, W, C] moves to the right and down at each step but the first [T - 1], in
-    cells: by `motion_channels` of at most 64 channels, which suffice."""
+    """How far the picture moves right and down at each step after the first, [T - 1] each, in grid cells. Computed by
+    `motion_channels` from at most 64 channels of features [T, H, W, C]; more are not needed."""
     x = x[..., :: math.ceil(x.shape[-1] / 64)]
     right, down, *_ = motion_channels(x[None] / spread_of(x))[0, 1:].cpu().numpy().T
     return {"right": right, "down": down}
 
 
 def draw_curves(axes: Any, curves: dict[str, np.ndarray], steps: list[int], colours: Iterator[str]) -> None:
-    """Curves [T - 1] by name, into matplotlib's `axes`, over the time steps from the second on; `steps` are marked."""
+    """Draw curves [T - 1] by name into matplotlib's `axes`, from the second time step on, and mark `steps`."""
     values = np.concatenate([[0.0], *curves.values()])
     room = 0.1 * max(0.1, np.ptp(values))
     axes.set(xlim=(0, max(1, steps[-1])), ylim=(values.min() - room, values.max() + room))
@@ -204,12 +204,12 @@ def draw_curves(axes: Any, curves: dict[str, np.ndarray], steps: list[int], colo
 def draw_clip(
     title: str, pictures: dict[str, np.ndarray], plots: dict[str, dict[str, np.ndarray]], steps: list[int]
 ) -> bytes:
-    """A PNG of some time steps of a clip.
+    """A PNG that shows some time steps of a clip.
 
-    pictures: uint8 [steps, h, w, 3] by title, a row each, of the first one's aspect ratio. plots: curves [T - 1] by
-    name, by the label of the y-axis, drawn below.
+    pictures: title -> uint8 [steps, h, w, 3], one row each, all drawn in the aspect ratio of the first. plots: label of
+    the y-axis -> name -> curve [T - 1], drawn below the pictures.
     """
-    # takes most of a second; --help, decoders and runs without previews do without it
+    # imported here: it takes most of a second, and --help, decoder processes and runs without previews do not need it
     from matplotlib.figure import Figure
     from matplotlib.font_manager import get_font_names
 
@@ -229,7 +229,7 @@ def draw_clip(
         top = 2 * TITLE + row * (TITLE + height)
         for column, (step, picture) in enumerate(zip(steps, shown, strict=True)):
             left = MARGIN + column * (width + GAP)
-            smoothing = "antialiased" if name == "frames" else "nearest"  # a token stays a block
+            smoothing = "antialiased" if name == "frames" else "nearest"  # each token stays a sharp block
             page.imshow(picture, extent=(left, left + width, top + height, top), aspect="auto", interpolation=smoothing)
             if row == len(pictures) - 1:
                 page.text(left + width, top + height + 12, f"step {step}", fontsize=8, ha="right")
@@ -248,13 +248,13 @@ def draw_clip(
             axes.set_xlabel("time step (grey: of the pictures above)", fontsize=7)
     png = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a caption; a box stands for it
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a character of the caption; a box is drawn instead
         figure.savefig(png, format="png", metadata={"Source": PREVIEW_MARK})
     return png.getvalue()
 
 
 def is_preview(picture: Path) -> bool:
-    """Whether a file is there, and made by `write_preview`."""
+    """Whether the file exists and was made by `write_preview`."""
     return picture.is_file() and PREVIEW_MARK.encode() in picture.read_bytes()[:1000]
 
 
@@ -265,14 +265,14 @@ def write_preview(
     frames: np.ndarray | None = None,
     about: dict[str, Any] | None = None,
 ) -> None:
-    """Beside the file `path`, `<stem>.png`: what a clip's features look like, and how they move.
+    """Write `<stem>.png` beside the file `path`: what a clip's features look like, and how they move.
 
-    feature, latent: [T, H, W, C] or [T, N, C], which is laid out as the grid nearest to a square. frames: uint8 RGB
-    [F, h, w, 3], spread over the clip; all pictures have their aspect ratio, or without them the grid's. about:
+    feature, latent: [T, H, W, C] or [T, N, C]; N tokens are laid out as the grid nearest to a square. frames: uint8 RGB
+    [F, h, w, 3], spread over the clip; all pictures take the frames' aspect ratio or, if None, the grid's. about:
     `video`, `model` and `caption`, for the title; `motion_embedding` and `embedding_channels`, for the camera's motion.
 
-    The file is written whole or not at all. Raises `OSError` if it cannot be written, and `UserError` where another
-    picture has its name.
+    The file is written whole or not at all. Raises `OSError` if it cannot be written, and `UserError` if there is a
+    file of that name which is not a preview.
     """
     path = path.with_suffix(".png")
     if path.exists() and not is_preview(path):
@@ -346,9 +346,9 @@ def check_flags(args: argparse.Namespace, config: dict[str, Any]) -> None:
 
 
 def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Path]]:
-    """(feature file, file to write) pairs. A folder is mirrored, each file's suffix becoming that of `output_format`.
+    """Pairs of (feature file, file to write). A folder is mirrored; each output has the suffix of `output_format`.
 
-    Raises `UserError` where nothing is to be read, two features would write one file, or nothing can be written.
+    Raises `UserError` if there is nothing to read, two features would be written to one file, or `target` is unusable.
     """
     if not source.exists():
         raise UserError(f"--input {source} does not exist")
@@ -363,7 +363,7 @@ def plan(source: Path, target: Path, output_format: str) -> list[tuple[Path, Pat
         return [(source, target)]
     jobs = []
     for path in find_features(source):
-        if path.parent.resolve().is_relative_to(target.resolve()):  # latents of an earlier run are no features
+        if path.parent.resolve().is_relative_to(target.resolve()):  # latents of an earlier run, not features
             continue
         output = target / path.relative_to(source).with_suffix(f".{output_format}")
         if STATS_NAME in (path.name, output.name):
@@ -380,16 +380,16 @@ def finished_figures(output: Path, settings: str) -> dict[str, float] | None:
     try:
         saved = load_checked(output, mmap=True, check=False)
         return {name: float(saved[name]) for name in METRICS + MOVEMENT} if saved["settings"] == settings else None
-    except Exception:  # a file of somebody else's can be anything; it is made again
+    except Exception:  # a file of another program can hold anything; it is made again
         return None
 
 
 def encode_file(
     model: MotionFeatureAutoencoder, path: Path, output: Path, made_with: dict[str, Any], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Encode one file of a folder, unless it is finished, or a single file. Returns its row of the report.
+    """Encode a single file, or one file of a folder unless its output is finished. Returns its row of the report.
 
-    What is wrong with the feature is said in the row. Raises `OSError` where the output cannot be written.
+    If the feature cannot be encoded, the row says why. Raises `OSError` if the output cannot be written.
     """
     in_folder = args.input.is_dir()
     row = {"file": str(path.relative_to(args.input)) if in_folder else path.name, "failure": ""}
@@ -407,7 +407,7 @@ def encode_file(
         result = encode_clip(model, feature, args.save_reconstruction)
         if args.preview:
             write_preview(output, feature, result["latent"], about={"video": path.name, **metadata, **result})
-        elif is_preview(output.with_suffix(".png")):  # of the latent that is replaced
+        elif is_preview(output.with_suffix(".png")):  # it shows the latent that is replaced
             output.with_suffix(".png").unlink()
     except (UserError, OSError) as error:
         told = str(error) if str(path) in str(error) else f"{path}: {error}"
@@ -419,7 +419,7 @@ def encode_file(
 
 
 def report(rows: list[dict[str, Any]], planned: int, model: MotionFeatureAutoencoder, args: argparse.Namespace) -> None:
-    """Write `encode_report.csv` and stats.pt, and print what came of the files of a folder."""
+    """Write `encode_report.csv` and stats.pt of a folder, and print what was written, skipped and failed."""
     write_encode_report(rows, args.output, model)
     failures = {str(args.input / row["file"]): row["failure"] for row in rows if row["outcome"] == "failed"}
     for line in group_by_reason(failures):
@@ -459,7 +459,7 @@ def main() -> int:
         for path, output in tqdm(mine, unit="file", disable=None if len(jobs) > 1 and ranks.index == 0 else True):
             rows.append(encode_file(model, path, output, made_with, args))
         rows = [row for part in ranks.gather(rows) for row in part]
-    finally:  # of a run that is stopped too
+    finally:  # also if the run is stopped
         if ranks.index == 0 and args.input.is_dir():
             report(rows, len(jobs), model, args)
 

@@ -1,8 +1,8 @@
 """Train a motion autoencoder on a folder of features.
 
-In: a folder of .pt, .pth or .npy files, each the feature [T, N, C] or [T, H, W, C] of a clip (vfm_feature.py's).
+In: a folder of vfm_feature.py's .pt files (or .pth, .npy, .safetensors), each a clip [T, N, C] or [T, H, W, C].
 Out, in --save_dir: motion_ae_epoch{N}.pt after each epoch and motion_ae_best.pt, for encode.py and
-`MotionFeatureAutoencoder.from_checkpoint`; metrics.csv and loss_curves.png; motion_ae_last.pt, for --resume alone.
+`MotionFeatureAutoencoder.from_checkpoint`; metrics.csv and loss_curves.png; motion_ae_last.pt, only for --resume.
 
     python train.py --feature_dir ../dataset/vfm_features_motion_top100/VideoMAEv2 --use_token
     python train.py --feature_dir features --input_dim 352 --latent_dim 88 --epochs 100 --use_token --resume
@@ -72,20 +72,20 @@ from model import (
     to_sequences,
 )
 
-FIT_TOKENS = 2**18  # that the linear code is measured on, at most
-WHOLE_TOKENS = 2**13  # of clips that it is measured on whole; of larger ones it sees a block
-OWN_WEIGHT = 0.8  # of the energy of components < D beside its own, in the choice of coefficients
-GAIN_POWER = 0.4  # each channel is divided by its spread to this power, before `mix` is learned
-LOW_PASS = 2  # times as many components as the latent has channels, half of whose frequencies are kept
-RELATED_CLIPS, RELATED_TOKENS = 512, 256  # whose cosines the code learns: clips, and tokens of each, all and moving
-RELATED_STEPS, STEPS_A_SET = 4800, 8  # steps: at most, and at most for each of these sets of tokens
-RELATED_BATCH, RELATED_AT_ONCE = 12, 128  # in a step: sets, and tokens of each
-RELATED_RATE = 7e-3  # peak learning rate, of C = 352
-STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # of a clip, in a training step: tokens, and blocks of time steps
-STEP_PAIRED = 384  # tokens of a clip, between which a step sees all cosines
-SPREAD_POSITIONS = 8  # of a clip, of which the latent's spread is measured
-EARNED = 0.01  # of epoch 0's loss, that a network has to take off: it is three quarters of the encoding time
-# With the features and the clips of a step, all other flags decide the result; --resume checks that they are the same.
+FIT_TOKENS = 2**18  # the linear code is fitted on clips that together have about this many tokens
+WHOLE_TOKENS = 2**13  # clips with at most this many tokens are used whole in that fit, of larger ones one block
+OWN_WEIGHT = 0.8  # extra weight of components < D in the choice of coefficients, relative to the mean weight
+GAIN_POWER = 0.4  # each channel is divided by its spread to this power before `mix` is learned
+LOW_PASS = 2  # low-pass PCA: LOW_PASS * D components, of whose frequencies 1 / LOW_PASS are kept
+RELATED_CLIPS, RELATED_TOKENS = 512, 256  # of `learn_relations`: clips; tokens in each of a clip's sets (all, moving)
+RELATED_STEPS, STEPS_A_SET = 4800, 8  # steps of `learn_relations`: at most, and at most per set of tokens
+RELATED_BATCH, RELATED_AT_ONCE = 12, 128  # batch of `learn_relations`: sets, and tokens of each set
+RELATED_RATE = 7e-3  # peak learning rate of `learn_relations` for C = 352; smaller for larger C
+STEP_TOKENS, STEP_BLOCKS = 2**16, 8  # the most tokens, and blocks in time, of a clip in a training step
+STEP_PAIRED = 384  # tokens of a clip whose pairwise cosines a training step compares
+SPREAD_POSITIONS = 8  # positions of a clip at which the latent's mean and variance are measured
+EARNED = 0.01  # share of epoch 0's loss that the network must save: it costs three quarters of the encoding time
+# Flags that do not change the result. --resume checks all others, the features, and the number of clips per step.
 HARMLESS = ("feature_dir", "save_dir", "resume", "overwrite", "batch_size", "num_workers", "keep_epochs", "device")
 
 
@@ -109,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="go on with an interrupted run, from PATH or else motion_ae_last.pt in --save_dir, if there is one",
     )
     start.add_argument("--overwrite", action="store_true", help="throw away the checkpoints that --save_dir holds")
-    defaults = parser.add_model_flags("What the autoencoder is made of.") | {"input_dim": None}  # that of the files
+    defaults = parser.add_model_flags("What the autoencoder is made of.") | {"input_dim": None}  # taken from the files
     add("--epochs", type=number(int, 0), default=10, help="passes over the training files; 0: the linear code alone")
     add("--batch_size", type=number(int, 1), default=2, help="clips a step, of each rank")
     add("--lr", type=number(float, 0), default=2e-4, help="peak learning rate")
@@ -138,12 +138,12 @@ class FeatureFile(NamedTuple):
     channels: int
     content: str  # `file_fingerprint`
     origin: str
-    video: str  # which it is of: its entry `video`, else its path in the folder without a window's number _NNN
+    video: str  # its source: the entry `video`, else the path in the folder without a window's number _NNN
 
 
 def look_at_files(folder: Path, input_dim: int | None) -> list[FeatureFile]:
-    """Every feature file below `folder`, of which few numbers are read; all of `input_dim` channels or, without it, of
-    as many as each other. Raises `UserError` after naming all misfits."""
+    """Every feature file below `folder`; only a small part of each is read. All must have `input_dim` channels or, if
+    that is None, the same number. Raises `UserError` after naming all files that do not fit."""
 
     def look(path: Path) -> FeatureFile | str:
         try:
@@ -194,8 +194,8 @@ def hash_of_files(files: list[FeatureFile], folder: Path) -> str:
 def split_files(
     files: list[FeatureFile], val_fraction: float, seed: int
 ) -> tuple[list[FeatureFile], list[FeatureFile]]:
-    """Training and held-out files, the same for the same files, fraction and seed. Videos are held out whole, since
-    their windows are alike; at least half of the files are trained on. Below 10 files none is held out."""
+    """Training and held-out files; the same for the same files, fraction and seed. Videos are held out whole, since the
+    windows of a video are alike. At least half of the files are for training. Of fewer than 10, none is held out."""
     sizes = collections.Counter(file.video for file in files)
     wanted, count = round(len(files) * val_fraction) if len(files) >= 10 else 0, 0
     held_out = set()
@@ -206,16 +206,16 @@ def split_files(
     return [file for file in files if file.video not in held_out], [file for file in files if file.video in held_out]
 
 
-Part = tuple[int, slice]  # of a clip: its index, and the time steps
+Part = tuple[int, slice]  # of a clip: the clip's index, and the time steps
 
 
 class Clips:
-    """Clips, of which parts are read: some blocks of time steps of the whole grid."""
+    """A set of clips that is read in parts: one or more blocks in time, with the whole grid."""
 
     def __init__(self, files: list[FeatureFile]) -> None:
         self.files, self.checked = files, set()
         sizes = [file.shape if len(file.shape) == 3 else (file.shape[0], 1, 1) for file in files]
-        # The largest of the blocks that they are cut into.
+        # Along each axis, the largest size of the blocks that clips are cut into.
         self.block = tuple(
             max(cut(length, most)[0].stop for length in lengths)
             for lengths, most in zip(zip(*sizes, strict=True), Config.block, strict=True)
@@ -226,11 +226,11 @@ class Clips:
         file = self.files[index]
         clip, _ = load_feature(file.path, file.channels, mmap=True, check=index not in self.checked)
         self.checked.add(index)
-        return clip[place].clone()  # the file is not mapped any longer
+        return clip[place].clone()  # a copy, which does not keep the file mapped
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`Config.clip_shape`. What positions show is measured where all clips have one shape and are small."""
+        """`Config.clip_shape`. The mean of each position is measured only if all clips are small and of one shape."""
         shapes = {file.shape for file in self.files}
         if len({len(shape) for shape in shapes}) > 1:
             return ()
@@ -238,7 +238,7 @@ class Clips:
         return (1,) * len(shape) if shapes or math.prod(shape) > WHOLE_TOKENS else shape
 
     def parts(self, index: int) -> list[slice]:
-        """The time steps of a clip, cut at borders of its blocks into parts that a training step can take."""
+        """The time steps of a clip, cut at block borders into parts that are small enough for a training step."""
         length, *grid = self.files[index].shape
         steps = cut(length, self.block[0])
         count = max(1, min(STEP_BLOCKS, STEP_TOKENS // (self.block[0] * math.prod(grid))))
@@ -246,13 +246,13 @@ class Clips:
         return [slice(run[0].start, run[-1].stop) for run in runs]
 
     def to_measure(self, seed: int, device: str) -> Iterator[Tensor]:
-        """Every clip by itself, or a random part of it, the same each time: [1, T, ..., C] in float32."""
+        """Of each clip one of its `parts`, a random one but the same each time: [1, T, ..., C] in float32."""
         for index in tqdm(range(len(self.files)), unit="clip", leave=False, disable=None):
             part = random.Random(f"{seed} {index}").choice(self.parts(index))
             yield self.read(index, (part,))[None].to(device).float()
 
     def shuffled(self, seed: int, device: str) -> Iterator[Tensor]:
-        """Clips in random order, of large ones a random block each: [T, ..., C] in float32."""
+        """Clips in random order, [T, ..., C] in float32; of each large clip only one random block."""
         chance = random.Random(f"{seed} fit")
         order = chance.sample(range(len(self.files)), len(self.files))
         for index in tqdm(order, "clips", leave=False, disable=None, delay=1):
@@ -262,7 +262,7 @@ class Clips:
             yield self.read(index, place).to(device).float()
 
     def to_fit(self, seed: int, device: str) -> list[Tensor]:
-        """The first of these that have `FIT_TOKENS`: what the linear code is measured on."""
+        """The first `shuffled` clips that together have `FIT_TOKENS` tokens: the linear code is fitted on these."""
         sample, tokens = [], 0
         for clip in self.shuffled(seed, device):
             sample.append(clip)
@@ -272,11 +272,11 @@ class Clips:
         return sample
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> list[list[Part]]:
-        """This rank's share of the batches of an epoch, in an order that depends on (seed, epoch): all parts of all
-        clips, in a batch those of one shape.
+        """This rank's share of the batches of an epoch. The batches hold all parts of all clips, in an order that
+        depends on (seed, epoch); the parts in one batch have the same shape.
 
-        Every rank has as many parts of each batch as the others: those of a shape are filled up from their start, as
-        torch's DistributedSampler does.
+        Every rank gets the same number of parts of each batch: the shuffled list of all parts of a shape is padded with
+        parts from its start, as torch's DistributedSampler does.
         """
         groups: dict[tuple[int, ...], list[Part]] = {}  # by the parts' shape
         for index, file in enumerate(self.files):
@@ -291,8 +291,8 @@ class Clips:
         return [batch[ranks.index :: ranks.count] for batch in batches]
 
     def read_batches(self, batches: list[list[Part]], num_workers: int, device: str) -> Iterator[Tensor]:
-        """Batches [B, T, ..., C] in float32 on `device`. Threads read ahead: tensors copy and convert without Python's
-        lock, and processes would need shared memory, of which containers have little."""
+        """Batches [B, T, ..., C] in float32 on `device`. The workers that read ahead are threads: tensors are copied
+        and converted without Python's lock, and processes would need shared memory, of which containers have little."""
 
         def stack(batch: list[Part]) -> Tensor:
             clips = torch.stack([self.read(index, (part,)) for index, part in batch])
@@ -305,7 +305,7 @@ class Clips:
                     more = itertools.islice(to_read, 2 + num_workers - len(ahead))
                     ahead.extend(pool.submit(stack, batch) for batch in more)
                     clips = ahead.popleft().result()
-                    yield clips.to(device, non_blocking=True).float()  # float16 travels, float32 is computed with
+                    yield clips.to(device, non_blocking=True).float()  # sent as stored (float16), computed in float32
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -327,10 +327,10 @@ def weighted_moment(clips: list[Tensor], recon_weight: float, motion_weight: flo
 
 
 def position_means(clips: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """The mean token of clips [T, ..., C], or of each position where they have one `shape`, [*shape, C] in float64.
+    """The mean token [C] of clips [T, ..., C], or, if all have one `shape`, of each position [*shape, C]; in float64.
 
-    ViTs show a token's position in all clips. Each channel of what positions add to the mean token is drawn towards 0
-    by the share of chance in it, counted as if clips were a quarter as many: those of one source are alike.
+    ViTs show a token's position in all clips. Per channel, what positions add to the mean token is shrunk towards 0 by
+    its share of sampling noise. This is estimated as for a quarter of the clips, since clips of one source are alike.
     """
     token = sum(x.flatten(0, -2).mean(dim=0, dtype=torch.float64) for x in clips) / len(clips)
     if math.prod(shape) == 1 or len(clips) == 1:
@@ -342,11 +342,11 @@ def position_means(clips: list[Tensor], shape: tuple[int, ...]) -> Tensor:
 
 
 def frequency_weight(code: SpaceTimeCode, recon_weight: float, motion_weight: float) -> Tensor:
-    """What an error of unit energy in a cosine adds to the loss, by its frequency over time, [l]: its changes, and its
-    jumps from block to block, as if their errors were independent.
+    """How much an error of unit energy in a DCT coefficient adds to the loss, by its frequency over time, [l]. Motion
+    errors arise within a block and as jumps between blocks, as if the errors of different blocks were independent.
 
-    That is a little too much: it keeps reconstruction at large motion weights. Where reconstruction is not coded, the
-    constant alone jumps, by as much as the slowest cosine moves.
+    This overestimates the jumps a little, which protects reconstruction at large motion weights. If reconstruction is
+    not coded, only the constant (frequency 0) is taken to jump, by as much as the slowest cosine changes.
     """
     frequency = torch.arange(code.size[0], device=code.mean.device) * torch.pi / code.size[0]
     changes, constant = 2 - 2 * frequency.cos(), frequency == 0
@@ -358,9 +358,9 @@ def frequency_weight(code: SpaceTimeCode, recon_weight: float, motion_weight: fl
 
 
 def choose_related(clips: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Of clips x [T, ..., C], and what is `seen` of them [T, ..., P]: of `RELATED_TOKENS` of each clip, and of as many
-    of those that move most, what is seen [n, K, P], and their directions, of length 1, [n, K, C], both in bfloat16,
-    which holds all that float32 does: of 512 clips with C = 768 each takes 0.4 GB."""
+    """Sample tokens of clips (pairs of x [T, ..., C], and what components see of it, `seen` [T, ..., P]). Each clip
+    gives two sets of K = `RELATED_TOKENS`: of all its tokens, and of those that move most. Returns `seen` [n, K, P] and
+    x as unit vectors [n, K, C], in bfloat16 (float32's range): for 512 clips with C = 768, 0.4 GB each."""
     chance, sets = torch.Generator().manual_seed(0), []
     for x, seen in itertools.islice(clips, RELATED_CLIPS):
         for some in compared_tokens(x).values():
@@ -374,13 +374,13 @@ def choose_related(clips: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
 
 @torch.enable_grad()
 def learn_relations(matrix: Tensor, seen: Tensor, directions: Tensor) -> Tensor:
-    """The `matrix` [P, D], trained by AdamW until tokens seen @ matrix have the cosines between their `directions`.
+    """Train the `matrix` [P, D] by AdamW so that tokens `seen` @ matrix have the cosines between their `directions`.
 
-    No closed form knows them: PCA's leading components keep the most energy, but what lies beyond belongs to a token's
-    length and to its likeness to others.
+    No closed form does this: PCA's leading components keep the most energy, but the components beyond them also
+    contribute to a token's length and to its cosines with other tokens.
     """
     matrix, chance = nn.Parameter(matrix.float().clone()), torch.Generator().manual_seed(0)
-    rate = RELATED_RATE * (352 / len(matrix)) ** 0.5  # as entries of unit vectors
+    rate = RELATED_RATE * (352 / len(matrix)) ** 0.5  # scales with C as the entries of unit vectors do
     optimizer = torch.optim.AdamW([matrix], lr=rate)
     steps = min(RELATED_STEPS, STEPS_A_SET * len(seen))
     for step in tqdm(range(steps), "learning cosines", leave=False, disable=None, delay=1):
@@ -395,24 +395,24 @@ def learn_relations(matrix: Tensor, seen: Tensor, directions: Tensor) -> Tensor:
 
 
 def flattening_gain(spread: Tensor) -> Tensor:
-    """The gain [D] of components of this `spread`, larger for smaller ones: with the other components lost, cosines
-    would weigh the first too much."""
+    """The gain [D] of components with this `spread`; the smaller the spread, the larger the gain. Without it, cosines
+    would weigh the first components too much, since the components beyond D are lost."""
     return (spread / spread.mean().clamp_min(1e-6)).clamp_min(1e-3) ** -GAIN_POWER
 
 
 def turned_basis(
     code: SpaceTimeCode, basis: Tensor, moment: Tensor, clips: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """A basis [C, C] whose first D components are those of `basis`, turned until they keep the cosines of clips, and
-    the principal ones of `moment` within their span; the others are those of what is left. And the matrix `mix` [D, D]
-    by which the first keep these cosines. clips: features [T, ..., C] and what components see of them."""
+    """A new basis [C, C] and the matrix `mix` [D, D]. The first D components of `basis` are trained to keep the cosines
+    of clips; the new basis is the principal components of `moment` in their span, then those in its complement. With
+    `mix`, the new first D keep these cosines. clips: features [T, ..., C] and what components see of them."""
     (seen, directions), own = choose_related(clips), basis[:, : code.latent_dim].float()
     own = own * flattening_gain((seen[:, :16].float() @ own).flatten(0, 1).std(dim=0))
     own = learn_relations(own, seen, directions).double()
     whole = torch.linalg.qr(torch.cat([own, torch.eye(len(own), dtype=own.dtype, device=own.device)], dim=1)).Q
     spans = whole.split([code.latent_dim, code.input_dim - code.latent_dim], dim=1)
     basis = torch.cat([span @ principal_components(span.mT @ moment @ span) for span in spans], dim=1)
-    # Turning the latent changes no cosine: of all such matrices the symmetric one, which is nearest to a diagonal.
+    # Rotating a latent changes no cosine, so `mix` is free up to a rotation: the symmetric one is nearest to diagonal.
     turn, stretch, _ = torch.linalg.svd(basis[:, : code.latent_dim].mT @ own)
     return basis, turn * stretch @ turn.mT
 
@@ -427,18 +427,18 @@ def fit_code(
     relation_weight: float = 0.0,
     related: Iterable[Tensor] | None = None,
 ) -> None:
-    """Write the tables of the linear code, measured on clips [T, N, C] or [T, H, W, C], of any sizes; all of
-    `clip_shape`, where the code's config names one.
+    """Fit the linear code to `clips` [T, N, C] or [T, H, W, C] and write its tables. Clips may have any sizes; if the
+    code's config names a `clip_shape`, all must have that shape.
 
-    Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). With a `relation_weight` it is
-    turned, and `mix` learned, for the cosines of the clips `related`, else of those measured on: more have more to
-    teach.
+    Basis: eigenvectors of recon_weight * cov(x) + motion_weight * cov(delta_x). With a `relation_weight`, the basis is
+    turned and `mix` is learned to keep the cosines of the clips `related` (default: `clips`). The more clips
+    `related` has, the more there is to learn from.
 
-    Coefficients kept: those of most energy, weighted by what an error in each frequency adds to the loss; components
-    < D count more (`OWN_WEIGHT`), at any frequency alike, since the cosines between tokens feel what is lost of a
-    token's own channels alike.
+    Coefficients kept: those with the most energy, weighted by what an error at their frequency adds to the loss.
+    Components < D get extra weight (`OWN_WEIGHT`), the same at all frequencies, since what is lost of a token's own
+    channels changes its cosines equally at any frequency.
     """
-    if not code.codes_still_part:  # decoding cannot restore it, so no coefficient is spent on it
+    if not code.codes_still_part:  # decoding cannot restore the still part, so no coefficient is spent on it
         recon_weight, motion_weight = 0.0, 1.0
     mean = position_means(clips, code.mean.shape[:-1] if code.codes_still_part else (1,))
     centred = [x - (mean.to(x) if code.codes_still_part else x.mean(dim=0)) for x in clips]
@@ -448,11 +448,11 @@ def fit_code(
     moment = weighted_moment([x[None] for x in normalised], recon_weight, motion_weight)
     basis = principal_components(moment)
     kept = sum((x @ basis[:, : code.latent_dim].to(x)).square().sum(dim=-1).mean() for x in normalised) / len(clips)
-    # The mean becomes as much shorter as what is left of the rest.
+    # The mean is shortened by the same factor as the centred tokens if only their first D components are kept.
     share = (kept / code.input_dim).sqrt() * code.codes_still_part
 
     def to_relate() -> Iterator[tuple[Tensor, Tensor]]:
-        for x in clips if related is None else related:  # one by one: they are many
+        for x in clips if related is None else related:  # one by one: there can be many
             own = x - (mean.to(x) if code.codes_still_part else x.mean(dim=0))
             yield (x if code.codes_still_part else own), (own + share * mean.to(x)) / scale
 
@@ -462,9 +462,9 @@ def fit_code(
     basis = basis.to(code.basis)
     energy = sum(code.block_energy(x @ basis) for x in normalised) / len(clips)
     parts = energy.split([code.latent_dim, code.input_dim - code.latent_dim], dim=-1)
-    # True energies fall with the rank, of own components and of the others; another order is the chance of few clips.
+    # Among the first D components, and among the others, true energies fall with rank; other orders are sampling noise.
     energy = torch.cat([part.sort(dim=-1, descending=True).values for part in parts], dim=-1)
-    energy[0] = energy[:2].amax(dim=0)  # a block's constant differs from the clip's, where that is not coded
+    energy[0] = energy[:2].amax(dim=0)  # without the still part: a block's mean over time still differs from the clip's
     weight = frequency_weight(code, recon_weight, motion_weight)
     spread = energy[..., : code.latent_dim].mean(dim=(0, 1, 2)).sqrt().clamp_min(1e-3)
     mix = mix if learns else flattening_gain(spread).diag()
@@ -481,7 +481,7 @@ def fit_code(
         mix=mix,
         unmix=torch.linalg.inv(mix),
         # Whittaker's smoother, argmin_y |z - y|^2 + smoothing * |delta y|^2, divides each frequency by a number, which
-        # decoding undoes. A fifth of the weight: the default then changes the error of the cosines by 1 %.
+        # decoding undoes. With a fifth of smooth_weight, the default changes the error of the cosines by only 1 %.
         smoothing=torch.tensor(smooth_weight / 5),
     )
 
@@ -492,16 +492,16 @@ def fit_code(
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over a twentieth of the run, then a cosine down to 0."""
+    """Linear warm-up over a twentieth of the run, and cosine decay to 0."""
     return peak * (min(1.0, (step + 1) / (0.05 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 class PrincipalComponents:
-    """Motion-weighted PCA of `clips` [T, ..., C], of the latent's size, after the code's mean: what the model has to
-    beat. The latent keeps the mean's components, which cosines feel.
+    """The baseline that the model has to beat: motion-weighted PCA of `clips` [T, ..., C] around the code's mean, with
+    `count` = D components. Its latent keeps the mean's components, since they affect the cosines.
 
-    With `count` > D components, also a low-pass filter over each block: of the cosines of these components those of the
-    lowest frequencies, as many as the latent has numbers. That is fair to a code of blocks, but chooses nothing.
+    With `count` > D components, each block is also low-pass filtered: of its DCT coefficients those of lowest frequency
+    are kept, as many as the latent has numbers. That is fair to a code of blocks, but the choice is fixed, not learned.
     """
 
     def __init__(self, code: SpaceTimeCode, clips: list[Tensor], weights: LossWeights, count: int) -> None:
@@ -535,8 +535,8 @@ class PrincipalComponents:
 def measure(
     model: MotionFeatureAutoencoder | PrincipalComponents, clips: Iterable[Tensor], weights: LossWeights
 ) -> dict[str, float]:
-    """Over `clips` [1, T, ..., C] the mean loss and its terms, in units of the features' variance, and the figures of
-    `FeatureErrors`. For motion alone, relations are those of what moves."""
+    """The mean loss over `clips` [1, T, ..., C] and its terms, in units of the features' variance, and the figures of
+    `FeatureErrors`. If only motion is coded, relations are those of x minus its mean over time."""
     errors, losses = FeatureErrors(), []
     scale = model.code.scale
     for x in clips:
@@ -563,8 +563,8 @@ def train_epoch(
     rates: list[float],
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """A step for each batch [B, T, ..., C], at its learning rate; the mean loss and its terms, on rank 0.
-    `network`: the model's, alone or in DistributedDataParallel. Raises `UserError` for a loss that is not finite."""
+    """Take one step for each batch [B, T, ..., C], with its learning rate. Returns the mean loss and its terms over all
+    ranks. `network`: the model's, bare or in DistributedDataParallel. Raises `UserError` if the loss is not finite."""
     model.train()
     losses = []
     for x, rate in zip(batches, rates, strict=True):
@@ -592,7 +592,7 @@ def train_epoch(
 
 
 def sample_latents(model: MotionFeatureAutoencoder, clips: list[Tensor]) -> list[Tensor]:
-    """The code's latents [P, T, D] of some positions of `clips` [T, ..., C]: what `measure_spread` takes."""
+    """The linear code's latents [P, T, D] at some positions of each of `clips` [T, ..., C], for `measure_spread`."""
     sample = []
     for x in clips:
         z = to_sequences(model.encoder(x[None], linear=True))
@@ -602,7 +602,7 @@ def sample_latents(model: MotionFeatureAutoencoder, clips: list[Tensor]) -> list
 
 @torch.no_grad()
 def measure_spread(model: MotionFeatureAutoencoder, sample: list[Tensor]) -> None:
-    """Write the latent's mean and variance over `sample_latents` of the training clips."""
+    """Store in the model the mean and variance of each latent channel over `sample_latents` of the training clips."""
     tokens = torch.cat([model.network(z).flatten(0, 1) for z in sample])
     model.latent_mean.copy_(tokens.mean(dim=0))
     model.latent_var.copy_(tokens.var(dim=0, correction=0))
@@ -614,9 +614,9 @@ def measure_spread(model: MotionFeatureAutoencoder, sample: list[Tensor]) -> Non
 
 
 def open_save_dir(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint to go on from; None to train from the start.
+    """The checkpoint to resume from, or None to train from the start.
 
-    Raises `UserError` where checkpoints of another run would be lost, or --resume would not give what it has begun.
+    Raises `UserError` if checkpoints of another run would be lost, or if --resume would not continue the same run.
     """
     make_folder(args.save_dir, "--save_dir")
     there = sorted(args.save_dir.glob("motion_ae_*.pt"))
@@ -643,10 +643,10 @@ def open_save_dir(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
                 f"{told.get(name, f'--{name}')} {ours} contradicts {path}, begun with {begun_with.get(name)}; resume "
                 "with what it was begun with, or train anew in another --save_dir"
             )
-    if elsewhere:  # so that the run can be resumed from here alone
+    if elsewhere:  # copy, so that --save_dir alone is enough to resume
         best_path = path.with_name("motion_ae_best.pt")
         best = load_checked(best_path) if best_path.is_file() else None
-        if best and best["epoch"] <= checkpoint["epoch"]:  # a later one is of epochs that will be trained again
+        if best and best["epoch"] <= checkpoint["epoch"]:  # a later one is from an epoch that will be trained again
             save_atomically(best, args.save_dir / best_path.name)
         save_atomically(checkpoint, last)
     left = args.epochs - checkpoint["epoch"]
@@ -659,7 +659,7 @@ def open_save_dir(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
 
 
 def draw_curves(history: list[dict[str, float]], measured_on: str) -> bytes:
-    """A PNG of the errors over the epochs, of the files measured on and of PCA; relations while training too."""
+    """A PNG of the errors by epoch: of the files measured on, of PCA, and for relations also of training."""
     table = pd.DataFrame(history).set_index("epoch")
     figure = Figure(figsize=(12, 3), layout="constrained")
     for axes, column in zip(figure.subplots(1, len(COMPARED)), COMPARED.values(), strict=True):
@@ -679,14 +679,14 @@ def draw_curves(history: list[dict[str, float]], measured_on: str) -> bytes:
 
 
 def best_row(history: list[dict[str, float]]) -> dict[str, float]:
-    """That of the least held-out loss; but epoch 0's, unless a network takes off what it costs (`EARNED`)."""
+    """The row with the lowest held-out loss, or epoch 0's, if the network lowers that loss by too little (`EARNED`)."""
     best = min(history, key=lambda row: row["val_loss"])
     return best if best["val_loss"] < (1 - EARNED) * history[0]["val_loss"] else history[0]
 
 
 def write_outputs(last: dict[str, Any], measured_on: str, save_dir: Path, keep_epochs: str) -> None:
-    """The files that follow from motion_ae_last.pt, which is on the disk: a run that was killed before they were all
-    written has them written again when it goes on."""
+    """Write the files that are derived from motion_ae_last.pt, which must be on disk first: if a run is killed before
+    all of them are written, they are written again when it is resumed."""
     history = last["history"]
     weights = {name: value for name, value in last.items() if name != "optimizer"}
     if keep_epochs == "all":
@@ -698,7 +698,7 @@ def write_outputs(last: dict[str, Any], measured_on: str, save_dir: Path, keep_e
 
 
 def remove_outputs(save_dir: Path) -> None:
-    """Remove an earlier run's files, the one to resume from first."""
+    """Remove an earlier run's files; first motion_ae_last.pt, from which it could be resumed."""
     for pattern in ("motion_ae_last.pt", "motion_ae_epoch*.pt", "motion_ae_best.pt", "metrics.csv", "loss_curves.png"):
         for path in save_dir.glob(pattern):
             path.unlink()
@@ -711,7 +711,7 @@ def remove_outputs(save_dir: Path) -> None:
 
 def report(line: str) -> None:
     if ranks.index == 0:
-        print(line, flush=True)  # a job's log shows it at once
+        print(line, flush=True)  # so that a job's log shows it at once
 
 
 def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | None) -> MotionFeatureAutoencoder:
@@ -731,8 +731,8 @@ def start_model(args: argparse.Namespace, clips: Clips, last: dict[str, Any] | N
 def start_run(
     args: argparse.Namespace, model: MotionFeatureAutoencoder, sample: list[Tensor], val_set: Clips, measured_on: str
 ) -> dict[str, Any]:
-    """What checkpoints say of the run beside its epochs, among it the errors of PCA, measured on `sample`. Prints
-    these, and those of a low-pass filter."""
+    """What a checkpoint holds besides the state of its epoch, such as PCA's errors on `val_set`. PCA is fitted on
+    `sample`. Prints its errors and those of low-pass PCA."""
     weights, latent_dim = loss_weights(args), args.latent_dim
     sizes = {"low-pass PCA of blocks": min(LOW_PASS * latent_dim, args.input_dim), "motion-weighted PCA": latent_dim}
     for told, count in sizes.items():
@@ -755,8 +755,8 @@ def train(
     settings: dict[str, Any],
     last: dict[str, Any] | None,
 ) -> None:
-    """The epochs after `last`, or all, from epoch 0: the code alone. All ranks train; rank 0 measures and writes.
-    `files`: to train on, held out."""
+    """Run the epochs after checkpoint `last`, or all of them; epoch 0 is the linear code alone. All ranks train; rank 0
+    measures and writes. `files`: those to train on, and those held out."""
     train_set, val_set = Clips(files[0]), Clips(files[1] or files[0])
     measured_on = "held out" if files[1] else "training files"
     model = start_model(args, train_set, last)
@@ -777,11 +777,11 @@ def train(
     if ranks.count > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
-        network = DistributedDataParallel(network)  # its buffers: none
+        network = DistributedDataParallel(network)  # it has no buffers
 
     for epoch in range(first, args.epochs + 1):
         start = time.perf_counter()
-        torch.manual_seed(args.seed + epoch + 1_000_003 * ranks.index)  # all chance of an epoch but the order of clips
+        torch.manual_seed(args.seed + epoch + 1_000_003 * ranks.index)  # for all randomness but the clips' order
         trained, rates = {}, [0.0]
         if epoch:
             parts = train_set.batches(args.batch_size, args.seed, epoch)
@@ -819,7 +819,7 @@ def main() -> int:
     device = ranks.open_device(args.device)
     args.device = str(device)  # of this rank
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # which NCCL and pinned memory go by
+        torch.cuda.set_device(device)  # NCCL and pinned memory use the current device
     all_files = ranks.from_first(lambda: look_at_files(args.feature_dir, args.input_dim))
     args.input_dim = all_files[0].channels
     files = split_files(all_files, args.val_fraction, args.seed)

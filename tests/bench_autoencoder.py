@@ -1,43 +1,43 @@
 """How the autoencoder stands against PCA on features of your own, and how long that takes.
 
-In: a folder of features, as train.py takes it. The files whose `video` matches --held_out (else a seeded fifth) are
-kept out of training; hold out whole sources where files come from several, or all codes look better than they are.
-Out: tables of what was held out, for latents of C / 4 channels or those of --ratios: of motion-weighted PCA, low-pass
-PCA (see train.py's `PrincipalComponents`), of the closed form on PCA's basis, of the code on its turned basis (epoch 0
-of train.py), of the trained model (its best epoch) and of the last epoch. Their columns are those of train.py's
-`measure`:
+In: a folder of features, as for train.py. The files whose `video` matches --held_out (by default a random fifth, fixed
+by --seed) are kept out of training. If files come from several sources, hold out whole sources, or all codes look
+better than they are.
+Out: tables of errors on the held-out files, for latents of C / 4 channels or of the ratios in --ratios. Rows:
+motion-weighted PCA, low-pass PCA (see train.py's `PrincipalComponents`), the closed form (linear code on PCA's basis),
+epoch 0 of train.py (linear code on the turned basis), the trained model (its best epoch) and the last epoch. Columns:
 - reconstruction, motion: `FeatureErrors` over all held-out clips; total: the weighted sum of the mean squared errors,
   relative to PCA's
-- relations, of moving: the mean absolute change of the cosine between two tokens of a clip, from features to latent; of
-  512 tokens, and of 512 of the tenth that moves most
-- noise 0.1, noise 0.3: the first two with noise on the latent of such a share of each channel's spread; ours where
-  decoding is told of it.
+- relations, of moving: the mean absolute change, from features to latent, of the cosine between two tokens of a clip;
+  over 512 tokens, and over 512 of the tenth of the tokens that moves most (columns of train.py's `measure`)
+- noise 0.1, noise 0.3: reconstruction and motion error when noise is added to the latent, with this share of each
+  channel's standard deviation; our decoder is told the noise level.
 
-With --camera FOLDER ..., of features [T, H, W, C] of stills under a camera of known motion, a table of the embedding
-each. `camera` [T, 4] in these files is what the camera did since the step before: right, down (cells), turn (radians),
-zoom (log). Columns:
-- right, down, turn, zoom, and the log of the speed in cells: R2 of a ridge regression from the embedding at t and its
-  change, fitted on the stills that --held_out does not match, on the others; in the row of named channels, of the
-  channels of these names as they stand
-- the sign of each, at steps that move by more than half the root mean square: the share that is right
-- content, change: R2, leaving one held-out clip out, of the mean of x over space, and of the length of its change
+--camera FOLDER ... adds a table for the motion embedding per folder of features [T, H, W, C] of stills under a known
+camera motion. `camera` [T, 4] in these files is the camera's motion since the previous step: right, down (cells), turn
+(radians), zoom (log). Columns:
+- right, down, turn, zoom, log speed (of the speed in cells): R2 of a ridge regression from the embedding at t and its
+  change, fitted on the stills that --held_out does not match and tested on the others. In the row "named channels": R2
+  of the embedding's channels of these names, without a regression
+- sign of each: the share of correct signs, at steps that move by more than half the root mean square
+- content, change: R2, leaving one held-out clip out, for the mean of x over space and for the mean size of its change
 - flow: the cosine between the channels picture right, down and the mean of `flow` [T, H, W, 2] (cells)
 - background right, down: the correlation of camera right, down with `background` [T, 4] (cells) of held-out clips, at
-  the steps where `agree` [T] is above 0.5; at rest: their root mean square in the clips whose background moves by less
-  than 0.01 cells a step.
-Rows beside ours: the mean over space of features, of PCA, of differences, and three moments of the first over five
-steps (as in SemanticMoments).
+  the steps where `agree` [T] is above 0.5; at rest: the root mean square of camera right, down in the clips whose
+  background moves by less than 0.01 cells a step.
+Rows besides ours: the mean over space of features, of PCA, of differences, and three moments over five steps of the
+features' mean over space (as in SemanticMoments).
 
-With --student VIDEOS, another: does a latent serve as a target? Small networks see videos and learn the relations
-between the tokens of a target: the features, or what each code makes of them at --ratios (else 4 16 32). The error of
-each is the mean absolute difference between its cosines and those of features that are held out. A seed gives the same
-first weights, clips and tokens whatever the target, so that the ratio to the error of the features' student has less
-spread than the errors. VIDEOS has the files that the features' `video` names.
+--student VIDEOS makes a different table instead: can a latent replace features as a training target? Small networks
+(students) see videos and learn the relations between the tokens of a target: the features, or each code's latents at
+--ratios (default: 4 16 32). A student's error is the mean absolute difference between its cosines and those of held-out
+features. A seed fixes initial weights, clips and tokens for all targets, so the ratio to the error of the features'
+student varies less than the errors. VIDEOS holds the files that the features' `video` names.
 
---models FOLDER keeps what is trained, and goes on with what it holds. --json FILE adds the tables to those in the file.
---ablation adds what the closed form is worth without each of its parts; --front PICTURE draws its errors at several
-motion weights; --sheet FEATURE VIDEO draws README's picture beside FEATURE, titled by its entries. Other flags are
-train.py's.
+--models FOLDER keeps the checkpoints, and resumes from those it holds. --json FILE adds the tables to that file.
+--ablation adds the errors of the closed form without each of its parts; --front PICTURE plots its errors at several
+motion weights; --sheet FEATURE VIDEO draws the README's picture beside FEATURE, with a title from FEATURE's entries.
+All other flags are passed to train.py.
 
     python tests/bench_autoencoder.py ../dataset/vfm_features_motion_top100/VideoMAEv2
     python tests/bench_autoencoder.py features --held_out "^main" --ratios 4 8 16 32 --camera stills --json figures.json
@@ -70,7 +70,7 @@ sys.path.insert(0, str(ROOT))
 
 from encode import encode_clip, write_preview  # noqa: E402
 from losses import COMPARED, FeatureErrors, compare, token_relations  # noqa: E402
-from model import (  # noqa: E402  (the scripts are no installed package)
+from model import (  # noqa: E402  (the scripts are not an installed package)
     MotionFeatureAutoencoder,
     UserError,
     describe_motion_embedding,
@@ -95,11 +95,11 @@ from train import (  # noqa: E402
 from vfm_feature import Clip, Sampling, decode_windows  # noqa: E402
 
 FRONT = (1.0, 3.0, 10.0, 30.0)  # motion weights
-NOISE = (0.1, 0.3)  # of a channel's spread
-PICTURE = (80, 120)  # height and width that students see
+NOISE = (0.1, 0.3)  # standard deviation, as a share of each channel's
+PICTURE = (80, 120)  # height and width of the frames that students see
 STUDENT_RATIOS = (4, 16, 32)
-STUDENT_STEPS, STUDENT_TOKENS = 6, 300  # of a clip, that a student sees at a time, and whose relations it learns
-STUDENT_CLIPS, STUDENT_RATE = 3, 1e-3  # of a training step: clips, and the peak learning rate
+STUDENT_STEPS, STUDENT_TOKENS = 6, 300  # per clip: steps seen at a time, tokens whose relations are learned
+STUDENT_CLIPS, STUDENT_RATE = 3, 1e-3  # clips in a training step; peak learning rate
 Row = dict[str, float]
 
 
@@ -117,7 +117,7 @@ def split(files: list[FeatureFile], pattern: str | None, seed: int) -> tuple[lis
 
 
 def train(files: list[FeatureFile], flags: list[str], save_dir: Path) -> list[Path]:
-    """The checkpoints of the epochs of train.py on `files`, in order."""
+    """Run train.py on `files`. Returns the checkpoints of its epochs, in order."""
     with tempfile.TemporaryDirectory() as folder:
         for index, file in enumerate(files):
             (Path(folder) / f"{index:06d}{file.path.suffix}").symlink_to(file.path.resolve())
@@ -133,9 +133,9 @@ def train(files: list[FeatureFile], flags: list[str], save_dir: Path) -> list[Pa
 def noise_errors(
     model: MotionFeatureAutoencoder, pca: PrincipalComponents, sample: list[Tensor], clips: Iterable[Tensor]
 ) -> dict[str, Row]:
-    """Reconstruction and motion error with noise on the latent, of `NOISE` times each channel's spread, as a generator
-    that predicts latents makes it: of the trained model, whose decoding is told of it, and of PCA. `sample`: the clips
-    of which PCA's spread is measured."""
+    """Reconstruction and motion errors of the trained model and of PCA with noise on the latent, as a generator that
+    predicts latents makes it: `NOISE` times each channel's spread. The model's decoder is told the noise level.
+    `sample`: the clips on which the spread of PCA's latent is measured."""
     chance = torch.Generator().manual_seed(0)
     errors = {noise: {name: FeatureErrors() for name in ("trained", "PCA")} for noise in NOISE}
     pca_spread = torch.cat([pca.encode(x[None]).flatten(0, -2) for x in sample]).std(dim=0)
@@ -156,7 +156,7 @@ def noise_errors(
 
 
 class Codes:
-    """What is compared at one size, by name in `all`: PCA, low-pass PCA, the closed form, epoch 0, the
+    """The codes compared at one latent size, by name in `all`: PCA, low-pass PCA, the closed form, epoch 0, the
     trained model, the last epoch."""
 
     def __init__(
@@ -213,7 +213,7 @@ class Codes:
 
 
 def draw_front(rows: dict[str, Row], path: Path) -> None:
-    """Motion error over reconstruction error, a curve through the closed form's motion weights."""
+    """Plot motion error over reconstruction error, with a curve for the closed form at several motion weights."""
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     front = {name: row for name, row in rows.items() if name.startswith("weight ")}
@@ -230,7 +230,7 @@ def draw_front(rows: dict[str, Row], path: Path) -> None:
 
 
 def draw_sheet(model: MotionFeatureAutoencoder, path: Path, video: Path) -> None:
-    """The preview of a feature file, its latent and the frames of its video."""
+    """Draw the preview of a feature file, its latent and the frames of its video."""
     feature, about = load_feature(path)
     sampling = Sampling(2 * len(feature), ((320, 480),))
     ((_, frames),) = filter(None, decode_windows(str(video), [Clip(video)], sampling))
@@ -249,7 +249,7 @@ def with_change(embedding: Tensor) -> Tensor:
 
 
 def ridge(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """Ridge regression from x [K, P] to y [K, Q], fitted."""
+    """Fit a ridge regression from x [K, P] to y [K, Q]. Returns the function that predicts y."""
     mean, spread = x.mean(dim=0), x.std(dim=0).clamp_min(1e-9)
     x, penalty = (x - mean) / spread, 0.03 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
     weights = torch.linalg.solve(x.mT @ x + penalty, x.mT @ (y - y.mean(dim=0)))
@@ -257,7 +257,7 @@ def ridge(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def probe(embeddings: list[Tensor], targets: list[Tensor]) -> float:
-    """R2 of ridge regression from [e[t], e[t] - e[t - 1]] to [T - 1, Q], fitted without the clip that it reads."""
+    """Leave-one-clip-out R2 of ridge regression from [e[t], e[t] - e[t - 1]] to `targets`, [T - 1, Q] of each clip."""
     inputs = [with_change(e) for e in embeddings]
     residual = total = 0.0
     for index, (x_out, y_out) in enumerate(zip(inputs, targets, strict=True)):
@@ -269,7 +269,7 @@ def probe(embeddings: list[Tensor], targets: list[Tensor]) -> float:
 
 
 def moments_over_time(x: Tensor) -> Tensor:
-    """x [T, C] -> [T, 3 C]: mean, standard deviation and cube root of the third moment over five steps around each."""
+    """x [T, C] -> [T, 3 C]: mean, standard deviation and cube root of the third moment over the five steps around t."""
     windows = torch.cat([x[:1]] * 2 + [x] + [x[-1:]] * 2).unfold(0, 5, 1)  # [T, C, 5]
     mean = windows.mean(dim=2)
     deviation = windows - mean[..., None]
@@ -278,7 +278,7 @@ def moments_over_time(x: Tensor) -> Tensor:
 
 
 def camera_probe(embeddings: list[Tensor], cameras: list[Tensor], held_out: list[bool]) -> dict[str, float]:
-    """How well a regression, fitted on the other stills, reads the `cameras` [T, 4] of held-out ones."""
+    """How well a regression predicts the `cameras` [T, 4] of the held-out stills, fitted on the other stills."""
     names = ("right", "down", "turn", "zoom")
     x = [with_change(embedding) for embedding in embeddings]
     moves = [camera[1:].double() for camera in cameras]  # [T - 1, 4]
@@ -304,7 +304,7 @@ def camera_probe(embeddings: list[Tensor], cameras: list[Tensor], held_out: list
 def camera_table(
     model: MotionFeatureAutoencoder, pca: PrincipalComponents, stills: Path, clips: list[FeatureFile], pattern: str
 ) -> dict[str, Row]:
-    """The rows of the embedding's table: `stills` have a `camera`; held-out `clips` may have `flow`, `background`."""
+    """The table of --camera. Files in `stills` have `camera`; held-out `clips` may have `flow` or `background`."""
     names = describe_motion_embedding(model.config)
     motion = [index for index, name in enumerate(names) if not name.startswith("content")]
 
@@ -352,7 +352,7 @@ def camera_table(
 
 
 def motion_in_clips(embeddings: list[Tensor], files: list[dict[str, Any]], names: list[str]) -> Row:
-    """The columns flow, background and at rest, as far as all `files` have what they are held against."""
+    """The columns flow, background and at rest, if all `files` have the entries that each is compared with."""
     row = {}
 
     def channels(kind: str) -> list[Tensor]:  # right and down, [T - 1, 2] of each clip
@@ -381,14 +381,14 @@ def motion_in_clips(embeddings: list[Tensor], files: list[dict[str, Any]], names
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Does it serve as a target? (--student)
+# Latents as training targets (--student)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def read_frames(path: Path, videos: Path) -> Tensor:
-    """The frames that a feature file [T, H, W, C] was made of, the first of each step: uint8 [T, 3, *PICTURE].
+    """The frames that a feature file [T, H, W, C] was made from, the first of each time step: uint8 [T, 3, *PICTURE].
 
-    They are spread evenly over the clip. Where the file does not say how many they were, they are two a step.
+    They must be spread evenly over the clip. If the file does not say how many they were, two per step are assumed.
     """
     feature, about = load_feature(path, mmap=True)
     video, indices = videos / about.get("video", ""), about.get("frame_indices")
@@ -404,7 +404,7 @@ def read_frames(path: Path, videos: Path) -> Tensor:
 
 
 class Student(nn.Module):
-    """A small video network of 0.9 million weights, which halves time as generators of video do.
+    """A small video network of 0.9 million weights, which halves the number of time steps, as video generators do.
 
     uint8 [B, T, 3, *PICTURE] -> [B, T / 2 (rounded up), *grid, 64].
     """
@@ -427,16 +427,16 @@ class Student(nn.Module):
 
 
 def relation_change(a: Tensor, b: Tensor) -> Tensor:
-    """The mean absolute difference of the cosines between the tokens of a clip: a [B, K, C], b [B, K, D]."""
+    """The mean absolute difference between the token cosines of a [B, K, C] and those of b [B, K, D]."""
     return (token_relations(a) - token_relations(b)).abs().mean()
 
 
 def train_student(frames: list[Tensor], targets: list[Tensor], steps: int, seed: int) -> Student:
-    """A student of the relations between the tokens of `targets` [T, H, W, D], trained on `frames`.
+    """Train a student on `frames` to learn the relations between the tokens of `targets` [T, H, W, D].
 
-    All chance is the seed's and the same for all targets.
+    All randomness depends on the seed alone, and is the same for all targets.
     """
-    chance = torch.Generator().manual_seed(seed)  # other students are trained at the same time
+    chance = torch.Generator().manual_seed(seed)  # its own: other students are trained at the same time
     student = Student(tuple(targets[0].shape[1:3]))
     for weights in student.parameters():
         if weights.ndim > 1:
@@ -463,8 +463,8 @@ def train_student(frames: list[Tensor], targets: list[Tensor], steps: int, seed:
 
 @torch.inference_mode()
 def student_error(student: nn.Module, frames: list[Tensor], features: list[Tensor]) -> float:
-    """The mean absolute difference of the student's cosines between tokens and those of `features` [T, H, W, C], over
-    all that a student sees at a time: each clip from its start, without the steps that are left over."""
+    """The mean absolute difference between the student's token cosines and those of `features` [T, H, W, C]. Each clip
+    is cut from its start into parts as long as a student sees at a time; steps left over at the end are not used."""
     errors = []
     for x, y in zip(frames, features, strict=True):
         size = min(len(x), STUDENT_STEPS)
@@ -476,8 +476,8 @@ def student_error(student: nn.Module, frames: list[Tensor], features: list[Tenso
 def student_table(
     targets: dict[str, list[Tensor]], frames: list[Tensor], held_out: tuple[list[Tensor], list[Tensor]], args: Any
 ) -> dict[str, dict[str, float]]:
-    """The error of students of each of the `targets`, the first of which are the features, and its ratio to theirs:
-    means over seeds and standard deviations. `held_out`: frames and features."""
+    """For each of `targets`, of which the first are the features: the error of its students, and its ratio to that of
+    the features' students, as mean and standard deviation over seeds. `held_out`: frames and features."""
 
     def error_of(seed: int, name: str) -> float:
         start = time.perf_counter()
@@ -486,7 +486,7 @@ def student_table(
         print(f"seed {seed}, {name}: {error:.4f} | {time.perf_counter() - start:.0f} s", flush=True)
         return error
 
-    torch.set_num_threads(1)  # for each of the threads
+    torch.set_num_threads(1)  # for each thread of the pool
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         by_seed = [[pool.submit(error_of, seed, name) for name in targets] for seed in range(args.student_seeds)]
     errors = torch.tensor([[job.result() for job in jobs] for jobs in by_seed])  # [seeds, targets]
@@ -512,7 +512,7 @@ def print_table(rows: dict[str, dict[str, float]], title: str, digits: int = 3) 
 
 
 def add_figures(path: Path | None, **tables: dict[str, dict[str, float]]) -> None:
-    """Write tables into a JSON file, which keeps its others."""
+    """Add tables to a JSON file and keep its other tables."""
     if path:
         others = json.loads(path.read_text()) if path.exists() else {}
         save_atomically(json.dumps(others | tables, indent=1) + "\n", path)
