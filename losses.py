@@ -1,4 +1,4 @@
-"""How features are compared: the training loss, the error figures, and the relations between tokens."""
+"""How features are compared: the training losses, the error metrics, and the relations between tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-RELATION_TOKENS = 512  # of a clip, whose cosines are compared
+RELATION_TOKENS = 512  # tokens of a clip whose cosine similarities are compared
 METRICS = ["reconstruction_error", "motion_error", "cosine"]  # of `FeatureErrors`
-COMPARED = {  # with PCA: the columns of metrics.csv
+COMPARED = {  # errors that are compared with PCA's: name -> column of metrics.csv without prefix
     "reconstruction": "reconstruction_error",
     "motion": "motion_error",
     "relations": "relations_loss",
@@ -51,10 +51,10 @@ def motion_autoencoder_loss(
 
 
 def latent_smoothness(latent: Tensor) -> Tensor:
-    """The mean squared temporal difference of a latent [B, T, ..., D] over its variance; 0 for T = 1.
+    """The mean squared temporal difference of a latent [B, T, ..., D], divided by its variance; 0 for T = 1.
 
-    Without the division a model would lower it by shrinking its latent, and with the mean square in place of the
-    variance by shifting it; neither smooths anything.
+    Without the division, a model would lower this by shrinking its latent; with the mean square in place of the
+    variance, by shifting it. Neither makes the latent smoother.
     """
     if latent.shape[1] == 1:
         return latent.new_zeros(())
@@ -63,13 +63,13 @@ def latent_smoothness(latent: Tensor) -> Tensor:
 
 
 class FeatureErrors:
-    """The error figures of one clip or of many, added up part by part. Every table, curve and report uses these.
+    """The error metrics of one or more clips, accumulated part by part. Every table, curve and report uses these.
 
-    - `reconstruction_error`: squared error over the variance around the mean token; 1 is what that mean alone would do.
-    - `motion_error`: squared error of the temporal differences over their square; 1 is what a still picture would do.
+    - `reconstruction_error`: squared error divided by the variance around the mean token, which alone would score 1.
+    - `motion_error`: squared error of temporal differences over the squared differences; a still picture would score 1.
     - `cosine`: mean cosine similarity between a token and its reconstruction.
 
-    NaN where there is nothing to be relative to: features of one value, or clips of one step.
+    NaN where the divisor is 0: constant features, or clips of one step.
     """
 
     def __init__(self) -> None:
@@ -77,10 +77,10 @@ class FeatureErrors:
         self.error = self.energy = self.motion_error = self.motion_energy = self.cosine = 0.0
 
     def add(self, x: Tensor, reconstruction: Tensor, goes_on: bool = False) -> None:
-        """x, reconstruction: [B, T, ..., C], of clips or of parts of them. `goes_on`: this part follows upon the last
-        one in time, so that the change between them counts too."""
+        """x, reconstruction: [B, T, ..., C], of clips or parts of clips. `goes_on`: this part directly follows the last
+        one in time, so the change between the two counts too."""
         x, reconstruction = x.float(), reconstruction.float()
-        if not self.tokens:  # the first mean is subtracted from all: sums of large numbers lose the small ones
+        if not self.tokens:  # the first part's mean is subtracted from all: sums of large numbers lose precision
             self.origin = x.flatten(0, -2).mean(dim=0)
             self.sum = torch.zeros(x.shape[-1], dtype=torch.float64)
         deviation, error = x - self.origin, reconstruction - x
@@ -105,8 +105,8 @@ class FeatureErrors:
 
 
 def compare(ours: dict[str, float], theirs: dict[str, float], weights: LossWeights) -> dict[str, float]:
-    """Each error over PCA's, and `total`, the weighted reconstruction and motion loss over PCA's; NaN where PCA makes
-    none."""
+    """Each error divided by PCA's, and `total`: the weighted reconstruction and motion loss divided by PCA's. NaN where
+    PCA has no error."""
     pairs = {name: (ours[column], theirs[column]) for name, column in COMPARED.items()}
     pairs["total"] = tuple(
         weights[0] * means["reconstruction_loss"] + weights[1] * means["motion_loss"] for means in (ours, theirs)
@@ -121,8 +121,8 @@ def token_relations(tokens: Tensor) -> Tensor:
 
 
 def relation_error(x: Tensor, latent: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """The mean absolute change of the cosines between tokens, from x [B, K, C] to the latent [B, K, D]: of all pairs,
-    or of the pairs of those `chosen` [B, K]."""
+    """The mean absolute change of the cosines between tokens, from x [B, K, C] to the latent [B, K, D]: over all pairs,
+    or over the pairs of tokens in the mask `chosen` [B, K]."""
     change = (token_relations(x) - token_relations(latent)).abs()
     if chosen is None:
         return change.mean()
@@ -131,9 +131,9 @@ def relation_error(x: Tensor, latent: Tensor, chosen: Tensor | None = None) -> T
 
 
 def compared_tokens(x: Tensor) -> dict[str, Tensor]:
-    """Which tokens of a clip [T, ..., C] are compared, as indices into its T * ... tokens: for `relations`
-    `RELATION_TOKENS` evenly spread over it, for `relations_of_moving` as many of the tenth that moves most since the
-    step before."""
+    """Which tokens of a clip [T, ..., C] are compared, as indices into its T * ... tokens. For `relations`, at most
+    `RELATION_TOKENS`, evenly spread over the clip; for `relations_of_moving`, at most as many, from the tenth of the
+    tokens that changed most since the previous step."""
     moves = F.pad(x.diff(dim=0).norm(dim=-1).flatten(1), (0, 0, 1, 0)).flatten()
     fastest = moves.argsort(descending=True)[: max(2, len(moves) // 10)]
     chosen = {}
@@ -143,14 +143,14 @@ def compared_tokens(x: Tensor) -> dict[str, Tensor]:
 
 
 def relation_errors(x: Tensor, latent: Tensor) -> dict[str, Tensor]:
-    """The `relation_error` of a clip [1, T, ..., C] and its latent, of each of its `compared_tokens`."""
+    """The `relation_error` of a clip [1, T, ..., C] and its latent, for each set of its `compared_tokens`."""
     tokens = [part.flatten(1, -2) for part in (x, latent)]
     return {name: relation_error(*(part[:, some] for part in tokens)) for name, some in compared_tokens(x[0]).items()}
 
 
 def find_moving(x: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """Of clips [B, T, N, C]: the quarter of the positions that moves most in any of the clips, or the `least` that are
-    needed, [Q]; and of all tokens which are of the tenth that moves most, [B, T, N]."""
+    """For clips [B, T, N, C]: indices [Q] of the quarter of positions that move most on average over the clips, at
+    least `least`; and a mask [B, T, N] of the tenth of each clip's tokens that moves most."""
     moves = F.pad(x.diff(dim=1).norm(dim=-1), (0, 0, 1, 0))  # [B, T, N]
     fast = (moves / moves.mean(dim=(1, 2), keepdim=True).clamp_min(1e-12)).mean(dim=(0, 1)).argsort(descending=True)
     ranks_of = moves.flatten(1).argsort(descending=True).argsort()
@@ -161,12 +161,12 @@ def find_moving(x: Tensor, least: int) -> tuple[Tensor, Tensor]:
 def relation_loss(
     x: Tensor, latent: Tensor, moving: Tensor, smooth_weight: float = 0.05, relation_weight: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The terms of the training loss that a network on the code's latent changes, weighted and added up, and each by
-    itself (detached). Reconstruction and motion error are the code's whatever it does, since decoding takes it off
-    again.
+    """The terms of the training loss that the network on the code's latent changes: their weighted sum, and each by
+    itself (detached, unweighted). Reconstruction and motion errors depend only on the code, since decoding inverts the
+    network.
 
-    x: features [B, T, P, C] of P positions, the first half of them of all and the others of those that move, latent:
-    [B, T, P, D], moving: [B, T, P], which of these tokens are of the tenth that moves most.
+    x: features [B, T, P, C] of P positions; the first half is drawn from all positions, the second from those that
+    move. latent: [B, T, P, D]. moving: mask [B, T, P] of the tokens in the tenth that moves most.
     """
     half = -(-x.shape[2] // 2)
     terms = {
@@ -179,14 +179,14 @@ def relation_loss(
 
 
 def token_relation_distillation(align: Tensor, target: Tensor, margin: float = 0.1) -> Tensor:
-    """How far the relations between all tokens of a clip differ beyond `margin`: VideoREPA's alignment loss.
+    """The mean difference beyond `margin` of the relations between all tokens of a clip: VideoREPA's alignment loss.
 
     align: [B, C, T, H, W], of the model in training; target: [B, D, T, H, W]; their channels may differ. Returns a
-    scalar. Raises `ValueError` for other shapes, as far as they can be told. Source: "VideoREPA: Learning Physics for
+    scalar. Raises `ValueError` for shapes that are recognisably different. Source: "VideoREPA: Learning Physics for
     Video Generation through Relational Alignment with Foundation Models" (https://github.com/aHapBean/VideoREPA).
     """
     alike = align.shape[:1] + align.shape[2:] == target.shape[:1] + target.shape[2:]
-    last = align.shape == target.shape and align.shape[-1] > align.shape[1]  # wider than it has channels
+    last = align.shape == target.shape and align.shape[-1] > align.shape[1]  # W > C: channels are probably last
     if align.ndim != 5 or not alike or last:
         raise ValueError(
             f"align {list(align.shape)} and target {list(target.shape)} are not [B, C, T, H, W] with the same B, T, H "

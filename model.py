@@ -1,4 +1,4 @@
-"""The motion autoencoder, and what the three scripts share: one-line errors, whole files, safe loading."""
+"""The motion autoencoder, and what the three scripts share: one-line errors, atomic file writes, safe loading."""
 
 from __future__ import annotations
 
@@ -34,72 +34,72 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy", ".safetensors")
-CODE_VERSION = 6  # of what checkpoints and latents mean; those of another are refused, or made anew
-LEVELS, TOP = 6, 255 - 6 * 22  # of energies, to an octave; and that of 1, the largest being 2 ** 22
-EXTRA_RMS = 0.14  # of extras, the channels having 1
-SLOTS_KEPT = 16  # sizes of blocks, of which the code remembers where coefficients lie
-CELLS = 256  # of features [T, N, C], that are coded at once
+CODE_VERSION = 6  # of the format: checkpoints of another version are refused, latents are made again
+LEVELS, TOP = 6, 255 - 6 * 22  # of stored energies: levels per factor of 2; the level of energy 1 (255 is 2 ** 22)
+EXTRA_RMS = 0.14  # root mean square of the extras in the latent, whose channels have 1
+SLOTS_KEPT = 16  # block sizes for which the code caches the slots of the coefficients
+CELLS = 256  # cells of features [T, N, C] that are coded at once
 STATS_NAME = "stats.pt"  # in a folder of latents
-LARGEST = 1e15  # in a feature: squares of larger numbers, summed over a clip, overflow float32
-# How what stands in for a file begins, and what fetches the file.
+LARGEST = 1e15  # limit for a feature's numbers: squares of larger ones, summed over a clip, overflow float32
+# The first bytes of a pointer that replaces a file, and the command that fetches the file itself.
 POINTERS = {b"version https://git-lfs.github.com/spec/": "git lfs pull", b"/annex/objects/": "git annex get"}
-OTHER_VALUES = "other values as JSON"  # entry of a .safetensors' metadata, which is strings alone
-STILL = 1e-3  # of the PCA channels' scale: changes below it count as none
-CONTENT = 1 / 20  # scale of the embedding's channels of content
-FARTHEST = 0.4  # cells that each pass can add to a cell's movement
-REST = 0.01  # cells a step: movement below it counts as rest
-# Time steps to each side that movement is smoothed over: aliasing alternates, motion does not.
+OTHER_VALUES = "other values as JSON"  # key in the metadata of a .safetensors, which holds only strings
+STILL = 1e-3  # relative to the scale of the PCA channels: smaller changes count as none
+CONTENT = 1 / 20  # scale of the embedding's content channels
+FARTHEST = 0.4  # the most that one pass can add to a cell's motion, in cells
+REST = 0.01  # cells per step: slower motion counts as rest
+# Time steps on each side over which motion is smoothed: aliasing errors alternate over time, motion does not.
 CELLS_OVER, CAMERA_OVER = 1, 3
-TOKENS = 2**14  # tokens whose motion is looked at at once
+TOKENS = 2**14  # tokens whose motion is measured at once
 FINGERPRINT_BYTES = 2**16
 TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
-LEFTOVER_SECONDS = 24 * 3600  # after which a half-written file is nobody's
+LEFTOVER_SECONDS = 24 * 3600  # after this time, a half-written file counts as abandoned
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The motion autoencoder
 #
-# A clip is a row of blocks, of at most 24 time steps x 16 x 16 cells: features [24, 10, 15, 768] are one, [48, 30, 45]
-# are 2 x 2 x 3 of [24, 15, 15], and of [T, N, C], which have no grid, each cell is one. Blocks are coded one by one.
-# C = 768 channels become D = 192 by a linear code (`SpaceTimeCode`), which train.py's `fit_code` measures. On top of
-# it an invertible network is trained that brings the cosines between tokens nearer to the features'.
+# A clip is cut into blocks of at most 24 time steps x 16 x 16 cells, which are coded one by one: [24, 10, 15] is one
+# block, [48, 30, 45] is 2 x 2 x 3 blocks of [24, 15, 15]. Features [T, N, C] have no grid: each cell is a block.
+# A linear code (`SpaceTimeCode`), fitted by train.py's `fit_code`, turns C = 768 channels into D = 192. On top of it,
+# an invertible network is trained to bring the cosine similarities between tokens closer to those of the features.
 #
-#   x [B, T, H, W, 768] --> z = (x - mean) / scale; the mean is that of each position, if all clips have the same
-#    |  measured: SpaceTimeCode.encode
+#   x [B, T, H, W, 768] --> z = (x - mean) / scale; each position has its own mean if all clips have one shape
+#    |  fitted: SpaceTimeCode.encode
 #    +--> z @ basis --> cosine transform of each block: L = 24 * 10 * 15 frequencies x 768 components
-#    |        +--> of these L * 768 coefficients the L * 192 most important are kept:
+#    |        +--> the L * 192 most important of these L * 768 coefficients are kept:
 #    |             of components < 192: at their own frequency and channel ---+--> inverse transform --> @ mix -+
-#    |             of the others, the extras: small, in the slots left empty -+                                 |
+#    |             of the others (extras): scaled down, in the empty slots ---+                                 |
 #    |                                                                                                          v
 #    |                                                                       code's latent [B, T, H, W, 192]
 #    |  trained: InvertibleNetwork                                                                              |
-#    |     odd channels += network(even ones), even channels += network(odd ones), each times a gain  <---------+
+#    |     odd channels += network(even), even channels += network(odd); then a gain for each channel  <--------+
 #    |     network: [z, delta z] [S, T, 192] --> convolution, transformer layer over T --> [S, T, 96], S = B * H * W
 #    v
 #   latent [B, T, H, W, 192]
 #    |
-#    +--> the steps above undone, the last one first --> reconstruction [B, T, H, W, 768]
+#    +--> the inverse of the steps above, in reverse order --> reconstruction [B, T, H, W, 768]
 #    |
-#    +--> motion_embedding [B, T, 192]: what is there, and how the picture moves
+#    +--> motion_embedding [B, T, 192]: what the picture shows, and how it moves
 # ---------------------------------------------------------------------------------------------------------------------
 
 Size = tuple[int, int, int]  # of a block: time steps, rows, columns
-Place = tuple[slice, ...]  # of a block in clips [B, T, ...]
+Place = tuple[slice, ...]  # the slices that cut a block out of clips [B, T, ...]
 
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a `MotionFeatureAutoencoder`; train.py's flags of these names, and what its checkpoints record."""
+    """The settings of a `MotionFeatureAutoencoder`: most are flags of train.py, all are recorded in checkpoints."""
 
     input_dim: int = 768  # channels C of the features
     model_dim: int = 384  # width of the networks
     latent_dim: int = 192  # channels D of the latent
     num_heads: int = 8
-    num_layers: int = 2  # transformer layers, each in a network of its own, for odd and even channels by turns
+    num_layers: int = 2  # transformer layers, each in its own network; these change odd and even channels in turn
     dropout: float = 0.1
-    use_token: bool = False  # the encoder sees [x, delta_x], not delta_x alone: what stands still is coded too
+    use_token: bool = False  # the encoder sees [x, delta_x], not delta_x alone: still content is coded too
     block: Size = (24, 16, 16)  # the most time steps, rows and columns that are coded together
-    # T, N or T, H, W of the clips trained on, ones where they have several; () where some have a grid and some none.
+    # T, N or T, H, W of the training clips; all 1 if these differ in shape or are large; () if only some have a grid.
     clip_shape: tuple[int, ...] = ()
     version: int = CODE_VERSION
 
@@ -119,8 +119,8 @@ class Config:
 
 
 def to_sequences(x: Tensor) -> Tensor:
-    """[B, T, N, C] or [B, T, H, W, C] -> [B * N, T, C]: each spatial position is a sequence of its own. Of [S, T, C]
-    each is one already."""
+    """[B, T, N, C] or [B, T, H, W, C] -> [B * N, T, C]: each spatial position becomes a sequence. [S, T, C] is returned
+    as it is."""
     return x.movedim(1, -2).flatten(0, -3)
 
 
@@ -136,20 +136,20 @@ def to_grid(x: Tensor) -> Tensor:
 
 
 def from_grid(grid: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `to_grid` for features in the layout of `like`, with any channels."""
+    """The inverse of `to_grid` for features in the layout of `like`, with any number of channels."""
     return grid if like.ndim == 5 else from_sequences(grid[:, :, 0, 0], like)
 
 
 def cut(length: int, most: int) -> list[slice]:
-    """An axis in as few parts of at most `most` as it takes, of sizes that differ by one at most: 25 -> 13 + 12."""
+    """Cut an axis into as few parts of at most `most` as possible, whose sizes differ by at most one: 25 -> 13 + 12."""
     count = -(-length // most)
     edges = [-(-length * index // count) for index in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
 def blocks(shape: tuple[int, ...], most: Size) -> list[Place]:
-    """Where the blocks of clips [B, T, H, W, ...] lie, of at most `most` steps, rows and columns, those that follow
-    each other in time one after the other; `shape`: T, H, W. Of T, N each cell is coded by itself, `CELLS` at once."""
+    """Where the blocks of clips [B, T, H, W, ...] lie, each of at most `most` steps, rows and columns, sorted by cells,
+    then by time. `shape`: T, H, W; or T, N, where each cell is coded alone, `CELLS` at once."""
     steps, *cells = map(cut, shape, most if len(shape) == 3 else (most[0], CELLS))
     return [(slice(None), step, *cell) for cell in itertools.product(*cells) for step in steps]
 
@@ -166,36 +166,36 @@ def transform(x: Tensor, inverse: bool = False) -> Tensor:
     for dim in (1, 2, 3):
         if x.shape[dim] > 1:
             matrix = cosine_transform(x.shape[dim], x)
-            rows = x.flatten(0, dim - 1).flatten(2)  # [blocks and axes before, the axis, axes behind and channels]
+            rows = x.flatten(0, dim - 1).flatten(2)  # [blocks and axes before it, the axis, axes after it and channels]
             x = ((matrix.mT if inverse else matrix) @ rows).view(x.shape)
     return x
 
 
 def principal_components(covariance: Tensor) -> Tensor:
-    """Eigenvectors of a symmetric matrix in columns, largest eigenvalue first, each column's largest entry positive."""
+    """Eigenvectors (columns) of a symmetric matrix, largest eigenvalue first, the largest-magnitude entry positive."""
     vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1)
     return vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
 
 
 def resize_table(table: Tensor, size: Size) -> Tensor:
-    """A table of mean energies [l, h, w, C] of a block's coefficients -> that of blocks of another size, in float64."""
+    """Mean energies [l, h, w, C] of a block's coefficients -> the table for blocks of another `size`, in float64."""
     return nn.functional.adaptive_avg_pool3d(table.double().movedim(-1, 0), size).movedim(0, -1)
 
 
 class SpaceTimeCode(nn.Module):
     """The linear part of the autoencoder: a transform code whose latent keeps the layout of the features.
 
-    The features' mean is taken off: that of each position where all clips trained on have the same, since ViTs show a
-    token's position in all clips. What is left is turned into components, much as by PCA, and each block of these into
-    cosine coefficients. Of a block's L * C coefficients the L * D most important are kept (reverse water-filling). Of a
-    component j < D they stay at their frequency in channel j: transformed back, that channel is component j of its own
-    token, as far as it was kept. What was not kept leaves its slot to an extra, a kept coefficient of the components
-    beyond D; there are as many extras as empty slots. Extras are made small, so that they change the cosines between
-    tokens (VideoREPA's token relations) little. A share of the mean is added, which cosines feel too. At last each
-    token is multiplied by `mix` [D, D], nearly a diagonal matrix, which brings its cosines nearest to the features'.
+    First the features' mean is subtracted. Each position has its own if all training clips have the same shape, since
+    ViT tokens show their position in every clip. The result is projected onto components, much as in PCA, then each
+    block gets a cosine transform. Of a block's L * C coefficients, the L * D most important are kept (reverse
+    water-filling). Those of component j < D stay at their frequency in channel j; after the inverse transform, channel
+    j is component j of the same token, as far as it was kept. The slot of a coefficient that was not kept goes to an
+    extra: a kept coefficient of a component >= D. There are as many extras as empty slots. Extras are scaled down, to
+    change the cosines between tokens (VideoREPA's token relations) little. A share of the mean is added back, since
+    cosines depend on it. Last, `mix` [D, D], a nearly diagonal matrix, brings these cosines close to the features'.
 
-    The tables are written by train.py's `fit_code`; nothing here is trained. Energies are kept as integers, their
-    logarithms: by them all machines and precisions find the same slots, and they take a fourth of the memory.
+    train.py's `fit_code` writes the tables; the training epochs do not change them. Energies are stored as integer
+    logarithms: every machine and precision then finds the same slots, and they take a quarter of the memory.
     """
 
     def __init__(self, config: Config) -> None:
@@ -204,22 +204,22 @@ class SpaceTimeCode(nn.Module):
         self.input_dim, self.latent_dim = config.input_dim, config.latent_dim
         self.clip_shape = tuple(config.clip_shape)
         self.register_buffer("mean", torch.zeros(*(self.clip_shape or (1, 1)), config.input_dim))
-        self.register_buffer("scale", torch.ones(()))  # one for all channels: one for each would weight them in errors
+        self.register_buffer("scale", torch.ones(()))  # one for all channels: one for each would weight their errors
         self.register_buffer("basis", torch.eye(config.input_dim))  # columns: principal components
-        self.register_buffer("mean_share", torch.ones(()))  # of the mean, that stays in the latent
+        self.register_buffer("mean_share", torch.ones(()))  # share of the mean that stays in the latent
         self.register_buffer("mix", torch.eye(config.latent_dim))
-        self.register_buffer("unmix", torch.eye(config.latent_dim))  # its inverse
+        self.register_buffer("unmix", torch.eye(config.latent_dim))  # inverse of `mix`
         self.register_buffer("smoothing", torch.zeros(()))
         self.register_buffer("energy", torch.full((*self.size, config.input_dim), TOP, dtype=torch.uint8))  # levels
-        # Levels that make a coefficient's energy its importance, by frequency over time and component.
+        # Levels to add to a coefficient's energy to get its importance, by temporal frequency and component.
         own = torch.arange(config.input_dim) < config.latent_dim
         self.register_buffer("weight", own.int().repeat(self.size[0], 1))
-        self.slots_of: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}  # what `slots` found
+        self.slots_of: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}  # cache of `slots`
         self.register_load_state_dict_post_hook(lambda code, _: code.slots_of.clear())
 
     def check(self, shape: tuple[int, ...], channels: int) -> None:
-        """Raise `UserError` for features (or latents) of another rank or number of channels than the model takes, and
-        for one clip that lacks the batch axis, as far as the shape of the clips trained on tells."""
+        """Raise `UserError` if features (or latents) do not have the rank or number of channels that the model takes,
+        or are one clip without the batch axis, as far as the shape of the training clips shows it."""
         if shape[-1] != channels:
             if channels != self.input_dim:
                 raise UserError(
@@ -240,8 +240,8 @@ class SpaceTimeCode(nn.Module):
             )
 
     def mean_at(self, shape: tuple[int, ...]) -> Tensor:
-        """The mean of each position of clips of `shape` [B, T, ..., C], [1, T, ..., C]. Where their T is another than
-        of the clips trained on, the mean over time; where their grid is, over the grid: said once, in a warning."""
+        """The mean at each position, [1, T, ..., C], for clips of `shape` [B, T, ..., C]. If T differs from the
+        training clips', it is averaged over time; if the number of cells does, over cells. A warning says so once."""
         length, *grid = shape[1:-1]
         mean = self.mean.flatten(1, -2)  # [T or 1, N or 1, C]
         for dim, size, name in ((0, length, "time steps"), (1, math.prod(grid), "cells")):
@@ -256,50 +256,50 @@ class SpaceTimeCode(nn.Module):
         return mean.expand(length, math.prod(grid), -1).unflatten(1, grid)[None]
 
     def centre(self, mean: Tensor) -> Tensor:
-        """The part of the mean [..., C] that stays in the latent, [..., D]: cosines between features feel it."""
+        """The part of the mean [..., C] that stays in the latent, [..., D]: cosines between features depend on it."""
         share = self.mean_share * self.codes_still_part / self.scale
         return mean @ (share * self.basis[:, : self.latent_dim]) @ self.mix
 
     def write_tables(self, energy: Tensor, importance: Tensor, **tables: Tensor) -> None:
-        """Set the mean energy of each coefficient of a block [*size, C], the importance of one of energy 1, by
-        frequency over time and component [l, C], and the other buffers."""
+        """Set the buffers: the mean `energy` of each coefficient of a block [*size, C]; the `importance` of a
+        coefficient of energy 1, by temporal frequency and component [l, C]; and the other `tables`."""
         energy, importance = ((x.clamp_min(2.0**-30).log2() * LEVELS).round().int() for x in (energy, importance))
         self.load_state_dict({**tables, "energy": (energy + TOP).clamp(0, 255), "weight": importance})
 
     def energies(self, size: Size, weighted: bool = False) -> Tensor:
-        """The mean energy of each coefficient of a block of `size`, or its importance, [l, h, w, C] in float64."""
+        """The mean energy (`weighted`: importance) of each coefficient of a block of `size`: [l, h, w, C], float64."""
         levels = self.energy.int() - TOP + (self.weight[:, None, None] if weighted else 0)
         return resize_table((levels.double() / LEVELS).exp2(), size)
 
     @torch.no_grad()
     def slots(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the L * D slots of a block of `size`, before it is mixed: which of its L * C coefficients lies there, its
-        gain, and its energy then, [L * D] each. Assigned once for each size: that takes longer than encoding."""
+        """For each of the L * D slots of a block of `size`, before `mix`: its coefficient's index (of L * C), gain, and
+        energy after the gain, [L * D] each. Cached for each size: assigning takes longer than encoding."""
         key = size, self.basis.device, self.basis.dtype
         if key not in self.slots_of:
             if len(self.slots_of) >= SLOTS_KEPT:
                 self.slots_of.clear()
-            with torch.inference_mode(False):  # a trainer's next call may need gradients
+            with torch.inference_mode(False):  # later calls may need gradients
                 self.slots_of[key] = self.assign_slots(size)
         return self.slots_of[key]
 
-    def assign_slots(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:  # of constant shapes, for torch.compile
+    def assign_slots(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:  # constant shapes, for torch.compile
         importance = (self.energies(size, weighted=True).log2() * 2**16).round().int()
         channels = torch.arange(self.input_dim, device=importance.device)
         own = (channels < self.latent_dim).expand(importance.shape).flatten()
         importance, count = importance.flatten(), math.prod(size) * self.latent_dim
         least = importance.kthvalue(len(importance) - count + 1).values
         kept, ties = importance > least, importance == least
-        kept |= ties & (ties.cumsum(0) <= count - kept.sum())  # the first of those that are as important as the last
+        kept |= ties & (ties.cumsum(0) <= count - kept.sum())  # of ties at the threshold, the first ones
         first, extras = (some.byte().argsort(descending=True, stable=True)[:count] for some in (own, kept & ~own))
         empty = ~kept[first]
-        slot = torch.where(empty, extras[empty.cumsum(0) - 1], first)  # the first extra to the first empty slot
+        slot = torch.where(empty, extras[empty.cumsum(0) - 1], first)  # the first extra goes to the first empty slot
         energy = self.energies(size).flatten()[slot].float()
-        # An extra's energy goes with its amplitude: of all ways to share out a sum among them, noise on the latent then
-        # costs least (the derivative of the error that Wiener's filter leaves).
+        # An extra's energy in the latent is proportional to its amplitude: for a given total energy of the extras,
+        # noise on the latent then costs least (from the derivative of the error that a Wiener filter leaves).
         amplitude, is_extra = energy.sqrt().clamp_min(1e-3), ~own[slot]
         mean = (amplitude * is_extra).sum() / is_extra.sum().clamp_min(1)
-        gain = EXTRA_RMS / (amplitude * mean).sqrt() / self.mix.diagonal().repeat(math.prod(size))  # once it is mixed
+        gain = EXTRA_RMS / (amplitude * mean).sqrt() / self.mix.diagonal().repeat(math.prod(size))  # after `mix`
         gain = torch.where(is_extra, gain, 1.0)
         frequency = torch.arange(size[0], device=gain.device) * torch.pi / size[0]
         damping = 1 / (1 + self.smoothing * (2 - 2 * frequency.cos()))  # Whittaker's smoother, undone by decoding
@@ -307,8 +307,7 @@ class SpaceTimeCode(nn.Module):
         return slot, gain.to(self.basis), energy * gain.square()
 
     def block_energy(self, components: Tensor) -> Tensor:
-        """The mean energy of the coefficients of the blocks of a clip's components [T, ..., C], [*size, C] in
-        float64."""
+        """Each coefficient's mean energy over a clip's blocks, [*size, C] in float64; `components`: [T, ..., C]."""
         parts = (components[None][place] for place in blocks(components.shape[:-1], self.size))
         energies = [resize_table(transform(to_grid(part)).square().mean(dim=0), self.size) for part in parts]
         return sum(energies) / len(energies)
@@ -327,8 +326,8 @@ class SpaceTimeCode(nn.Module):
 
     def components(self, latent: Tensor, count: int, noise: Tensor | None = None) -> Tensor:
         """The latent of a block, without the mean's share -> the first `count` principal components of its normalised
-        features, as far as it holds them. `noise`: the variance in each channel [D] of noise on the latent, of which
-        each slot is relieved by Wiener's filter."""
+        features, as far as the latent holds them. `noise`: the variance [D] of the noise on each latent channel, which
+        a Wiener filter then reduces in each slot."""
         grid = to_grid(latent) @ self.unmix
         size = tuple(grid.shape[1:4])
         slot, gain, energy = self.slots(size)
@@ -342,8 +341,8 @@ class SpaceTimeCode(nn.Module):
         return from_grid(transform(coefficients, inverse=True), like=latent)
 
     def by_block(self, function: Callable[[Tensor, Place], Tensor], x: Tensor, channels: int) -> Tensor:
-        """What `function` makes of each block of x [B, T, ..., K] and its place, put together where x lies:
-        [B, T, ..., channels]. A block is brought to the device and precision of the tables."""
+        """Call `function` on each block of x [B, T, ..., K] and its place, and put the results together on x's device:
+        [B, T, ..., channels]. Each block is first moved to the device and dtype of the buffers."""
         result = torch.empty(*x.shape[:-1], channels, dtype=self.basis.dtype, device=x.device)
         for place in blocks(x.shape[1:-1], self.size):
             result[place] = function(x[place].to(self.basis), place).to(result)
@@ -386,19 +385,19 @@ class TemporalNetwork(nn.Module):
 
 
 class InvertibleNetwork(nn.Module):
-    """What training adds to the code's latent [B, T, ..., D], over time for each position, and takes off again; of a
-    long one for each part that is a block long.
+    """The trained part: an invertible change of the code's latent [B, T, ..., D] along time, at each position alone. A
+    long latent is processed in parts of at most a block's length.
 
-    Additive coupling (NICE, https://arxiv.org/abs/1410.8516; RealNVP, https://arxiv.org/abs/1605.08803): to odd
-    channels is added what a `TemporalNetwork` makes of even ones, then the other way round, `num_layers` times; at last
-    each channel has a gain and an offset. `inverse` is exact whatever the weights are. The networks see [z, delta_z] of
-    their half, or without `use_token` delta_z alone.
+    Additive coupling (NICE, https://arxiv.org/abs/1410.8516; RealNVP, https://arxiv.org/abs/1605.08803): a
+    `TemporalNetwork` computes from the even channels what is added to the odd ones, the next one the reverse, and so on
+    for `num_layers` networks. Then each channel gets a gain and an offset. `inverse` is exact for any weights. A
+    network sees [z, delta_z] of its input channels, or only delta_z without `use_token`.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.sees_still_part, self.steps = config.use_token, config.block[0]
-        self.at_rest = False  # known to change nothing, and not run
+        self.at_rest = False  # if True, the network is known to change nothing and is skipped
         half = [-(-config.latent_dim // 2), config.latent_dim // 2]  # even channels, odd ones
         self.networks = nn.ModuleList(
             TemporalNetwork(half[layer % 2] * (1 + config.use_token), half[1 - layer % 2], config)
@@ -408,7 +407,7 @@ class InvertibleNetwork(nn.Module):
         self.offset = nn.Parameter(torch.zeros(config.latent_dim))
 
     def changes_nothing(self) -> bool:
-        """Whether all weights that start at zero are zero: it was not trained."""
+        """Whether all weights that start at zero are still zero, as they are before training."""
         heads = [parameter for network in self.networks for parameter in network.head.parameters()]
         return not any(parameter.any() for parameter in (*heads, self.log_gain, self.offset))
 
@@ -440,12 +439,12 @@ class InvertibleNetwork(nn.Module):
 
 
 class MotionFeatureEncoder(nn.Module):
-    """Features -> latent: a half of `MotionFeatureAutoencoder`, whose modules `code` and `network` it shares.
+    """Features -> latent: one half of `MotionFeatureAutoencoder`, whose modules `code` and `network` it shares.
 
-    forward: x [B, T, N, C] or [B, T, H, W, C], any T >= 1, of any floating dtype, on any device or by mmap on disk ->
-    latent of the same layout with `latent_dim` channels, where x lies, in the model's dtype; differentiable in x. With
-    `linear`, the code's latent, without the network. Blocks are encoded one by one: beside x and the latent that takes
-    the memory of one. Raises `UserError` for a shape that the model was not made for.
+    forward: x [B, T, N, C] or [B, T, H, W, C], any T >= 1, any floating dtype, on any device or memory-mapped from disk
+    -> latent in the same layout with `latent_dim` channels, on x's device, in the model's dtype; differentiable in x.
+    With `linear`, returns the code's latent, without the network. Blocks are encoded one by one, so beyond x and the
+    latent this takes the memory of one block. Raises `UserError` for a shape that the model was not made for.
     """
 
     def __init__(self, code: SpaceTimeCode, network: InvertibleNetwork) -> None:
@@ -468,12 +467,12 @@ class MotionFeatureEncoder(nn.Module):
 
 
 class MotionFeatureDecoder(nn.Module):
-    """Latent -> features, the other half.
+    """Latent -> features: the other half of `MotionFeatureAutoencoder`.
 
-    forward: latent [B, T, N, D] or [B, T, H, W, D], anywhere -> the same layout with `input_dim` channels, where the
-    latent lies, block by block. For motion alone, the training mean stands for what is not known. `noise`: the variance
-    [D] of noise on each channel of the latent, such as a generator's error; each coefficient is then shrunk by what the
-    noise leaves of it (Wiener's filter).
+    forward: latent [B, T, N, D] or [B, T, H, W, D], on any device -> features in the same layout with `input_dim`
+    channels, on the latent's device, block by block. Without `use_token`, the training mean replaces the clip's own
+    mean, which is not coded. `noise`: the variance [D] of the noise on each latent channel, such as a generator's
+    error; a Wiener filter then shrinks each coefficient accordingly.
     """
 
     def __init__(self, code: SpaceTimeCode, network: InvertibleNetwork) -> None:
@@ -487,12 +486,12 @@ class MotionFeatureDecoder(nn.Module):
         return result
 
     def blocks(self, latent: Tensor, noise: Tensor | None = None) -> Iterator[tuple[Place, Tensor]]:
-        """The same block by block: where each lies, and it, on the model's device."""
+        """Decode as `forward` does, but yield each block: its place, and its features on the model's device."""
         code = self.code
         code.check(latent.shape, code.latent_dim)
         mean = code.mean_at(latent.shape)
         if noise is not None:
-            noise = noise / (2 * self.network.log_gain).exp()  # before its gain; what it adds hardly magnifies noise
+            noise = noise / (2 * self.network.log_gain).exp()  # noise before the gain; the coupling hardly amplifies it
         for place in blocks(latent.shape[1:-1], code.size):
             linear = self.network.inverse(latent[place].to(code.basis)) - code.centre(mean[place])
             components = code.components(linear, code.input_dim, noise)
@@ -500,7 +499,7 @@ class MotionFeatureDecoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The motion embedding: what is there, and how it moves
+# The motion embedding: what the picture shows, and how it moves
 # ---------------------------------------------------------------------------------------------------------------------
 
 FRAME_MOTION = (
@@ -510,24 +509,24 @@ FRAME_MOTION = (
 
 
 def motion_names(latent_dim: int) -> tuple[str, ...]:
-    """The embedding's channels of motion, at most an eighth of all."""
+    """The names of the embedding's motion channels, at most an eighth of all."""
     return FRAME_MOTION[: max(1, latent_dim // 8)]
 
 
 def describe_motion_embedding(config: dict[str, Any]) -> list[str]:
     """The name of each channel of the motion embedding of a model with this `config`, in order.
 
-    First what is there: the means over space of the leading latent channels, without what is the same in all clips,
-    over 20: so small, they leave the distance between two embeddings to motion.
-    The last, at most 1/8, are how the picture moves since the time step before, 0 at t = 0 and at rest; the most
-    important come first, as many as there is room for:
-    - camera right, camera down: the movement of the background at the picture's centre, in grid cells a step
-    - turn: clockwise, in radians a step; zoom: the log of the factor a step, positive where things become larger
-    - change: the root mean square of the change of the components over their spread
-    - log speed: log(1 + (v / 0.01)^2) / 2 of the length v of camera right and down; log object speed: of the movement
-      beside the camera's; log change: of the movement there would be if all change were due to it
+    The first channels are content: spatial means of the leading latent channels, minus the mean that all clips share,
+    divided by 20. They are so small that motion decides the distance between two embeddings.
+    The last channels, at most 1/8, are the motion of the picture since the previous time step, 0 at t = 0 and at rest;
+    the most important come first, as many as fit:
+    - camera right, camera down: the motion of the background at the picture's centre, in grid cells per step
+    - turn: clockwise, in radians per step; zoom: the log of the factor per step, positive if things become larger
+    - change: the root mean square change of the components, each divided by its spread
+    - log speed: log(1 + (v / 0.01)^2) / 2 for the length v of (camera right, camera down); log object speed: for the
+      cells' motion relative to the background; log change: for the motion that would account for all change
     - fit: the share of the change that the motion of the cells explains, 0 to 1
-    - picture right, picture down: the mean movement of all cells; those whose change movement explains badly count less
+    - picture right, picture down: the mean motion of all cells, weighted less where motion explains the change poorly
     """
     motion = motion_names(config["latent_dim"])
     content = [f"content {index + 1}" for index in range(config["latent_dim"] - len(motion))]
@@ -535,19 +534,19 @@ def describe_motion_embedding(config: dict[str, Any]) -> list[str]:
 
 
 def inner(x: Tensor) -> Tensor:
-    """x [..., H, W] without the cells at the border, where slopes are one-sided and features hold the padding of their
-    backbone, which never moves. One or two rows or columns stay."""
+    """x [..., H, W] without the cells at the border, where slopes are one-sided and features contain the backbone's
+    padding, which never moves. An axis of one or two cells is left as it is."""
     rows, columns = (slice(1, -1) if size > 2 else slice(None) for size in x.shape[-2:])
     return x[..., rows, columns]
 
 
 def slope(x: Tensor, dim: int) -> Tensor:
-    """Central differences along `dim`; 0 where it has one cell."""
+    """Central differences along `dim`; 0 if it has only one cell."""
     return torch.gradient(x, dim=dim)[0] if x.shape[dim] > 1 else torch.zeros_like(x)
 
 
 def camera_flows(height: int, width: int, like: Tensor) -> Tensor:
-    """The flow (right, down) of each cell [4, 2, H, W] that a camera motion of 1 causes: right, down, turn, zoom."""
+    """The flow (right, down) of each cell for a camera motion of 1 in right, down, turn or zoom: [4, 2, H, W]."""
     sizes = height, width
     y, x = (torch.arange(size, device=like.device, dtype=like.dtype) - (size - 1) / 2 for size in sizes)
     y, x = y[:, None].expand(sizes), x.expand(sizes)
@@ -556,9 +555,9 @@ def camera_flows(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def warp(maps: Tensor, flow: Tensor) -> Tensor:
-    """maps [N, P, H, W], read bilinearly where the flow [N, 2, H, W] from each cell leads."""
+    """maps [N, P, H, W], sampled bilinearly at the position of each cell plus its flow [N, 2, H, W]."""
     height, width = maps.shape[-2:]
-    place = camera_flows(height, width, flow)[3]  # a zoom by 1 is each cell's place
+    place = camera_flows(height, width, flow)[3]  # the flow of a zoom of 1 is each cell's position
     scale = 2 / torch.tensor([width, height], device=flow.device)
     return nn.functional.grid_sample(
         maps, (place + flow).permute(0, 2, 3, 1) * scale, padding_mode="border", align_corners=False
@@ -567,8 +566,8 @@ def warp(maps: Tensor, flow: Tensor) -> Tensor:
 
 def motion_equations(a: Tensor, b: Tensor, flow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Lucas and Kanade's equations (1981) for the motion from feature maps a to b [N, P, H, W] beyond `flow`
-    [N, 2, H, W]: at each inner cell matrix [N, 2, 2, h, w] @ further motion = vector [N, 2, h, w]. Third, the squared
-    change [N, h, w] that `flow` leaves."""
+    [N, 2, H, W]: at each inner cell, matrix @ further motion = vector. Returns the matrix [N, 2, 2, h, w], the vector
+    [N, 2, h, w] and the squared change [N, h, w] that `flow` does not explain."""
     before, after = warp(a, -flow / 2), warp(b, flow / 2)
     change, middle = inner(after - before), (before + after) / 2  # [N, P, h, w], [N, P, H, W]
     slopes = inner(torch.stack([slope(middle, 3), slope(middle, 2)], dim=1))  # [N, 2, P, h, w]
@@ -577,12 +576,12 @@ def motion_equations(a: Tensor, b: Tensor, flow: Tensor) -> tuple[Tensor, Tensor
 
 
 def cell_motion(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The motion of each inner cell from feature maps a to b [N, P, H, W], right and down in cells, [N, 2, h, w], by
-    least squares over its channels; the squared change [N, h, w] that it leaves; and the matrix [N, 2, 2, h, w] of the
-    equations. More cells in an equation would blur motion more than they steady it.
+    """The motion [N, 2, h, w] of each inner cell from feature maps a to b [N, P, H, W], right and down in cells; the
+    squared change [N, h, w] that it does not explain; and the matrix [N, 2, 2, h, w] of the equations. Each cell is
+    fitted by least squares over its channels. More cells in an equation would blur motion more than steady it.
 
-    Four passes, each of which sees the maps warped by the one before and adds at most `FARTHEST`: what changes by more
-    than that has changed its look, not its place. Not begun from the camera's motion, which may be none of the cell's.
+    Each of four passes warps the maps by the motion so far and adds at most `FARTHEST`: what seems to move more has
+    changed its look, not its place. The first starts at zero, not at the camera's motion, which a cell may not share.
     """
     (height, width), floor = a.shape[-2:], STILL**2 * a.shape[1]
     flow = torch.zeros_like(inner(a[:, :2]))
@@ -600,11 +599,11 @@ def cell_motion(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def apparent_speed(a: Tensor, b: Tensor) -> Tensor:
-    """The speed [N, h, w] of inner cells from feature maps a to b [N, P, H, W] that the size of their change tells, in
-    cells a step: that at which a picture like theirs, moved as it is, changes as much (Taylor's frozen field, 1938).
+    """The speed [N, h, w] of inner cells, in cells per step, from the size of their change between feature maps a and b
+    [N, P, H, W]: the speed at which such maps would change as much if only shifted (Taylor's frozen field, 1938).
 
-    A change over `distance` cells grows as distance^power; the changes to next neighbours and to those beyond tell
-    both. It has no direction, but where nothing moves it is far less noisy than the flow.
+    The squared difference of two cells is modelled as factor * distance^power; distances 1 and 2 give factor and power.
+    The speed has no direction, but where nothing moves it is far less noisy than the flow.
     """
     near, far = a.new_zeros(2, len(a), *a.shape[2:])
     for x, dim in itertools.product((a, b), (2, 3)):
@@ -621,14 +620,14 @@ def apparent_speed(a: Tensor, b: Tensor) -> Tensor:
 
 
 def camera_motion(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The background's motion [N, 4]: right and down in cells, turn in radians, zoom as a logarithm; from the motion
-    of inner cells [N, 2, h, w], its equations, the change that it leaves and the cells' `apparent_speed` [N, h, w].
+    """The background's motion [N, 4]: right and down in cells, turn in radians, zoom as a logarithm. From
+    `cell_motion`: `flow` [N, 2, h, w], `matrix`, `left` (unexplained change); from `apparent_speed`: `speed` [N, h, w].
 
-    Reweighted least squares, begun from the cells that changed least, not from the motion of all: things that move by
-    themselves add to the change of the cells around them, as far as those see (receptive fields). A cell counts less
-    the more it changed beyond what the camera's motion lets expect, the farther it moves from it (Geman and McClure,
-    1985), and the nearer it is to the centre, where things are. Backbones pad their input with what never moves: this
-    holds back movement towards a border, not along it.
+    Reweighted least squares that starts from the cells that changed least, not from the motion of all: a moving object
+    also changes the cells around it whose receptive fields contain it. A cell counts less the more it changed beyond
+    what the camera's motion predicts, the more its motion differs from the camera's (Geman and McClure, 1985), and the
+    nearer it is to the centre, where objects are. Backbones pad their input with values that never move: this reduces
+    the measured motion towards a border, but not along it, hence the `taper`.
     """
     flows = inner(camera_flows(*grid, flow))  # [4, 2, h, w]
     place = flows[3] / torch.tensor([grid[1] / 2, grid[0] / 2], device=flow.device)[:, None, None]  # -1 to 1
@@ -657,7 +656,7 @@ def camera_motion(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, gri
 
 
 def smooth_over_time(x: Tensor, radius: int) -> Tensor:
-    """x [B, T, C] -> each step's mean, by binomial weights, over `radius` steps to each side; the ends repeat."""
+    """Smooth x [B, T, C] over time, with binomial weights over `radius` steps on each side; the ends are repeated."""
     padded = nn.functional.pad(x.mT, (radius, radius), mode="replicate")
     weights = [math.comb(2 * radius, k) / 4**radius for k in range(2 * radius + 1)]
     return sum(weight * padded[..., k : k + x.shape[1]] for k, weight in enumerate(weights)).mT
@@ -667,7 +666,7 @@ def motion_channels(maps: Tensor) -> Tensor:
     """How the picture moves, from feature maps [B, T, H, W, P] whose channels have a root mean square near 1:
     [B, T, M], the channels of `FRAME_MOTION`, in float32. Differentiable; 0 at t = 0.
 
-    So many pairs of steps at once as have `TOKENS` tokens or little more: a long clip takes bounded memory.
+    Pairs of time steps are compared in batches of about `TOKENS` tokens, so that a long clip takes bounded memory.
     """
     batch, length, height, width, _ = maps.shape
     if length == 1:
@@ -685,9 +684,9 @@ def motion_channels(maps: Tensor) -> Tensor:
 
 
 def compare_maps(a: Tensor, b: Tensor) -> Tensor:
-    """What happens from feature maps a to b [N, H, W, P], before it is smoothed: [N, 10]: the camera's motion (4), the
-    length of the change, the squared movement that it would be, its share that the flow explains, the picture's motion
-    (2), the squared movement beside the camera's."""
+    """The motion from feature maps a to b [N, H, W, P], before smoothing, [N, 10]: the camera's motion (4), the length
+    of the change, the squared motion that would account for the whole change, the share of the change that the flow
+    explains, the picture's motion (2), the cells' squared motion relative to the camera's."""
     a, b = (x.float().permute(0, 3, 1, 2) for x in (a, b))  # [N, P, H, W]
     flow, left, matrix = cell_motion(a, b)
     camera = camera_motion(flow, matrix, left, apparent_speed(a.detach(), b.detach()), a.shape[2:])
@@ -713,20 +712,20 @@ class MotionFeatureAutoencoder(nn.Module):
     `latent` (the same layout, latent_dim channels), `reconstruction` (the shape of x),
     `motion_embedding` [B, T, latent_dim].
 
-    Its two halves, `encoder` and `decoder`, work by themselves; they share the modules `code` and `network`.
+    Its two halves, `encoder` and `decoder`, can be used separately; they share the modules `code` and `network`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         config = Config(*args, **kwargs)
         self.config = asdict(config)
-        self.trained_on = ""  # `provenance` of the features
+        self.trained_on = ""  # `provenance` of the training features
         self.frozen = False
         self.code, self.network = SpaceTimeCode(config), InvertibleNetwork(config)
         shared = self.code, self.network
         # Not as submodules, so that the state dict names each weight once.
         self.__dict__ |= {"encoder": MotionFeatureEncoder(*shared), "decoder": MotionFeatureDecoder(*shared)}
-        # Of each channel over the training clips: for noise on a latent, and for those who train on latents.
+        # Of each latent channel over the training clips: for `decode` with noise, and for models trained on latents.
         self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
         self.register_buffer("latent_var", torch.ones(config.latent_dim))
 
@@ -761,15 +760,15 @@ class MotionFeatureAutoencoder(nn.Module):
         return model.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> MotionFeatureAutoencoder:
-        """As for any module; but `train()` of a trainer around a model from a checkpoint turns no dropout on in it."""
+        """As for any module, but a model from a checkpoint stays in eval mode: a trainer turns on no dropout in it."""
         return super().train(mode and not self.frozen)
 
     def identity(self) -> dict[str, Any]:
-        """What the latents and embeddings depend on beside the feature: outputs of another model are made again."""
+        """What latents and embeddings depend on besides the feature: outputs with another identity are made again."""
         return {"weights": weights_hash(self.state_dict()), **self.config}
 
     def check_provenance(self, made_by: str) -> None:
-        """Raise `UserError` for features of another `provenance` than the training features', where both are known."""
+        """Raise `UserError` for features whose `provenance` is not the training features', if both are known."""
         if made_by and self.trained_on and made_by != self.trained_on:
             raise UserError(
                 f"the checkpoint was trained on features of {self.trained_on}, not of {made_by}; give the one that was "
@@ -781,25 +780,25 @@ class MotionFeatureAutoencoder(nn.Module):
         return self.encoder(x)
 
     def decode(self, latent: Tensor, noise: float = 0.0) -> Tensor:
-        """latent -> reconstruction of x, as `MotionFeatureDecoder` does. `noise`: the size of noise on the latent, such
-        as a generator's error, as a share of each channel's spread over the training clips; 0: it is taken as it is."""
+        """latent -> reconstruction of x, as `MotionFeatureDecoder` does. `noise`: standard deviation of noise on the
+        latent, such as a generator's error, relative to each channel's over the training clips; 0: none."""
         return self.decoder(latent, noise**2 * self.latent_var if noise else None)
 
     def embed(self, latent: Tensor) -> Tensor:
-        """latent [B, T, N, D] or [B, T, H, W, D] -> motion embedding [B, T, D] in float32: what is there, how it moves.
+        """latent [B, T, N, D] or [B, T, H, W, D] -> motion embedding [B, T, D] in float32: content and motion.
 
-        `describe_motion_embedding` says what the channels are. Those of motion are 0 for [B, T, N, D], where it is not
-        known which cells are neighbours.
+        `describe_motion_embedding` says what the channels are. The motion channels are 0 for [B, T, N, D], since it is
+        unknown which cells are neighbours.
         """
         code, dim, motion_dim = self.code, latent.shape[-1], len(motion_names(latent.shape[-1]))
         with torch.autocast(latent.device.type, enabled=False):
             latent = code.by_block(lambda block, _: self.network.inverse(block), latent, dim)
             mean = code.mean_at(latent.shape)
-            shared = code.centre(mean).to(latent.device)  # by all clips
+            shared = code.centre(mean).to(latent.device)  # by all clips: the mean's part in the latent
             content = CONTENT * (latent.float() - shared).flatten(2, -2).mean(dim=2)[..., : dim - motion_dim]
             if latent.ndim == 4:
                 return nn.functional.pad(content, (0, motion_dim))
-            # In components movement shows best; those beyond D are known from extras, and tell zoom.
+            # Motion shows best in the components; those beyond D, known from the extras, show zoom.
             count = min(dim * 3 // 2, code.input_dim)
             spread = code.spread()[:count]
 
@@ -815,11 +814,11 @@ class MotionFeatureAutoencoder(nn.Module):
 
 
 def resample_latent(latent: Tensor, grid: tuple[int, int]) -> Tensor:
-    """latent [B, T, H, W, D] -> [B, T, *grid, D], for a trainer whose tokens lie on another grid: bilinear, smoothed.
+    """latent [B, T, H, W, D] -> [B, T, *grid, D], for a trainer with tokens on another grid: bilinear, antialiased.
 
-    Token relations come out as near to those of features resized alike as they were on the latent's own grid; to
-    decode, resize and encode again moves them further away. What this gives cannot be decoded: decode first, then
-    resize the features. Raises `UserError` for a latent without a grid.
+    The token relations stay as close to the features' (resized in the same way) as on the latent's own grid; decoding,
+    resizing and encoding again moves them further away. The result cannot be decoded: decode first, then resize the
+    features. Raises `UserError` for a latent without a grid.
     """
     if latent.ndim != 5:
         raise UserError(f"a latent of shape {list(latent.shape)} has no grid; give [B, T, H, W, D]")
@@ -837,8 +836,8 @@ def find_files(folder: Path, suffixes: tuple[str, ...], recursive: bool = True) 
     """Every file in `folder`, and below if `recursive`, with one of `suffixes`, sorted; hidden files and folders
     (half-written files among them), pipes and devices are left out.
 
-    Linked folders are searched as well, unless what they lead to is searched anyway. A link that leads nowhere is
-    listed like a file, so that reading it fails and names it. Raises `UserError` for a folder that cannot be listed.
+    Linked folders are searched as well, unless their target is searched anyway. A broken link is listed like a file, so
+    that reading it raises an error that names it. Raises `UserError` for a folder that cannot be listed.
     """
     top, found = folder.resolve(), []
 
@@ -860,7 +859,7 @@ def find_files(folder: Path, suffixes: tuple[str, ...], recursive: bool = True) 
 
 
 def check_names(paths: list[Path]) -> list[Path]:
-    """The `paths`. Raises `UserError` for two that differ in their suffix alone: what is made of them has one name."""
+    """Return `paths`. Raises `UserError` if two differ only in their suffix: their outputs would have the same name."""
     by_name: dict[Path, Path] = {}
     for path in paths:
         if (other := by_name.setdefault(path.with_suffix(""), path)) != path:
@@ -869,7 +868,7 @@ def check_names(paths: list[Path]) -> list[Path]:
 
 
 def find_features(folder: Path) -> list[Path]:
-    """Every feature file below `folder`. Raises `UserError` when `folder` is no folder or holds no feature file, and
+    """Every feature file below `folder`. Raises `UserError` when `folder` is not a folder or holds no feature file, and
     what `check_names` raises."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder that holds the features")
@@ -880,8 +879,8 @@ def find_features(folder: Path) -> list[Path]:
 
 
 def check_file(path: Path) -> bytes:
-    """The first bytes of a file. Raises `UserError` if it is none (a pipe would be waited for), a link to nothing,
-    or only the pointer that Git LFS or git-annex leaves in place of a file that was not fetched."""
+    """The first bytes of a file. Raises `UserError` if it is not a regular file (reading a pipe would wait), a broken
+    link, or only the pointer that Git LFS or git-annex leaves in place of a file that was not fetched."""
     if path.is_symlink() and not path.exists():
         told = f"{path} is a link to {os.readlink(path)}, which is not there"
         raise UserError(f"{told}; run `git annex get` in its repository, or mend the link")
@@ -896,26 +895,26 @@ def check_file(path: Path) -> bytes:
 
 
 def read_torch(path: Path, mmap: bool, check: bool) -> Any:
-    """What `torch.load` makes of a file. With `check`, raises `ValueError` that names the first entry of its zip
-    archive whose bytes are not those that were written, where torch.load does not look. A checkpoint of 60 MB takes
-    0.07 s, loading it 0.09 s."""
-    if check and zipfile.is_zipfile(path):  # files of torch < 1.6 are none
+    """Load a file with `torch.load`. With `check`, also verify the checksums of its zip archive, which torch.load
+    ignores: raises `ValueError` that names the first entry whose bytes are not as written. The check takes 0.07 s for a
+    checkpoint of 60 MB, loading it 0.09 s."""
+    if check and zipfile.is_zipfile(path):  # files of torch < 1.6 are no zip archives
         with zipfile.ZipFile(path) as archive:
-            has_crc = any(entry.CRC for entry in archive.infolist())  # torch can be told to write none
+            has_crc = any(entry.CRC for entry in archive.infolist())  # torch can be told to write no checksums
             if has_crc and (entry := archive.testzip()):
                 raise ValueError(f"{entry.partition('/')[2]} in it is not as it was written")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception:  # nor can they be mapped, nor files whose names are not UTF-8; others fail again
+    except Exception:  # files of torch < 1.6 or with names not in UTF-8 cannot be mapped; other files fail again
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_checked(path: Path, mmap: bool = False, check: bool = True) -> Any:
-    """What a file holds, on the CPU: a .npy a tensor, a .safetensors a dict of tensors and of its metadata, as
-    `save_atomically` writes it, any other what `torch.load` makes of it. Never runs code from the file.
+    """What a file holds, on the CPU: for a .npy a tensor; for a .safetensors a dict of tensors and metadata, as
+    `save_atomically` writes it; for any other what `torch.load` returns. Never runs code from the file.
 
     `mmap` leaves tensors on disk (those of a .safetensors always stay there); `check` reads the file once to compare
-    its checksums, which torch.save alone writes. Raises `UserError` when the file is absent, damaged, larger than
+    its checksums, which only torch.save writes. Raises `UserError` when the file is absent, damaged, larger than
     memory, or holds more than tensors and plain values.
     """
     start, suffix = check_file(path), path.suffix.lower()
@@ -923,7 +922,7 @@ def load_checked(path: Path, mmap: bool = False, check: bool = True) -> Any:
         writer, is_its = {
             ".npy": ("np.save", start.startswith(b"\x93NUMPY")),
             ".safetensors": ("safetensors", start[8:9] == b"{"),
-        }.get(suffix, ("torch.save", start.startswith((b"PK", b"\x80"))))  # a zip archive; of torch < 1.6 a pickle
+        }.get(suffix, ("torch.save", start.startswith((b"PK", b"\x80"))))  # zip archive, or pickle (torch < 1.6)
         if not is_its:
             raise ValueError(f"no file of {writer} begins with {start[:32].decode('latin-1')!r}")
         if suffix == ".npy":
@@ -954,16 +953,16 @@ def is_plain(value: Any) -> bool:
 def load_feature(
     path: Path, input_dim: int | None = None, mmap: bool = False, check: bool = True
 ) -> tuple[Tensor, dict[str, Any]]:
-    """One feature file and what else is in it: `caption`, `video`, `model` and all that are strings, numbers or
-    sequences of these.
+    """Read a feature file: the feature, and a dict of the other entries that are strings, numbers or sequences of
+    these, such as `caption`, `video` and `model`.
 
-    The file holds a tensor, an array (.npy), or a dict (.pt, .safetensors), read by `feature`, else `features`, else
-    its first key. Where it also holds `grid` ([H, W]), a feature [T, H * W, C] becomes [T, H, W, C].
+    The file holds a tensor, an array (.npy), or a dict (.pt, .safetensors) with the feature under `feature`, else
+    `features`, else its first key. If it also has `grid` ([H, W]), a feature [T, H * W, C] becomes [T, H, W, C].
 
-    Returns the feature [T, N, C] or [T, H, W, C] in the dtype that it was stored in. With `mmap` its numbers stay on
-    disk. Raises `UserError` that names the file: not readable, wrong rank, `C != input_dim`, not floating point of at
-    least 16 bits; with `check`, which reads all numbers once, a few time steps at a time, also wrong checksums, nothing
-    but zeros, NaN, infinity, and numbers that overflow float32 when they are squared and summed.
+    Returns the feature [T, N, C] or [T, H, W, C] in its stored dtype. With `mmap` its numbers stay on disk. Raises
+    `UserError` that names the file if it is unreadable, of the wrong rank, of `C != input_dim`, or not floating point
+    of at least 16 bits. `check` reads all numbers once, a few time steps at a time, and also refuses wrong checksums,
+    nothing but zeros, NaN, infinity, and numbers that overflow float32 when they are squared and summed.
     """
     if path.suffix.lower() not in FEATURE_SUFFIXES:
         raise UserError(f"{path} is not a {', '.join(FEATURE_SUFFIXES)} file")
@@ -979,14 +978,14 @@ def load_feature(
     if not isinstance(feature, Tensor) or feature.layout != torch.strided or feature.is_meta or feature.is_quantized:
         raise UserError(f"{path} holds no feature tensor; it holds {type(feature).__name__}")
     shape = list(feature.shape)
-    # A model's output saved with its batch axis. vfm_feature.py, which names its model, writes none.
+    # A model's output saved with its batch axis. vfm_feature.py, which records `model`, writes no batch axis.
     is_batch = len(shape) == 4 and shape[0] == 1 and "model" not in metadata
     if len(shape) not in (3, 4) or is_batch or feature.numel() == 0:
         raise UserError(
             f"{path}: shape {shape}, but a feature is [T, N, C] or [T, H, W, C] of one clip, not empty; save [0] of a "
             "batch, and a clip of one time step as [1, H * W, C]"
         )
-    if not feature.is_floating_point() or feature.element_size() == 1:  # few functions take float8
+    if not feature.is_floating_point() or feature.element_size() == 1:  # few functions support float8
         raise UserError(f"{path}: dtype {feature.dtype}, but a feature is floating point, of 16 bits or more")
     if input_dim not in (None, shape[-1]):
         raise UserError(
@@ -995,7 +994,7 @@ def load_feature(
         )
     if check:
         largest = torch.stack([part.abs().amax() for part in feature.split(8)]).amax().item()
-        if not 0 < largest < LARGEST:  # nor NaN
+        if not 0 < largest < LARGEST:  # NaN fails this too
             raise UserError(
                 f"{path}: its largest number is {largest:.1g}; a feature's are finite, not all 0, and their squares "
                 "fit into float32: make it again, or remove it"
@@ -1008,7 +1007,7 @@ def load_feature(
 
 
 def group_by_reason(failures: dict[str, str]) -> list[str]:
-    """What went wrong, by file -> a line for each reason, that names one of its files and how many more there are."""
+    """Failures (file -> message) -> one line for each reason: it names one file and says how many more there are."""
     files: dict[str, list[str]] = {}
     for file, message in failures.items():
         files.setdefault(message.removeprefix(file), []).append(file)
@@ -1017,7 +1016,7 @@ def group_by_reason(failures: dict[str, str]) -> list[str]:
 
 def provenance(metadata: dict[str, Any]) -> str:
     """What a feature comes from, as far as its file says: the VFM, its weights and layers, and whether it is a mean
-    over the grid; "" if it does not."""
+    over the grid; "" if the file does not say."""
     if not {"model", "weights"} <= metadata.keys():
         return ""
     layers = f", layers {metadata['layers']}" if "layers" in metadata else ""
@@ -1034,24 +1033,24 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
 
 
 def find_latents(folder: Path) -> list[Path]:
-    """Every output of encode.py or vfm_feature.py below a folder, sorted; the statistics of latents are left out."""
+    """Every output of encode.py or vfm_feature.py below a folder, sorted, without the statistics (`STATS_NAME`)."""
     return [path for path in find_files(folder, (".pt", ".safetensors")) if path.name != STATS_NAME]
 
 
 class LatentDataset(Dataset):
-    """The latents below a folder (.pt, .safetensors), of encode.py or vfm_feature.py --motion_checkpoint, for a
+    """The latents (.pt, .safetensors) that encode.py or vfm_feature.py --motion_checkpoint wrote below a folder, for a
     DataLoader.
 
     `dataset[0]`, or by stem `dataset["0000"]`, is a dict of `stem` (the file's path in the folder without its suffix;
-    `dataset.stems` has all), `latent` [T, N, D] or [T, H, W, D], `motion_embedding` [T, D] and `caption` ("" if the
-    file has none); `dataset.load("0000")` has all that the file holds. No more is read from disk than is used:
+    `dataset.stems` lists all), `latent` [T, N, D] or [T, H, W, D], `motion_embedding` [T, D] and `caption` ("" if the
+    file has none); `dataset.load("0000")` returns all that the file holds. Only what is used is read from disk:
     `dataset["0000"]["latent"][:8]` reads eight steps.
 
-    With `normalise`, each channel of the latents has mean 0 and variance 1 over the clips that the model was trained
-    on, by the folder's stats.pt, as generators want it; the model decodes `latent * dataset.std + dataset.mean`.
+    With `normalise`, each latent channel is scaled by the folder's stats.pt to mean 0 and variance 1 over the training
+    clips of the model, as generators need it. To decode, give the model `latent * dataset.std + dataset.mean`.
 
-    Raises `UserError` for a folder without latents, or whose stats.pt is absent or of others, and for a file that is
-    no latent.
+    Raises `UserError` for a folder without latents, for a stats.pt that is absent or of other latents, and for a file
+    that is not a latent.
     """
 
     def __init__(self, folder: str | Path, normalise: bool = False) -> None:
@@ -1076,7 +1075,7 @@ class LatentDataset(Dataset):
         return len(self.stems)
 
     def load(self, stem: str) -> dict[str, Any]:
-        """All that the file of a clip holds, its tensors on disk."""
+        """All that the file of a clip holds; its tensors stay on disk."""
         if stem not in self.paths:
             raise UserError(f"no latent is named {stem}; the first of {len(self.stems)} is {self.stems[0]}")
         saved = load_checked(self.paths[stem], mmap=True, check=False)
@@ -1094,16 +1093,16 @@ class LatentDataset(Dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What every script does: errors in one line, ranks, whole files
+# What every script does: errors in one line, ranks, atomic file writes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its text is the one line they read: what is wrong, and what to do about it."""
+    """A mistake that the user can fix. Its text, one line, says what is wrong and what to do about it."""
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """An argparse type: an int or float in [low, high], refused in words otherwise."""
+    """An argparse type: an int or float in [low, high]; for other values the error states these limits."""
 
     def parse(text: str) -> float:
         value = kind(text)
@@ -1116,7 +1115,7 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     return parse
 
 
-MODEL_FLAGS = {  # fields of `Config`: what they are, and how argparse reads them
+MODEL_FLAGS = {  # fields of `Config`: their help, and their argparse type; None: a switch
     "input_dim": ("channels C of the features; if not given, the files or the checkpoint say it", number(int, 1)),
     "model_dim": ("width of the networks", number(int, 1)),
     "latent_dim": ("channels of the latent", number(int, 2)),
@@ -1128,13 +1127,13 @@ MODEL_FLAGS = {  # fields of `Config`: what they are, and how argparse reads the
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` whose errors are one line, as all errors here, and whose help shows every default."""
+    """`argparse.ArgumentParser` whose errors are one line, like all errors here, and whose help shows every default."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
 
     def add_model_flags(self, about: str) -> dict[str, Any]:
-        """A group of `MODEL_FLAGS`, which are absent from the parsed arguments unless given. Returns their defaults."""
+        """Add `MODEL_FLAGS` as a group; the parsed arguments lack flags that are not given. Returns the defaults."""
         group = self.add_argument_group("model", about)
         for name, (told, kind) in MODEL_FLAGS.items():
             options = {"type": kind} if kind else {"action": "store_true"}
@@ -1147,18 +1146,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class Ranks:
-    """The processes that torchrun started, of which this is one; without torchrun the only one, index 0 of 1.
+    """This process among those that torchrun started; without torchrun it is the only one, index 0 of 1.
 
-    Rank 0 lists, plans and reports. A process that finds another one gone ends too: rank 0 says so, the others, which
-    may wait for a rank 0 that has said what is wrong, are silent.
+    Rank 0 lists files, plans and reports. If a process ends early, the others end too: rank 0 with an error, the other
+    ranks silently, since rank 0 may have ended first and said what is wrong.
     """
 
     index, count = 0, 1
 
     def join(self) -> None:
-        """Open torchrun's process group, if `WORLD_SIZE` says that there is one; ranks wait a day for each other.
+        """Open torchrun's process group, if `WORLD_SIZE` says that there is one; ranks wait up to a day for each other.
 
-        Another job can have left variables in the environment: without `WORLD_SIZE` they are ignored. Raises
+        Without `WORLD_SIZE`, other variables that another job may have left in the environment are ignored. Raises
         `UserError` for a group that cannot be opened.
         """
         world_size = os.environ.get("WORLD_SIZE") or "1"
@@ -1184,29 +1183,29 @@ class Ranks:
         return device
 
     def broadcast(self, value: Any = None, source: int = 0) -> Any:
-        """The `value` of the rank `source`, on every rank. Each exchange of ranks is one of these."""
+        """The `value` of the rank `source`, on every rank. The methods below are built on it."""
         values = [value]
         if self.count > 1:
             try:
                 dist.broadcast_object_list(values, source)
             except RuntimeError:  # the connection is closed
                 if self.index > 0:
-                    os._exit(2)  # an orderly exit can abort in the broken process group (torch 2.10)
+                    os._exit(2)  # a normal exit can abort in the broken process group (torch 2.10)
                 raise UserError("another process of this run has ended; what it said says why") from None
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in their order, on every rank."""
+        """The `value` of every rank, in the order of the ranks, on every rank."""
         return [self.broadcast(value, source) for source in range(self.count)]
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on rank 0, which alone calls it, on every rank. An error there ends all."""
+        """Call `make` on rank 0 only, and return its result on every rank. An error on rank 0 ends all ranks."""
         return self.broadcast(make() if self.index == 0 else None)
 
     @contextmanager
     def first_then_others(self) -> Iterator[None]:
-        """Rank 0 runs the body of `with`, then the others do: they find what it has downloaded or made. An error there
-        ends all."""
+        """Rank 0 runs the body of `with`, then the others do: they find what rank 0 has downloaded or made. An error on
+        rank 0 ends all ranks."""
         if self.index > 0:
             self.broadcast()
         yield
@@ -1224,8 +1223,8 @@ def say(message: str) -> None:
 
 
 def make_folder(folder: Path, flag: str) -> None:
-    """Make the folder that `flag` names, and remove the half-written files of killed runs from it: those that nobody
-    has written to for a day. Raises `UserError` where it cannot be made or written into."""
+    """Make the folder that `flag` names, and remove half-written files of killed runs from it: those not written to for
+    a day. Raises `UserError` if the folder cannot be made or written into."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -1240,11 +1239,11 @@ def make_folder(folder: Path, flag: str) -> None:
 
 
 def file_fingerprint(path: Path) -> str:
-    """A hash that tells whether a file was replaced: of its size and of 64 KiB at its start, middle and end.
+    """A hash that tells whether a file was replaced: of its size and of 64 KiB each at its start, middle and end.
 
-    Unlike its time, it survives copying. Videos keep an index of their frames at one end and .pt files the checksums of
-    all tensors at theirs, so another video or feature of the same size shows there. Raises what `check_file` does, and
-    `OSError`.
+    Unlike the modification time, the hash survives copying. Videos have an index of their frames at the start or end,
+    .pt files have the checksums of all tensors at the end, so another video or feature of the same size has another
+    hash. Raises what `check_file` raises, and `OSError`.
     """
     check_file(path)
     with open(path, "rb") as file:
@@ -1257,15 +1256,15 @@ def file_fingerprint(path: Path) -> str:
 
 
 def save_atomically(data: dict[str, Any] | str | bytes, path: Path) -> None:
-    """Write text, bytes or a dict to a file that is at `path` whole or not at all: written beside it, then renamed onto
-    it. A dict becomes a .safetensors if that is the suffix, else what `torch.save` makes of it.
+    """Write text, bytes or a dict to `path` atomically: to a temporary file beside it, which is then renamed to `path`.
+    A dict is written as .safetensors if that is the suffix, else by `torch.save`.
 
-    A .safetensors holds the tensors; strings are its metadata, and so are, as JSON under one name, all other values.
-    The temporary name is random: host names and process numbers are not unique where containers share a folder.
-    Raises `OSError` when the disk is full or the folder cannot be written; the half-written file is removed.
+    In a .safetensors, strings become metadata, and so do all other values that are not tensors, as JSON under one key.
+    The temporary name is random: host names and process numbers are not unique where containers share a folder. Raises
+    `OSError` when the disk is full or the folder cannot be written; the half-written file is removed.
     """
     if isinstance(data, str):
-        data = data.encode(errors="backslashreplace")  # file names can be no UTF-8
+        data = data.encode(errors="backslashreplace")  # file names may not be valid UTF-8
     elif isinstance(data, dict) and path.suffix == ".safetensors":
         tensors = {name: value.contiguous() for name, value in data.items() if isinstance(value, Tensor)}
         strings = {name: value for name, value in data.items() if isinstance(value, str)}
@@ -1282,23 +1281,23 @@ def save_atomically(data: dict[str, Any] | str | bytes, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save's, on a full disk; the OSError behind it says so
+    except RuntimeError as error:  # torch.save raises it on a full disk; its context is the OSError
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory is full: Python's error, or one of those that torch has for it."""
+    """Whether `error` says that memory is full: Python's MemoryError, or one of torch's errors for it."""
     told = "DefaultCPUAllocator" in str(error) or os.strerror(errno.ENOMEM) in str(error)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and told)
 
 
 def run_script(main: Callable[[], int]) -> None:
     """Run a script's `main` and exit with its status; a `UserError` becomes one line on standard error and status 2."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop jobs with it: end as after Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop jobs with SIGTERM: treat it like Ctrl-C
     script = Path(sys.argv[0]).name
-    warnings.formatwarning = lambda message, *_: f"{script}: warning: {message}\n"  # one line, as all that is said here
+    warnings.formatwarning = lambda message, *_: f"{script}: warning: {message}\n"  # one line, like all messages
     for stream in (sys.stdout, sys.stderr):  # file names can hold what a terminal cannot show
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -1321,5 +1320,5 @@ def run_script(main: Callable[[], int]) -> None:
         status, told = 130, f"stopped; finished files are whole, and the same command{flags} goes on"
     print(f"{script}: {told}", file=sys.stderr)
     sys.stdout.flush()
-    leave = os._exit if dist.is_initialized() else sys.exit  # where other ranks go on, an orderly exit can abort
+    leave = os._exit if dist.is_initialized() else sys.exit  # a normal exit can abort while other ranks run
     leave(status)
