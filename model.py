@@ -1043,8 +1043,8 @@ class LatentDataset(Dataset):
 
     `dataset[0]`, or by stem `dataset["0000"]`, is a dict of `stem` (the file's path in the folder without its suffix;
     `dataset.stems` lists all), `latent` [T, N, D] or [T, H, W, D], `motion_embedding` [T, D] and `caption` ("" if the
-    file has none); `dataset.load("0000")` returns all that the file holds. Only what is used is read from disk:
-    `dataset["0000"]["latent"][:8]` reads eight steps.
+    file has none); `dataset.load("0000")` returns all that the file holds. Without `normalise`, only what is
+    used is read from disk: `dataset["0000"]["latent"][:8]` reads eight steps.
 
     With `normalise`, each latent channel is scaled by the folder's stats.pt to mean 0 and variance 1 over the training
     clips of the model, as generators need it. To decode, give the model `latent * dataset.std + dataset.mean`.

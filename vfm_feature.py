@@ -1732,7 +1732,8 @@ def find_weights(run: ModelRun, args: argparse.Namespace) -> Path | None:
 
 def load_model(run: ModelRun, path: Path | None, args: argparse.Namespace) -> ModelRun:
     """Load a model onto the device. `path`: what `find_weights` found. Raises `ImportError` if a package is missing,
-    `FileNotFoundError` if a folder holds no weights, `UserError` for an autoencoder of another model's features."""
+    `FileNotFoundError` if a folder holds no weights, and `UserError` for weights that are not the model's, an input
+    size at which it gives no tokens, and an autoencoder of another model's features."""
     weights = None if path is None else read_weights(path, run.vfm)
     try:
         vit = build_vit(run.vfm, run.settings["num_frames"], run.size, weights)
