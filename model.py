@@ -627,32 +627,35 @@ def camera_motion(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, gri
     also changes the cells around it whose receptive fields contain it. A cell counts less the more it changed beyond
     what the camera's motion predicts, the more its motion differs from the camera's (Geman and McClure, 1985), and the
     nearer it is to the centre, where objects are. Backbones pad their input with values that never move: this reduces
-    the measured motion towards a border, but not along it, hence the `taper`.
+    the measured motion towards a border, but not along it, hence the `taper`. Motion that
+    noise alone may cause is shrunk (James and Stein, 1961).
     """
     flows = inner(camera_flows(*grid, flow))  # [4, 2, h, w]
     place = flows[3] / torch.tensor([grid[1] / 2, grid[0] / 2], device=flow.device)[:, None, None]  # -1 to 1
-    taper = (place * torch.pi / 2).cos().square()  # [2, h, w]
+    taper = (place * torch.pi / 2).cos()  # [2, h, w]
     borders = 1 + 10 * place.abs().amax(dim=0).square()
     noise = (left + 0.1 * left.mean(dim=(1, 2), keepdim=True) + STILL**2).detach()
     matrix = taper[:, None] * matrix * taper / noise[:, None, None]
 
-    def fit(weights: Tensor) -> Tensor:
+    def fit(weights: Tensor) -> tuple[Tensor, Tensor]:  # and how far it exceeds what is not explained, [N, 1]
         normal = torch.einsum("nhw,kihw,nijhw,ljhw->nkl", weights, flows, matrix, flows)
         right_side = torch.einsum("nhw,kihw,nijhw,njhw->nk", weights, flows, matrix, flow)
         damping = 3e-3 * normal.diagonal(dim1=1, dim2=2) + 0.01
-        return torch.linalg.solve(normal + damping.diag_embed(), right_side)
+        camera = torch.linalg.solve(normal + damping.diag_embed(), right_side)
+        return camera, (camera * right_side).sum(dim=1, keepdim=True)
 
     fifth = speed[0].numel() // 5 + 1  # not `quantile`, which torch 2.10 does not compile
     slowest = speed.flatten(1).kthvalue(fifth, dim=1).values[:, None, None] + 0.003
-    weights = borders * (slowest / speed.maximum(slowest)) ** 4
+    weights = borders * (slowest / speed.maximum(slowest)) ** 3
     for _ in range(4):
-        moved = torch.einsum("nk,kihw->nihw", fit(weights).detach(), flows)
+        moved = torch.einsum("nk,kihw->nihw", fit(weights)[0].detach(), flows)
         expected = moved.norm(dim=1)
         beside = (taper * (flow.detach() - moved)).square().sum(dim=1)
         beside = nn.functional.avg_pool2d(beside, 3, 1, 1, count_include_pad=False) / (0.006 + 0.24 * expected)
         expected = expected.maximum(slowest)
-        weights = borders * (expected / speed.maximum(expected)) ** 4 / (1 + beside).square()
-    return fit(weights)
+        weights = borders * (expected / speed.maximum(expected)) ** 3 / (1 + beside).square()
+    camera, evidence = fit(weights)
+    return camera - (camera * 0.15 / (evidence + 0.15)).detach()  # detached: else a camera at rest has no gradient
 
 
 def smooth_over_time(x: Tensor, radius: int) -> Tensor:
