@@ -644,16 +644,19 @@ def camera_motion(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, gri
         camera = torch.linalg.solve(normal + damping.diag_embed(), right_side)
         return camera, (camera * right_side).sum(dim=1, keepdim=True)
 
-    fifth = speed[0].numel() // 5 + 1  # not `quantile`, which torch 2.10 does not compile
-    slowest = speed.flatten(1).kthvalue(fifth, dim=1).values[:, None, None] + 0.003
-    weights = borders * (slowest / speed.maximum(slowest)) ** 3
+    def fifths(x: Tensor, count: int) -> Tensor:  # not `quantile`, which torch 2.10 does not compile
+        return x.flatten(1).kthvalue(x[0].numel() * count // 5 + 1, dim=1).values[:, None, None]
+
+    slowest = fifths(speed, 1) + 0.003
+    weights = borders * (slowest / speed.maximum(slowest)) ** 4
     for _ in range(4):
         moved = torch.einsum("nk,kihw->nihw", fit(weights)[0].detach(), flows)
         expected = moved.norm(dim=1)
         beside = (taper * (flow.detach() - moved)).square().sum(dim=1)
         beside = nn.functional.avg_pool2d(beside, 3, 1, 1, count_include_pad=False) / (0.006 + 0.24 * expected)
         expected = expected.maximum(slowest)
-        weights = borders * (expected / speed.maximum(expected)) ** 3 / (1 + beside).square()
+        expected = expected * fifths(speed / expected, 2).clamp_min(1)  # what many cells have is no excess
+        weights = borders * (expected / speed.maximum(expected)) ** 4 / (1 + beside).square()
     camera, evidence = fit(weights)
     return camera - (camera * 0.15 / (evidence + 0.15)).detach()  # detached: else a camera at rest has no gradient
 
