@@ -637,7 +637,7 @@ def camera_motion(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, gri
     noise = (left + 0.1 * left.mean(dim=(1, 2), keepdim=True) + STILL**2).detach()
     matrix = taper[:, None] * matrix * taper / noise[:, None, None]
 
-    def fit(weights: Tensor) -> tuple[Tensor, Tensor]:  # and how far it exceeds what is not explained, [N, 1]
+    def fit(weights: Tensor) -> tuple[Tensor, Tensor]:  # the camera's motion [N, 4], and the evidence for it [N, 1]
         normal = torch.einsum("nhw,kihw,nijhw,ljhw->nkl", weights, flows, matrix, flows)
         right_side = torch.einsum("nhw,kihw,nijhw,njhw->nk", weights, flows, matrix, flow)
         damping = 3e-3 * normal.diagonal(dim1=1, dim2=2) + 0.01
@@ -655,7 +655,7 @@ def camera_motion(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, gri
         beside = (taper * (flow.detach() - moved)).square().sum(dim=1)
         beside = nn.functional.avg_pool2d(beside, 3, 1, 1, count_include_pad=False) / (0.006 + 0.24 * expected)
         expected = expected.maximum(slowest)
-        expected = expected * fifths(speed / expected, 2).clamp_min(1)  # what many cells have is no excess
+        expected = expected * fifths(speed / expected, 2).clamp_min(1)  # an excess that many cells share is none
         weights = borders * (expected / speed.maximum(expected)) ** 4 / (1 + beside).square()
     camera, evidence = fit(weights)
     return camera - (camera * 0.15 / (evidence + 0.15)).detach()  # detached: else a camera at rest has no gradient
@@ -1299,9 +1299,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and told)
 
 
+def interrupt_again(lost: Any) -> None:
+    """As `sys.unraisablehook`: Python drops what is raised within a callback, so Ctrl-C is raised anew after it."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(lost)
+
+
 def run_script(main: Callable[[], int]) -> None:
     """Run a script's `main` and exit with its status; a `UserError` becomes one line on standard error and status 2."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop jobs with SIGTERM: treat it like Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGALRM):  # schedulers stop jobs with SIGTERM: treat it like Ctrl-C
+        signal.signal(number, signal.default_int_handler)
+    sys.unraisablehook = interrupt_again
     script = Path(sys.argv[0]).name
     warnings.formatwarning = lambda message, *_: f"{script}: warning: {message}\n"  # one line, like all messages
     for stream in (sys.stdout, sys.stderr):  # file names can hold what a terminal cannot show

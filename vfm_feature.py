@@ -1773,7 +1773,7 @@ def read_finished(
 def keep_finished(run: ModelRun, clip: Clip, window: int, saved: dict) -> None:
     """Record a finished file as skipped, and update its caption if a CSV names the video."""
     path = run.path(clip, window)
-    is_renewed = clip.caption is not None and clip.caption != saved.get("caption")
+    is_renewed = clip.caption not in (None, saved.get("caption"))
     if is_renewed:
         save_atomically({**saved, "caption": clip.caption}, path)
     run.succeed(clip, path, saved, "skipped")

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -210,6 +211,28 @@ def test_full_memory_is_said_as_what_it_is(tmp_path, capfd):
             run_script(fill)
         assert ending.value.code == 2
         assert "error: the machine's memory is full; lower --batch_size" in capfd.readouterr().err
+
+
+def test_a_lost_ctrl_c_comes_again(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+    class Callback:
+        def __del__(self):  # Python drops what is raised here
+            signal.raise_signal(signal.SIGINT)
+
+    def main():
+        del [Callback()][0]
+        time.sleep(5)
+        raise AssertionError("it was lost")
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    with pytest.raises(SystemExit) as ending:
+        run_script(main)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert ending.value.code == 130
+    assert capfd.readouterr().err.endswith(": stopped; finished files are whole, and the same command goes on\n")
 
 
 def test_names_that_cannot_be_shown_are_escaped(trained, tmp_path, run_here):
