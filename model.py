@@ -50,6 +50,7 @@ FARTHEST = 0.4  # the most that one pass can add to a cell's motion, in cells
 REST = 0.01  # cells per step: slower motion counts as rest
 # Time steps on each side over which motion is smoothed: aliasing errors alternate over time, motion does not.
 CELLS_OVER, CAMERA_OVER = 1, 3
+OBJECTS_OVER = 12  # the same for whether objects move at all, which changes more slowly than how they move
 TOKENS = 2**14  # tokens whose motion is measured at once
 FINGERPRINT_BYTES = 2**16
 TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
@@ -619,37 +620,38 @@ def apparent_speed(a: Tensor, b: Tensor) -> Tensor:
     return ((change + floor) / (near + 0.1 * near.mean(dim=(1, 2), keepdim=True) + floor)) ** (1 / power)
 
 
-def camera_motion(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The background's motion [N, 4]: right and down in cells, turn in radians, zoom as a logarithm. From
-    `cell_motion`: `flow` [N, 2, h, w], `matrix`, `left` (unexplained change); from `apparent_speed`: `speed` [N, h, w].
+def camera_fits(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Two fits of the background's motion, [N, 10], for `camera_motion`: the robust fit (4), the plain one (4), the
+    evidence that the background moves (1), and that objects move by themselves (1). A fit is right and down in cells,
+    turn in radians, zoom as a logarithm. From `cell_motion`: `flow` [N, 2, h, w], `matrix`, `left` (unexplained
+    change); from `apparent_speed`: `speed` [N, h, w].
 
-    Reweighted least squares that starts from the cells that changed least, not from the motion of all: a moving object
-    also changes the cells around it whose receptive fields contain it. A cell counts less the more it changed beyond
-    what the camera's motion predicts, the more its motion differs from the camera's (Geman and McClure, 1985), and the
-    nearer it is to the centre, where objects are. Backbones pad their input with values that never move: this reduces
-    the measured motion towards a border, but not along it, hence the `taper`. Motion that
-    noise alone may cause is shrunk (James and Stein, 1961).
+    The robust fit is reweighted least squares that starts from the cells that changed least, not from the motion of
+    all: a moving object also changes the cells around it whose receptive fields contain it. A cell counts less the more
+    it changed beyond what the camera's motion predicts, the more its motion differs from the camera's (Geman and
+    McClure, 1985), and the nearer it is to the centre, where objects are. Backbones pad their input with values that
+    never move: this reduces the measured motion towards a border, but not along it, hence the `taper`. Objects move if
+    the fits differ by more than noise allows (Hausman, 1978) and cells differ from the robust one.
     """
     flows = inner(camera_flows(*grid, flow))  # [4, 2, h, w]
     place = flows[3] / torch.tensor([grid[1] / 2, grid[0] / 2], device=flow.device)[:, None, None]  # -1 to 1
     taper = (place * torch.pi / 2).cos()  # [2, h, w]
-    borders = 1 + 10 * place.abs().amax(dim=0).square()
+    borders = 1 + 12 * place.abs().amax(dim=0).square()
     noise = (left + 0.1 * left.mean(dim=(1, 2), keepdim=True) + STILL**2).detach()
     matrix = taper[:, None] * matrix * taper / noise[:, None, None]
 
-    def fit(weights: Tensor) -> tuple[Tensor, Tensor]:  # the camera's motion [N, 4], and the evidence for it [N, 1]
+    def fit(weights: Tensor) -> tuple[Tensor, Tensor]:  # the motion [N, 4], and the normal matrix [N, 4, 4]
         normal = torch.einsum("nhw,kihw,nijhw,ljhw->nkl", weights, flows, matrix, flows)
         right_side = torch.einsum("nhw,kihw,nijhw,njhw->nk", weights, flows, matrix, flow)
         damping = 3e-3 * normal.diagonal(dim1=1, dim2=2) + 0.01
-        camera = torch.linalg.solve(normal + damping.diag_embed(), right_side)
-        return camera, (camera * right_side).sum(dim=1, keepdim=True)
+        return torch.linalg.solve(normal + damping.diag_embed(), right_side), normal
 
     def fifths(x: Tensor, count: int) -> Tensor:  # not `quantile`, which torch 2.10 does not compile
         return x.flatten(1).kthvalue(x[0].numel() * count // 5 + 1, dim=1).values[:, None, None]
 
     slowest = fifths(speed, 1) + 0.003
     weights = borders * (slowest / speed.maximum(slowest)) ** 4
-    for _ in range(4):
+    for _ in range(2):
         moved = torch.einsum("nk,kihw->nihw", fit(weights)[0].detach(), flows)
         expected = moved.norm(dim=1)
         beside = (taper * (flow.detach() - moved)).square().sum(dim=1)
@@ -657,8 +659,9 @@ def camera_motion(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, gri
         expected = expected.maximum(slowest)
         expected = expected * fifths(speed / expected, 2).clamp_min(1)  # an excess that many cells share is none
         weights = borders * (expected / speed.maximum(expected)) ** 4 / (1 + beside).square()
-    camera, evidence = fit(weights)
-    return camera - (camera * 0.15 / (evidence + 0.15)).detach()  # detached: else a camera at rest has no gradient
+    (robust, normal), (plain, _) = fit(weights), fit(borders.sqrt().expand_as(weights))
+    moves, differs = (torch.einsum("nk,nkl,nl->n", x, normal, x).clamp_min(0) for x in (robust, robust - plain))
+    return torch.cat([robust, plain, torch.stack([moves, differs * beside.mean(dim=(1, 2))], dim=1)], dim=1)
 
 
 def smooth_over_time(x: Tensor, radius: int) -> Tensor:
@@ -666,6 +669,16 @@ def smooth_over_time(x: Tensor, radius: int) -> Tensor:
     padded = nn.functional.pad(x.mT, (radius, radius), mode="replicate")
     weights = [math.comb(2 * radius, k) / 4**radius for k in range(2 * radius + 1)]
     return sum(weight * padded[..., k : k + x.shape[1]] for k, weight in enumerate(weights)).mT
+
+
+def camera_motion(fits: Tensor) -> Tensor:
+    """The background's motion [B, T, 4], smoothed over time, from `camera_fits` [B, T, 10]: the robust fit while
+    objects move by themselves, else the plain one, which is less noisy. Motion that noise may cause is shrunk (after
+    James and Stein, 1961)."""
+    robust, plain, evidence = smooth_over_time(fits[..., :9], CAMERA_OVER).split([4, 4, 1], dim=2)
+    objects = smooth_over_time(fits[..., 9:], OBJECTS_OVER)
+    camera = plain.lerp(robust, (4 * (objects.detach() / 0.8).log()).sigmoid())
+    return camera - (camera * (-3 * (evidence / 0.6).log()).sigmoid()).detach()  # detached: else no gradient at rest
 
 
 def motion_channels(maps: Tensor) -> Tensor:
@@ -681,8 +694,8 @@ def motion_channels(maps: Tensor) -> Tensor:
     pairs = zip(*(x.flatten(0, 1).split(at_once) for x in (maps[:, :-1], maps[:, 1:])), strict=True)
     with torch.autocast(maps.device.type, enabled=False):
         found = torch.cat([compare_maps(a, b) for a, b in pairs]).unflatten(0, (batch, length - 1))
-        camera, length_of_change, apparent, fit, picture, objects = found.split([4, 1, 1, 1, 2, 1], dim=2)
-        camera, picture = smooth_over_time(camera, CAMERA_OVER), smooth_over_time(picture, CELLS_OVER)
+        fits, length_of_change, apparent, fit, picture, objects = found.split([10, 1, 1, 1, 2, 1], dim=2)
+        camera, picture = camera_motion(fits), smooth_over_time(picture, CELLS_OVER)
         speed = camera[..., :2].square().sum(dim=2, keepdim=True)
         speed, apparent, objects = ((1 + square / REST**2).log() / 2 for square in (speed, apparent, objects))
         moving = torch.cat([camera, length_of_change, speed, apparent, fit, picture, objects], dim=2)
@@ -690,12 +703,12 @@ def motion_channels(maps: Tensor) -> Tensor:
 
 
 def compare_maps(a: Tensor, b: Tensor) -> Tensor:
-    """The motion from feature maps a to b [N, H, W, P], before smoothing, [N, 10]: the camera's motion (4), the length
-    of the change, the squared motion that would account for the whole change, the share of the change that the flow
-    explains, the picture's motion (2), the cells' squared motion relative to the camera's."""
+    """The motion from feature maps a to b [N, H, W, P], before smoothing, [N, 16]: `camera_fits` (10), the length of
+    the change, the squared motion that would account for the whole change, the share of the change that the flow
+    explains, the picture's motion (2), the cells' squared motion relative to the background's."""
     a, b = (x.float().permute(0, 3, 1, 2) for x in (a, b))  # [N, P, H, W]
     flow, left, matrix = cell_motion(a, b)
-    camera = camera_motion(flow, matrix, left, apparent_speed(a.detach(), b.detach()), a.shape[2:])
+    fits = camera_fits(flow, matrix, left, apparent_speed(a.detach(), b.detach()), a.shape[2:])
     floor = STILL**2 * a.shape[1]
     trust = (1 / (left + left.mean(dim=(1, 2), keepdim=True) + floor)).detach()[:, None]
     picture = (flow * trust).mean(dim=(2, 3)) / trust.mean(dim=(2, 3))
@@ -704,11 +717,11 @@ def compare_maps(a: Tensor, b: Tensor) -> Tensor:
     fit = (change - left.mean(dim=(1, 2))).clamp_min(0) / (change + floor)
     texture = matrix.diagonal(dim1=1, dim2=2).sum(dim=-1).mean(dim=(1, 2))
     apparent = 2 * change / (texture + floor)  # squared cells
-    camera_flow = torch.einsum("nk,kihw->nihw", camera, inner(camera_flows(*a.shape[2:], a)))
+    camera_flow = torch.einsum("nk,kihw->nihw", fits[:, :4], inner(camera_flows(*a.shape[2:], a)))
     objects = (flow - camera_flow).square().sum(dim=1).mean(dim=(1, 2))
     length_of_change = (change / a.shape[1] + STILL**2).sqrt() - STILL
     scalars = [x[:, None] for x in (length_of_change, apparent, fit)]
-    return torch.cat([camera, *scalars, picture, objects[:, None]], dim=1)
+    return torch.cat([fits, *scalars, picture, objects[:, None]], dim=1)
 
 
 class MotionFeatureAutoencoder(nn.Module):

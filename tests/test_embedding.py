@@ -81,6 +81,17 @@ def test_an_object_is_not_the_camera():
     assert columns(motion, "log object speed") > columns(still, "log object speed") + 1
 
 
+def test_without_objects_all_cells_count():
+    """Robust least squares alone, which leaves noisy cells out, has an error of 0.012 cells here."""
+    errors = []
+    for seed in range(4):
+        chance = torch.Generator().manual_seed(seed)
+        maps = drawn(right=0.3, steps=24, seed=seed)
+        motion = motion_channels(maps + 0.3 * torch.randn(maps.shape, generator=chance))[0, 1:]
+        errors.append(columns(motion, "camera down").square().mean().sqrt())
+    assert torch.stack(errors).mean() < 0.009
+
+
 def test_cells_that_change_their_look_count_less():
     maps = drawn(right=0.3, steps=6, size=(12, 18), seed=2)
     maps[:, :, 3:9, 6:12] = drawn(steps=6, seed=3)[:, :1, :6, :6]  # a screen that stands still
