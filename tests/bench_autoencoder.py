@@ -11,7 +11,9 @@ epoch 0 of train.py (linear code on the turned basis), the trained model (its be
 - relations, of moving: the mean absolute change, from features to latent, of the cosine between two tokens of a clip;
   over 512 tokens, and over 512 of the tenth of the tokens that moves most (columns of train.py's `measure`)
 - noise 0.1, noise 0.3: reconstruction and motion error when noise is added to the latent, with this share of each
-  channel's standard deviation; our decoder is told the noise level.
+  channel's standard deviation; our decoder is told the noise level
+- camera right, down, turn, zoom, with --camera: R2 on the held-out stills of the first folder, of the embedding's
+  channels of these names (a small latent has fewer), and of the same channels made from PCA's latent.
 
 --camera FOLDER ... adds a table for the motion embedding per folder of features [T, H, W, C] of stills under a known
 camera motion. `camera` [T, 4] in these files is the camera's motion since the previous step: right, down (cells), turn
@@ -48,6 +50,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import re
@@ -71,11 +74,13 @@ sys.path.insert(0, str(ROOT))
 from encode import encode_clip, write_preview  # noqa: E402
 from losses import COMPARED, FeatureErrors, compare, token_relations  # noqa: E402
 from model import (  # noqa: E402  (the scripts are not an installed package)
+    FRAME_MOTION,
     MotionFeatureAutoencoder,
     UserError,
     describe_motion_embedding,
     load_checked,
     load_feature,
+    motion_channels,
     number,
     run_script,
     save_atomically,
@@ -301,6 +306,25 @@ def camera_probe(embeddings: list[Tensor], cameras: list[Tensor], held_out: list
 
 
 @torch.inference_mode()
+def read_camera(code: MotionFeatureAutoencoder | PrincipalComponents, stills: Path, pattern: str) -> Row:
+    """R2 of the camera's motion in held-out stills, as the channels say it, without a regression: those that the
+    embedding of a model has room for, or `motion_channels` of PCA's latents, each channel divided by its spread."""
+    files = split(look_at_files(stills, None), pattern, 0)[1]
+    features = [load_feature(file.path)[0][None].float() for file in files]
+    if isinstance(code, PrincipalComponents):
+        maps = [code.encode(x) - code.mean(x.shape) for x in features]
+        spread = torch.cat([x.flatten(0, -2) for x in maps]).std(dim=0)
+        motion, names = [motion_channels(x / spread) for x in maps], list(FRAME_MOTION)
+    else:
+        motion, names = [code.embed(code.encode(x)) for x in features], describe_motion_embedding(code.config)
+    channels = [names.index(name) for name in FRAME_MOTION[:4] if name in names]
+    read = torch.cat([-x[0, 1:, channels] for x in motion])  # the picture moves against the camera
+    true = torch.cat([load_checked(file.path)["camera"][1:, : len(channels)].float() for file in files])
+    unread = (read - true).square().sum(dim=0) / (true - true.mean(dim=0)).square().sum(dim=0)
+    return dict(zip(("right", "down", "turn", "zoom"), (1 - unread).tolist(), strict=False))
+
+
+@torch.inference_mode()
 def camera_table(
     model: MotionFeatureAutoencoder, pca: PrincipalComponents, stills: Path, clips: list[FeatureFile], pattern: str
 ) -> dict[str, Row]:
@@ -338,14 +362,7 @@ def camera_table(
     for name, embedded in of_clips.items():
         rows[name] |= {"content": probe(embedded, contents), "change": probe(embedded, changes)}
 
-    channels = [names.index(name) for name in ("camera right", "camera down", "turn", "zoom")]
-    read, true = (
-        torch.cat([part[1:] for part, out in zip(parts, held_out, strict=True) if out])
-        for parts in ([embedding[:, channels] for embedding in of_stills["motion_embedding"]], cameras)
-    )
-    read = -read  # the picture moves against the camera
-    named = 1 - (read - true).square().sum(dim=0) / (true - true.mean(dim=0)).square().sum(dim=0)
-    rows["named channels"] = dict(zip(("right", "down", "turn", "zoom"), named.tolist(), strict=True))
+    rows["named channels"] = read_camera(model, stills, pattern)
     files = [load_checked(file.path) for file in clips]
     rows["named channels"] |= motion_in_clips(of_clips["motion_embedding"], files, names)
     return rows
@@ -587,6 +604,9 @@ def main() -> int:
             draw_front({name: first.row(code) for name, code in fronts.items()}, args.front)
         if args.sheet:
             draw_sheet(first.all["trained"], *args.sheet)
+        for ratio, name in itertools.product(ratios if args.camera else (), ("PCA", "trained")):
+            read = read_camera(codes[ratio].all[name], args.camera[0], args.held_out)
+            tables["sizes"][f"C/{ratio}, {name}"] |= {f"camera {channel}": r2 for channel, r2 in read.items()}
         for folder in args.camera or ():
             model, pca = first.all["trained"], first.all["PCA"]
             tables[f"embedding, {folder.name}"] = camera_table(model, pca, folder, held_out, args.held_out)
