@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 FEATURE_SUFFIXES = (".pt", ".pth", ".npy", ".safetensors")
 CODE_VERSION = 6  # of the format: checkpoints of another version are refused, latents are made again
+EMBEDDING_VERSION = 2  # of the motion embedding: outputs of another version are made again
 LEVELS, TOP = 6, 255 - 6 * 22  # of stored energies: levels per factor of 2; the level of energy 1 (255 is 2 ** 22)
 EXTRA_RMS = 0.14  # root mean square of the extras in the latent, whose channels have 1
 SLOTS_KEPT = 16  # block sizes for which the code caches the slots of the coefficients
@@ -784,7 +785,7 @@ class MotionFeatureAutoencoder(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """What latents and embeddings depend on besides the feature: outputs with another identity are made again."""
-        return {"weights": weights_hash(self.state_dict()), **self.config}
+        return {"weights": weights_hash(self.state_dict()), "embedding_version": EMBEDDING_VERSION, **self.config}
 
     def check_provenance(self, made_by: str) -> None:
         """Raise `UserError` for features whose `provenance` is not the training features', if both are known."""

@@ -251,6 +251,14 @@ def test_another_feature_of_the_same_size_and_time_is_encoded_again(trained, tmp
     assert not torch.equal(torch.load(target / "0000.pt", weights_only=True)["latent"], before)
 
 
+def test_embeddings_of_another_version_are_made_again(trained, tmp_path, run_here, monkeypatch):
+    source, target = make_features(tmp_path / "f", count=1), tmp_path / "z"
+    encode_folder(run_here, trained, source, target)
+    assert encode_folder(run_here, trained, source, target)[0] == [0, 1, 0]
+    monkeypatch.setattr("model.EMBEDDING_VERSION", 0)
+    assert encode_folder(run_here, trained, source, target)[0] == [1, 0, 0]
+
+
 def test_a_copied_folder_is_finished(trained, tmp_path, run_here):
     source = make_features(tmp_path / "f", count=3)
     encode_folder(run_here, trained, source, tmp_path / "z", "--preview")
