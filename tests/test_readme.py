@@ -137,7 +137,8 @@ def main_table():
         return cells
 
     columns = ("reconstruction", "motion", "relations", "of moving")
-    return [*(row("sizes", column, 3) for column in columns), row("student", "over the features'", 2)]
+    camera, student = row("sizes", "camera right", 2), row("student", "over the features'", 2)
+    return [*(row("sizes", column, 3) for column in columns), camera, student]
 
 
 @pytest.mark.parametrize("half", [ENGLISH, CHINESE], ids=["English", "Chinese"])
