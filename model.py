@@ -51,7 +51,7 @@ FARTHEST = 0.4  # the most that one pass can add to a cell's motion, in cells
 REST = 0.01  # cells per step: slower motion counts as rest
 # Time steps on each side over which motion is smoothed: aliasing errors alternate over time, motion does not.
 CELLS_OVER, CAMERA_OVER = 1, 3
-OBJECTS_OVER = 12  # the same for whether objects move at all, which changes more slowly than how they move
+OBJECTS_OVER = 24  # the same for whether objects move at all, which changes more slowly than how they move
 TOKENS = 2**14  # tokens whose motion is measured at once
 FINGERPRINT_BYTES = 2**16
 TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
@@ -639,10 +639,15 @@ def camera_fits(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, grid:
     taper = (place * torch.pi / 2).cos()  # [2, h, w]
     borders = 1 + 12 * place.abs().amax(dim=0).square()
     noise = (left + 0.1 * left.mean(dim=(1, 2), keepdim=True) + STILL**2).detach()
+    texture = matrix.detach().diagonal(dim1=1, dim2=2).sum(dim=-1)
+    signal = texture / (
+        texture + left.detach() / 4 + STILL**2
+    )  # the rest is noise in the slopes: it reduces the motion
     matrix = taper[:, None] * matrix * taper / noise[:, None, None]
 
-    def fit(weights: Tensor) -> tuple[Tensor, Tensor]:  # the motion [N, 4], and the normal matrix [N, 4, 4]
-        normal = torch.einsum("nhw,kihw,nijhw,ljhw->nkl", weights, flows, matrix, flows)
+    def fit(weights: Tensor, signal: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+        """The motion [N, 4], and the normal matrix [N, 4, 4]."""
+        normal = torch.einsum("nhw,kihw,nijhw,ljhw->nkl", weights * signal, flows, matrix, flows)
         right_side = torch.einsum("nhw,kihw,nijhw,njhw->nk", weights, flows, matrix, flow)
         damping = 3e-3 * normal.diagonal(dim1=1, dim2=2) + 0.01
         return torch.linalg.solve(normal + damping.diag_embed(), right_side), normal
@@ -660,7 +665,7 @@ def camera_fits(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, grid:
         expected = expected.maximum(slowest)
         expected = expected * fifths(speed / expected, 2).clamp_min(1)  # an excess that many cells share is none
         weights = borders * (expected / speed.maximum(expected)) ** 4 / (1 + beside).square()
-    (robust, normal), (plain, _) = fit(weights), fit(borders.sqrt().expand_as(weights))
+    (robust, normal), (plain, _) = fit(weights), fit(borders.sqrt().expand_as(signal), signal)
     moves, differs = (torch.einsum("nk,nkl,nl->n", x, normal, x).clamp_min(0) for x in (robust, robust - plain))
     return torch.cat([robust, plain, torch.stack([moves, differs * beside.mean(dim=(1, 2))], dim=1)], dim=1)
 
@@ -678,7 +683,7 @@ def camera_motion(fits: Tensor) -> Tensor:
     James and Stein, 1961)."""
     robust, plain, evidence = smooth_over_time(fits[..., :9], CAMERA_OVER).split([4, 4, 1], dim=2)
     objects = smooth_over_time(fits[..., 9:], OBJECTS_OVER)
-    camera = plain.lerp(robust, (4 * (objects.detach() / 0.8).log()).sigmoid())
+    camera = plain.lerp(robust, (4 * (objects.detach() / 0.6).log()).sigmoid())
     return camera - (camera * (-3 * (evidence / 0.6).log()).sigmoid()).detach()  # detached: else no gradient at rest
 
 
