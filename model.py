@@ -51,7 +51,7 @@ FARTHEST = 0.4  # the most that one pass can add to a cell's motion, in cells
 REST = 0.01  # cells per step: slower motion counts as rest
 # Time steps on each side over which motion is smoothed: aliasing errors alternate over time, motion does not.
 CELLS_OVER, CAMERA_OVER = 1, 3
-OBJECTS_OVER = 24  # the same for whether objects move at all, which changes more slowly than how they move
+OBJECTS_OVER = 12  # the same for whether objects move at all, which changes more slowly than how they move
 TOKENS = 2**14  # tokens whose motion is measured at once
 FINGERPRINT_BYTES = 2**16
 TEMPORARY_SUFFIX = ".vfm.tmp"  # of half-written files
@@ -640,9 +640,8 @@ def camera_fits(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, grid:
     borders = 1 + 12 * place.abs().amax(dim=0).square()
     noise = (left + 0.1 * left.mean(dim=(1, 2), keepdim=True) + STILL**2).detach()
     texture = matrix.detach().diagonal(dim1=1, dim2=2).sum(dim=-1)
-    signal = texture / (
-        texture + left.detach() / 4 + STILL**2
-    )  # the rest is noise in the slopes: it reduces the motion
+    # The share of signal in the slopes: their noise would reduce the plain fit's motion (errors in variables).
+    signal = texture / (texture + left.detach() / 4 + STILL**2)
     matrix = taper[:, None] * matrix * taper / noise[:, None, None]
 
     def fit(weights: Tensor, signal: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
@@ -652,19 +651,16 @@ def camera_fits(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, grid:
         damping = 3e-3 * normal.diagonal(dim1=1, dim2=2) + 0.01
         return torch.linalg.solve(normal + damping.diag_embed(), right_side), normal
 
-    def fifths(x: Tensor, count: int) -> Tensor:  # not `quantile`, which torch 2.10 does not compile
-        return x.flatten(1).kthvalue(x[0].numel() * count // 5 + 1, dim=1).values[:, None, None]
-
-    slowest = fifths(speed, 1) + 0.003
+    fifth = speed.flatten(1).kthvalue(speed[0].numel() // 5 + 1, dim=1).values  # torch 2.10 cannot compile `quantile`
+    slowest = fifth[:, None, None] + 0.003
     weights = borders * (slowest / speed.maximum(slowest)) ** 4
     for _ in range(2):
         moved = torch.einsum("nk,kihw->nihw", fit(weights)[0].detach(), flows)
         expected = moved.norm(dim=1)
         beside = (taper * (flow.detach() - moved)).square().sum(dim=1)
-        beside = nn.functional.avg_pool2d(beside, 3, 1, 1, count_include_pad=False) / (0.006 + 0.24 * expected)
+        beside = nn.functional.avg_pool2d(beside, 3, 1, 1, count_include_pad=False) / (0.006 + 0.18 * expected)
         expected = expected.maximum(slowest)
-        expected = expected * fifths(speed / expected, 2).clamp_min(1)  # an excess that many cells share is none
-        weights = borders * (expected / speed.maximum(expected)) ** 4 / (1 + beside).square()
+        weights = borders * (expected / speed.maximum(expected)) ** 3 / (1 + beside).square()
     (robust, normal), (plain, _) = fit(weights), fit(borders.sqrt().expand_as(signal), signal)
     moves, differs = (torch.einsum("nk,nkl,nl->n", x, normal, x).clamp_min(0) for x in (robust, robust - plain))
     return torch.cat([robust, plain, torch.stack([moves, differs * beside.mean(dim=(1, 2))], dim=1)], dim=1)
@@ -683,8 +679,8 @@ def camera_motion(fits: Tensor) -> Tensor:
     James and Stein, 1961)."""
     robust, plain, evidence = smooth_over_time(fits[..., :9], CAMERA_OVER).split([4, 4, 1], dim=2)
     objects = smooth_over_time(fits[..., 9:], OBJECTS_OVER)
-    camera = plain.lerp(robust, (4 * (objects.detach() / 0.6).log()).sigmoid())
-    return camera - (camera * (-3 * (evidence / 0.6).log()).sigmoid()).detach()  # detached: else no gradient at rest
+    camera = plain.lerp(robust, (4 * (objects.detach() / 0.8).log()).sigmoid())
+    return camera - (camera * (-3 * (evidence / 0.45).log()).sigmoid()).detach()  # detached: else no gradient at rest
 
 
 def motion_channels(maps: Tensor) -> Tensor:
