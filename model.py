@@ -632,7 +632,8 @@ def camera_fits(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, grid:
     it changed beyond what the camera's motion predicts, the more its motion differs from the camera's (Geman and
     McClure, 1985), and the nearer it is to the centre, where objects are. Backbones pad their input with values that
     never move: this reduces the measured motion towards a border, but not along it, hence the `taper`. Objects move if
-    the fits differ by more than noise allows (Hausman, 1978) and cells differ from the robust one.
+    the fits differ by more than noise allows (Hausman, 1978) and cells differ from the robust one. All constants were
+    chosen on stills under a known camera and on real clips, with features of an EfficientNet.
     """
     flows = inner(camera_flows(*grid, flow))  # [4, 2, h, w]
     place = flows[3] / torch.tensor([grid[1] / 2, grid[0] / 2], device=flow.device)[:, None, None]  # -1 to 1
