@@ -820,8 +820,8 @@ class MotionFeatureAutoencoder(nn.Module):
             content = CONTENT * (latent.float() - shared).flatten(2, -2).mean(dim=2)[..., : dim - motion_dim]
             if latent.ndim == 4:
                 return nn.functional.pad(content, (0, motion_dim))
-            # Motion shows best in the components; those beyond D, known from the extras, show zoom.
-            count = min(dim * 3 // 2, code.input_dim)
+            # Motion shows best in components, if not too few. Those beyond D, known from the extras, show zoom.
+            count = min(max(44, dim * 3 // 2), code.input_dim)
             spread = code.spread()[:count]
 
             def maps(block: Tensor, place: Place) -> Tensor:

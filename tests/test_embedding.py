@@ -190,7 +190,8 @@ def test_every_channel_has_its_name(latent_dim):
     torch.testing.assert_close(embedding[..., :content], latent[..., :content].mean(dim=(2, 3)) / 20)
     torch.testing.assert_close(flat[..., :content], embedding[..., :content])
     assert not flat[..., content:].any()  # no grid, no motion
-    beyond = torch.zeros(*latent.shape[:-1], min(latent_dim // 2, 192 - latent_dim))  # components that it has not kept
+    count = min(max(44, latent_dim * 3 // 2), 192)
+    beyond = torch.zeros(*latent.shape[:-1], count - latent_dim)  # components that it has not kept
     motion = motion_channels(torch.cat([latent, beyond], dim=-1))
     for index, name in enumerate(names[content:], content):
         torch.testing.assert_close(embedding[..., index], columns(motion, name)[..., 0])
