@@ -641,13 +641,13 @@ def camera_fits(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, grid:
     borders = 1 + 12 * place.abs().amax(dim=0).square()
     noise = (left + 0.1 * left.mean(dim=(1, 2), keepdim=True) + STILL**2).detach()
     texture = matrix.detach().diagonal(dim1=1, dim2=2).sum(dim=-1)
-    # The share of signal in the slopes: their noise would reduce the plain fit's motion (errors in variables).
-    signal = texture / (texture + left.detach() / 4 + STILL**2)
+    # The share of the slopes that is no noise: noise would reduce the plain fit's motion (errors in variables).
+    clean = texture / (texture + left.detach() / 4 + STILL**2)
     matrix = taper[:, None] * matrix * taper / noise[:, None, None]
 
-    def fit(weights: Tensor, signal: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-        """The motion [N, 4], and the normal matrix [N, 4, 4]."""
-        normal = torch.einsum("nhw,kihw,nijhw,ljhw->nkl", weights * signal, flows, matrix, flows)
+    def fit(weights: Tensor, share: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+        """The motion [N, 4], and the normal matrix [N, 4, 4]. `share`: of the slopes, see `clean`."""
+        normal = torch.einsum("nhw,kihw,nijhw,ljhw->nkl", weights * share, flows, matrix, flows)
         right_side = torch.einsum("nhw,kihw,nijhw,njhw->nk", weights, flows, matrix, flow)
         damping = 3e-3 * normal.diagonal(dim1=1, dim2=2) + 0.01
         return torch.linalg.solve(normal + damping.diag_embed(), right_side), normal
@@ -662,7 +662,7 @@ def camera_fits(flow: Tensor, matrix: Tensor, left: Tensor, speed: Tensor, grid:
         beside = nn.functional.avg_pool2d(beside, 3, 1, 1, count_include_pad=False) / (0.006 + 0.18 * expected)
         expected = expected.maximum(slowest)
         weights = borders * (expected / speed.maximum(expected)) ** 3 / (1 + beside).square()
-    (robust, normal), (plain, _) = fit(weights), fit(borders.sqrt().expand_as(signal), signal)
+    (robust, normal), (plain, _) = fit(weights), fit(borders.sqrt().expand_as(clean), clean)
     moves, differs = (torch.einsum("nk,nkl,nl->n", x, normal, x).clamp_min(0) for x in (robust, robust - plain))
     return torch.cat([robust, plain, torch.stack([moves, differs * beside.mean(dim=(1, 2))], dim=1)], dim=1)
 

@@ -305,23 +305,27 @@ def camera_probe(embeddings: list[Tensor], cameras: list[Tensor], held_out: list
     return row
 
 
-@torch.inference_mode()
-def read_camera(code: MotionFeatureAutoencoder | PrincipalComponents, stills: Path, pattern: str) -> Row:
-    """R2 of the camera's motion in held-out stills, as the channels say it, without a regression: those that the
-    embedding of a model has room for, or `motion_channels` of PCA's latents, each channel divided by its spread."""
-    files = split(look_at_files(stills, None), pattern, 0)[1]
-    features = [load_feature(file.path)[0][None].float() for file in files]
-    if isinstance(code, PrincipalComponents):
-        maps = [code.encode(x) - code.mean(x.shape) for x in features]
-        spread = torch.cat([x.flatten(0, -2) for x in maps]).std(dim=0)
-        motion, names = [motion_channels(x / spread) for x in maps], list(FRAME_MOTION)
-    else:
-        motion, names = [code.embed(code.encode(x)) for x in features], describe_motion_embedding(code.config)
+def camera_r2(motions: list[Tensor], names: list[str], cameras: list[Tensor]) -> Row:
+    """R2 of the `cameras` [T, 4] as channels [T, D] with these `names` say them, as far as there are such channels."""
     channels = [names.index(name) for name in FRAME_MOTION[:4] if name in names]
-    read = torch.cat([-x[0, 1:, channels] for x in motion])  # the picture moves against the camera
-    true = torch.cat([load_checked(file.path)["camera"][1:, : len(channels)].float() for file in files])
+    read = torch.cat([-motion[1:, channels] for motion in motions])  # the picture moves against the camera
+    true = torch.cat([camera[1:, : len(channels)] for camera in cameras])
     unread = (read - true).square().sum(dim=0) / (true - true.mean(dim=0)).square().sum(dim=0)
     return dict(zip(("right", "down", "turn", "zoom"), (1 - unread).tolist(), strict=False))
+
+
+@torch.inference_mode()
+def read_camera(code: MotionFeatureAutoencoder | PrincipalComponents, stills: list[FeatureFile]) -> Row:
+    """`camera_r2` of a model's embedding, or of `motion_channels` of PCA's latents, each channel divided by its
+    spread."""
+    features = [load_feature(file.path)[0][None].float() for file in stills]
+    cameras = [load_checked(file.path)["camera"].float() for file in stills]
+    if isinstance(code, MotionFeatureAutoencoder):
+        motions = [code.embed(code.encode(x))[0] for x in features]
+        return camera_r2(motions, describe_motion_embedding(code.config), cameras)
+    maps = [code.encode(x) - code.mean(x.shape) for x in features]
+    spread = torch.cat([x.flatten(0, -2) for x in maps]).std(dim=0)
+    return camera_r2([motion_channels(x / spread)[0] for x in maps], list(FRAME_MOTION), cameras)
 
 
 @torch.inference_mode()
@@ -362,7 +366,8 @@ def camera_table(
     for name, embedded in of_clips.items():
         rows[name] |= {"content": probe(embedded, contents), "change": probe(embedded, changes)}
 
-    rows["named channels"] = read_camera(model, stills, pattern)
+    embedded, tested = of_stills["motion_embedding"], [index for index, out in enumerate(held_out) if out]
+    rows["named channels"] = camera_r2([embedded[i] for i in tested], names, [cameras[i] for i in tested])
     files = [load_checked(file.path) for file in clips]
     rows["named channels"] |= motion_in_clips(of_clips["motion_embedding"], files, names)
     return rows
@@ -604,9 +609,11 @@ def main() -> int:
             draw_front({name: first.row(code) for name, code in fronts.items()}, args.front)
         if args.sheet:
             draw_sheet(first.all["trained"], *args.sheet)
-        for ratio, name in itertools.product(ratios if args.camera else (), ("PCA", "trained")):
-            read = read_camera(codes[ratio].all[name], args.camera[0], args.held_out)
-            tables["sizes"][f"C/{ratio}, {name}"] |= {f"camera {channel}": r2 for channel, r2 in read.items()}
+        if args.camera:
+            stills = split(look_at_files(args.camera[0], None), args.held_out, 0)[1]
+            for ratio, name in itertools.product(ratios, ("PCA", "trained")):
+                read = read_camera(codes[ratio].all[name], stills)
+                tables["sizes"][f"C/{ratio}, {name}"] |= {f"camera {channel}": r2 for channel, r2 in read.items()}
         for folder in args.camera or ():
             model, pca = first.all["trained"], first.all["PCA"]
             tables[f"embedding, {folder.name}"] = camera_table(model, pca, folder, held_out, args.held_out)
